@@ -1,0 +1,1 @@
+"""Built-in compression policies: one paper, one file."""

@@ -1,0 +1,1 @@
+"""Finding policies by name and putting scorer, allocator and selection together."""

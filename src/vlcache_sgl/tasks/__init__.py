@@ -1,0 +1,1 @@
+"""Synthetic visual question answering tasks with known answers."""
