@@ -1,5 +1,15 @@
-"""SGLang's entry point."""
+"""SGLang's entry point, called in every process: flags always, everything else only where a policy is asked for."""
+
+from __future__ import annotations
 
 
 def register() -> None:
-    """Called by SGLang in every process."""
+    """Make SGLang know our flags.
+
+    SGLang logs and ignores whatever is raised here; `Scheduler.__init__` then fails to find its settings, and flags
+    that were given are refused as unknown: nobody is served uncompressed by accident.
+    """
+    from vlcache_sgl.runtime.flags import FLAG_POINTS
+    from vlcache_sgl.runtime.patching import Patches
+
+    Patches(FLAG_POINTS).install()

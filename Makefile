@@ -1,0 +1,77 @@
+# Everything a developer does, by name.  Needs make, a Python 3.11 or 3.12, and the default package index; no GPU.
+# Arguments for a command go into ARGS: `make demo ARGS="--image cat.png --question 'What is this?'"`.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+# Tried in this order; the first that is 3.11 or 3.12 wins.
+PYTHONS ?= python3.11 python3.12 python3 python
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' hatchling
+	touch $@
+
+# A Python without ensurepip (Debian's without python3-venv) still makes an empty environment, which its pip can fill.
+$(BIN)/uv:
+	@for python in $(PYTHONS); do \
+	  $$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || continue; \
+	  echo "creating $(VENV) with $$($$python --version)"; \
+	  if $$python -c 'import ensurepip' 2>/dev/null; then \
+	    $$python -m venv --clear $(VENV); \
+	    $(BIN)/python -m pip install --quiet --constraint constraints.txt uv; \
+	  else \
+	    $$python -m venv --clear --without-pip $(VENV); \
+	    $$python -m pip --python $(BIN)/python install --quiet --constraint constraints.txt uv; \
+	  fi; \
+	  exit 0; \
+	done; \
+	echo "no Python 3.11 or 3.12 among: $(PYTHONS); name one with make PYTHONS=/path/to/python" >&2; exit 1
+
+constraints: setup ## Write the versions in .venv to constraints.txt
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/uv pip freeze --quiet --python $(BIN)/python --exclude-editable | grep -v '^pip=='; } >$(VENV)/constraints.txt
+	cp $(VENV)/constraints.txt constraints.txt
+
+test: setup ## Run the tests that fit a few minutes on two cores
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup ## Run all tests, the slow ones too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## Check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup ## Let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: setup ## Serve the bundled model compressed to 10 % and in full, ask, compare
+	$(BIN)/vlcache demo $(ARGS)
+
+bench: setup ## Measure speed against stock SGLang; writes benchmarks/results/
+	$(BIN)/python benchmarks/run.py speed $(ARGS)
+
+bench-quick: setup ## The same in a few minutes, to see that it runs; writes to out/
+	$(BIN)/python benchmarks/run.py speed --quick $(ARGS)
+
+soak: setup ## Load one server with mixed requests for some minutes and check its books
+	$(BIN)/python benchmarks/run.py soak $(ARGS)
+
+gpu-check: setup ## Check the kernels and a server on a CUDA device
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build out

@@ -1,0 +1,51 @@
+"""Which tokens of a prompt stay: the `k` best of every plane, exactly and reproducibly.
+
+Order: higher tier first, then higher score, then lower position.  The result is sorted by position.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlcache_kernels.checks import check_device, check_index, check_shape
+from vlcache_kernels.select import naive
+from vlcache_kernels.select.records import Selection
+
+__all__ = ["Selection", "select"]
+
+
+def select(
+    scores: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    tiers: torch.Tensor | None = None,
+    cells: torch.Tensor | None = None,
+) -> Selection:
+    """Keep the `k[p]` first tokens of plane p in the order (tier, score, position).
+
+    Args:
+        scores: `[planes, m]` float32, higher = keep, no NaN.
+        k: `[planes]` int, tokens to keep, clamped to `[0, m]`; stays on the device.
+        tiers: `[m]` or `[planes, m]` int8 in [0, 127], higher is kept first whatever the scores (for instance 2 = sink
+            and recent tokens, 1 = text, 0 = vision); None means all 0.  A tier larger than `k` is cut by score.
+        cells: `[planes, m]` int32, the cell of each token, -1 where there is none; evicted cells are then compacted
+            into a free list.
+
+    Returns:
+        Fields as documented in `Selection`.
+    """
+    check_shape("scores", scores, (None, None))
+    planes, owned = scores.shape
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores is {scores.dtype}, expected float32")
+    check_shape("k", k, (planes,))
+    check_index("k", k)
+    if tiers is not None:
+        check_shape("tiers", tiers, (owned,) if tiers.dim() == 1 else (planes, owned))
+        if tiers.dtype != torch.int8:
+            raise TypeError(f"tiers is {tiers.dtype}, expected int8")
+    if cells is not None:
+        check_shape("cells", cells, (planes, owned))
+        check_index("cells", cells)
+    check_device(scores.device, k=k, tiers=tiers, cells=cells)
+    return naive.select(scores, k, tiers, cells)

@@ -1,0 +1,65 @@
+"""The two things a policy is made of.  Structural types: nothing needs to be inherited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from vlcache_sgl.api.needs import Needs
+from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Says which tokens of a layer matter.
+
+    Implementations are frozen dataclasses: their fields are the parameters a user may set (int, float, bool, str,
+    Literal, or one of these or None; ``field(metadata={"operator_only": True})`` keeps a field from requests).
+    `needs` may be a class attribute or a property that depends on the fields.
+
+    Optional class attributes, absent means the first value:
+
+    * ``comparable``: False | True, whether scores of different layers may be ranked against each other;
+    * ``prefix_hit``: text, what happens when a part of the prompt came from the prefix cache; must be there when
+      all rows vote, because those of the cached part never do;
+    * ``check(model: Prompt)``: a method that raises ValueError when the model cannot be served.
+    """
+
+    query_aware: ClassVar[bool]
+    """True when the score depends on the question; such a kept set serves other questions badly."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
+        """`[num_kv_heads, owned]` float, higher = keep.
+
+        Must not read `layer` after returning.  NaN, a wrong shape or an exception costs this request its
+        compression, never its answer.
+        """
+        ...
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Divides a budget between the layers.  A frozen dataclass like a `Scorer`.
+
+    Optional class attributes, absent means the first value:
+
+    * ``quality_target``: False | True, the sum may exceed the budget;
+    * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
+    * ``prefix_hit`` and ``check(model)``: as for scorers.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
+        """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
+
+        `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
+        allocator declares ``quality_target = True``.
+        """
+        ...

@@ -1,0 +1,135 @@
+"""Questions with pictures to an OpenAI-compatible server, and answers as plain records."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import openai
+from PIL import Image
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer to a question."""
+
+    text: str
+    finish_reason: str | None
+    tokens: tuple[str, ...] = ()
+    """Texts of the tokens; only when log probabilities were asked for."""
+    logprobs: tuple[float, ...] = ()
+    """Natural logarithm of each token's probability."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to one request, and what it counted."""
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that came from the prefix cache."""
+    completion_tokens: int
+    """Over all choices."""
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def new_tokens(self) -> int:
+        """Prompt tokens that this request computed itself."""
+        return self.prompt_tokens - self.cached_tokens
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture inside a URL, as lossless PNG: the model sees every pixel as drawn."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def user_says(text: str, *images: Image.Image) -> Message:
+    """A user's turn: the pictures, then the text."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def model_says(text: str) -> Message:
+    """An answer, as a turn of the conversation."""
+    return {"role": "assistant", "content": text}
+
+
+class Client:
+    """Greedy questions to one server.  Threads may share it."""
+
+    def __init__(self, openai_url: str, timeout_s: float = 300.0) -> None:
+        # No retries: a request that fails must be seen to fail.
+        self.openai = openai.OpenAI(base_url=openai_url, api_key="none", timeout=timeout_s, max_retries=0)
+
+    def ask(
+        self,
+        turns: str | Message | Sequence[Message],
+        *images: Image.Image,
+        max_tokens: int = 8,
+        n: int = 1,
+        stream: bool = False,
+        logprobs: bool = False,
+        stop: Sequence[str] = (),
+        **extra: Any,
+    ) -> Answer:
+        """Answer a conversation greedily.
+
+        Args:
+            turns: a question, which `images` precede, or the turns of a conversation.
+            stream: read the answer as a stream; the result is the same record.
+            extra: further fields of the request's body, SGLang's own included.
+        """
+        if isinstance(turns, str):
+            turns = user_says(turns, *images)
+        messages = [turns] if isinstance(turns, dict) else list(turns)
+        body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0.0, "n": n, "logprobs": logprobs}
+        if stop:
+            body["stop"] = list(stop)
+        request = {"model": "default", "messages": messages, **body, "extra_body": extra}
+        return self._streamed(request) if stream else self._whole(request)
+
+    def _whole(self, request: dict[str, Any]) -> Answer:
+        reply = self.openai.chat.completions.create(**request)
+        choices = []
+        for choice in sorted(reply.choices, key=lambda choice: choice.index):
+            scored = (choice.logprobs.content if choice.logprobs else None) or []
+            tokens, logprobs = tuple(t.token for t in scored), tuple(t.logprob for t in scored)
+            choices.append(Choice(choice.message.content or "", choice.finish_reason, tokens, logprobs))
+        return _answer(choices, reply.usage)
+
+    def _streamed(self, request: dict[str, Any]) -> Answer:
+        parts: dict[int, dict[str, Any]] = {}
+        usage = None
+        for chunk in self.openai.chat.completions.create(
+            **request, stream=True, stream_options={"include_usage": True}
+        ):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                part = parts.setdefault(choice.index, {"text": "", "finish": None, "tokens": [], "logprobs": []})
+                part["text"] += choice.delta.content or ""
+                part["finish"] = choice.finish_reason or part["finish"]
+                for scored in (choice.logprobs.content if choice.logprobs else None) or []:
+                    part["tokens"].append(scored.token)
+                    part["logprobs"].append(scored.logprob)
+        choices = [
+            Choice(part["text"], part["finish"], tuple(part["tokens"]), tuple(part["logprobs"]))
+            for _, part in sorted(parts.items())
+        ]
+        return _answer(choices, usage)
+
+
+def _answer(choices: Sequence[Choice], usage: Any) -> Answer:
+    details = getattr(usage, "prompt_tokens_details", None)
+    cached = cast(int, getattr(details, "cached_tokens", None) or 0)
+    return Answer(tuple(choices), usage.prompt_tokens, cached, usage.completion_tokens)

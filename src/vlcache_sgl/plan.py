@@ -1,0 +1,158 @@
+"""Scores and budgets in, kept set out.  Pure: the same tensors give the same plan on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_sgl.api.records import Selection
+from vlcache_sgl.api.tensors import Prompt
+
+
+class PolicyFault(ValueError):
+    """A policy returned something that cannot be acted on; the request keeps its full cache."""
+
+
+@dataclass(frozen=True)
+class EvictionPlan:
+    """What stays of one request, per layer."""
+
+    keep: torch.Tensor
+    """`[L, G, m]` bool: owned tokens that stay; `G` is 1 with ``heads=shared``, the KV heads with ``heads=split``."""
+    counts: torch.Tensor
+    """`[L]` int64 on the CPU: tokens that each layer (and each of its `G` sets) keeps, exactly ``keep.sum(-1)``."""
+
+    @property
+    def total(self) -> int:
+        """Kept tokens, summed over layers."""
+        return int(self.counts.sum())
+
+
+def make_plan(
+    scores: Sequence[torch.Tensor], counts: torch.Tensor, prompt: Prompt, selection: Selection
+) -> EvictionPlan:
+    """Choose exactly ``counts[l]`` owned tokens in every layer (and in every KV head when heads are split).
+
+    Tokens are taken in this order, ties going to the lower position:
+
+    1. the protected ones: the first ``selection.sink`` tokens of the prompt, then the latest of the recent window.
+       A window that does not fit beside the sinks shrinks from its old end;
+    2. text by score, if ``selection.protect == "text"``;
+    3. everything else by score.
+
+    With ``span > 1`` a token's score is the mean over its run of `span` neighbours, so whole runs come and go
+    together; runs are counted from position 0 of the prompt.  The count stays exact because the last run that does
+    not fit whole gives its lower positions only.
+
+    Args:
+        scores: per layer `[K, m]` float, higher = keep, finite.
+        counts: `[L]` int64, any device, each in `[0, m]`.
+        prompt: geometry; scores are on ``prompt.device`` or any other one device, where the plan is made.
+        selection: the rule.
+
+    Raises:
+        PolicyFault: for scores or counts of a wrong shape, dtype or range, NaN and infinity.
+    """
+    stacked = stack_scores(scores, prompt)
+    layers, _, owned = stacked.shape
+    amounts = _check_counts(counts, layers, owned)
+    if selection.heads == "shared":
+        stacked = stacked.mean(1, keepdim=True) if selection.reduce == "mean" else stacked.amax(1, keepdim=True)
+    if selection.span > 1:
+        stacked = _mean_of_runs(stacked, prompt.start % selection.span, selection.span)
+    if owned == 0:
+        return EvictionPlan(torch.zeros_like(stacked, dtype=torch.bool), amounts)
+    on_device = amounts.to(stacked.device)
+    order = _orderable(stacked) + (_tiers(on_device, prompt, selection, stacked.device) << 32)
+    return EvictionPlan(_first(order, on_device[:, None], int(amounts.max()) if layers else 0), amounts)
+
+
+def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor:
+    """`[L, K, m]` float32 from one `[K, m]` tensor per layer, checked.
+
+    Raises:
+        PolicyFault: when a layer's scores have another shape than `[num_kv_heads, owned]`, are no floats or not finite.
+    """
+    expected = (prompt.num_kv_heads, prompt.owned)
+    if len(scores) != prompt.num_layers:
+        raise PolicyFault(f"scores for {len(scores)} layers, expected {prompt.num_layers}")
+    for index, layer in enumerate(scores):
+        if not isinstance(layer, torch.Tensor):
+            raise PolicyFault(f"scores of layer {index} are a {type(layer).__name__}, expected a tensor")
+        if tuple(layer.shape) != expected:
+            raise PolicyFault(
+                f"scores of layer {index} have shape {tuple(layer.shape)}, expected {expected} = (KV heads, owned)"
+            )
+        if not layer.is_floating_point():
+            raise PolicyFault(f"scores of layer {index} are {layer.dtype}, expected a float type")
+    stacked = torch.stack([layer.to(torch.float32) for layer in scores])
+    finite = torch.isfinite(stacked)
+    if not bool(finite.all()):
+        worst = int((~finite).flatten(1).any(1).nonzero()[0])
+        raise PolicyFault(f"scores of layer {worst} contain NaN or infinity")
+    return stacked
+
+
+def _check_counts(counts: torch.Tensor, layers: int, owned: int) -> torch.Tensor:
+    if not isinstance(counts, torch.Tensor):
+        raise PolicyFault(f"layer counts are a {type(counts).__name__}, expected a tensor")
+    if counts.dtype != torch.int64:
+        raise PolicyFault(f"layer counts are {counts.dtype}, expected int64")
+    if tuple(counts.shape) != (layers,):
+        raise PolicyFault(f"layer counts have shape {tuple(counts.shape)}, expected ({layers},)")
+    amounts = counts.detach().to("cpu")
+    if layers and not 0 <= int(amounts.min()) <= int(amounts.max()) <= owned:
+        raise PolicyFault(f"layer counts must be in [0, {owned}], got {amounts.tolist()}")
+    return amounts
+
+
+def _mean_of_runs(scores: torch.Tensor, lead: int, span: int) -> torch.Tensor:
+    """Every token's score replaced by the mean of the owned part of its run; `lead` tokens of the first run are
+    not owned."""
+    owned = scores.shape[-1]
+    tail = -(lead + owned) % span
+    runs = torch.nn.functional.pad(scores, (lead, tail))
+    runs = runs.reshape(*scores.shape[:-1], -1, span)
+    size = torch.nn.functional.pad(torch.ones(owned, device=scores.device), (lead, tail)).reshape(-1, span)
+    mean = runs.sum(-1, keepdim=True) / size.sum(-1, keepdim=True).clamp(min=1)
+    spread: torch.Tensor = mean.expand_as(runs).flatten(-2)
+    return spread[..., lead : lead + owned]
+
+
+def _tiers(counts: torch.Tensor, prompt: Prompt, selection: Selection, device: torch.device) -> torch.Tensor:
+    """`[L, 1, m]` int64: 2 = protected, 1 = text (if protected), 0 = the rest."""
+    owned = prompt.owned
+    position = torch.arange(owned, device=device)
+    sinks = counts.clamp(max=min(max(0, selection.sink - prompt.start), owned))
+    if selection.recent >= 1:
+        window = torch.full_like(counts, int(selection.recent))
+    else:
+        # The small term undoes binary rounding: 0.29 of 100 tokens is 29.  A window that was asked for is never empty.
+        window = (selection.recent * counts.double() + 1e-9).floor().long()
+        window = window.clamp(min=1 if selection.recent > 0 else 0)
+    window = torch.minimum(window, counts - sinks)
+    protected = (position < sinks[:, None]) | (position >= owned - window[:, None])
+    rest = (~prompt.is_vision()).to(device).long() if selection.protect == "text" else torch.zeros_like(position)
+    return torch.where(protected, 2, rest)[:, None]
+
+
+def _orderable(scores: torch.Tensor) -> torch.Tensor:
+    """int64 in `[-2^31, 2^31)` in the same order as the float32 values; -0.0 and 0.0 are equal."""
+    bits = (scores + 0.0).contiguous().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+
+
+def _first(order: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
+    """`[L, G, m]` bool: the ``counts[l]`` largest entries of `order`, ties to the lower position."""
+    if most == 0:
+        return torch.zeros_like(order, dtype=torch.bool)
+    best = order.topk(most, dim=-1).values
+    last = (counts - 1).clamp(min=0)[..., None].expand(*order.shape[:-1], 1)
+    threshold = best.gather(-1, last)
+    above = order > threshold
+    tied = order == threshold
+    room = counts[..., None] - above.sum(-1, keepdim=True)
+    # A count of 0 has room <= 0 and something above the threshold only if most > 0: mask it out.
+    return (above | (tied & (tied.cumsum(-1) <= room))) & (counts[..., None] > 0)

@@ -1,0 +1,234 @@
+"""A policy: scorer x allocator x selection, resolved and ready to decide."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from vlcache_sgl._version import __version__
+from vlcache_sgl.api.needs import Needs
+from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.records import Selection
+from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
+from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
+from vlcache_sgl.policy.checks import needs_problem, pair_problem
+from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.policy.manager import Registry, registry
+from vlcache_sgl.policy.spec import Owner, assign, parse
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides which tokens stay; immutable and free of state, so requests may share it."""
+
+    spec: str
+    """The text it was resolved from."""
+    scorer_name: str
+    scorer: Scorer
+    allocator_name: str
+    allocator: Allocator
+    selection: Selection
+    providers: tuple[str, str] = ("", "")
+    """Distribution and version that scorer and allocator come from."""
+
+    @property
+    def needs(self) -> tuple[Needs, Needs]:
+        """What the runtime must compute for the scorer and for the allocator."""
+        return self.scorer.needs, self.allocator.needs
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the kept tokens are those of the first question; they then serve other questions badly."""
+        return self.scorer.query_aware
+
+    @property
+    def fingerprint(self) -> str:
+        """Short stable text, equal exactly when two policies decide alike: names, all parameters, selection, and the
+        versions of this package and of the providers.  The budget is not in it."""
+        content = {
+            "version": __version__,
+            "providers": self.providers,
+            "scorer": [self.scorer_name, _state(self.scorer)],
+            "allocator": [self.allocator_name, _state(self.allocator)],
+            "selection": _state(self.selection),
+        }
+        text = json.dumps(content, sort_keys=True, default=repr)
+        return f"{self.scorer_name}+{self.allocator_name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def decide(
+        self,
+        scorer_layers: Sequence[LayerView],
+        allocator_layers: Sequence[LayerView],
+        prompt: Prompt,
+        total: int,
+    ) -> EvictionPlan:
+        """Score, divide the budget, choose.
+
+        Args:
+            scorer_layers, allocator_layers: one view per layer, in order, with what `needs` declares; the two may be
+                the same objects when their rows agree.  `scores` is set on both.
+            prompt: geometry of the request.
+            total: tokens to keep, summed over layers; more than there are means all.
+
+        Returns:
+            A plan whose counts sum to at most `total`, unless the allocator declares ``quality_target``.
+
+        Raises:
+            PolicyFault: when scorer or allocator raises or returns something unusable.
+        """
+        scores = self.score(scorer_layers, prompt)
+        for view, score in zip(scorer_layers, scores.unbind(), strict=True):
+            view.scores = score
+        return self.plan(scores, allocator_layers, prompt, total)
+
+    def require(self, model: Prompt) -> None:
+        """Whether this policy can serve a model at all; asked once, before the first request.
+
+        Args:
+            model: a prompt of the model; its length, vision and positions do not count.
+
+        Raises:
+            PolicyError: with the reason.
+        """
+        parts = {f"scorer {self.scorer_name}": self.scorer, f"allocator {self.allocator_name}": self.allocator}
+        for name, part in parts.items():
+            if part.needs.rotary and model.rotary is None:
+                raise PolicyError(f"{name} needs the model's rotary embedding, which is not known for this model")
+            if check := getattr(part, "check", None):
+                try:
+                    check(model)
+                except ValueError as error:
+                    raise PolicyError(f"{name}: {error}") from error
+
+    def score(self, layers: Sequence[LayerView], prompt: Prompt) -> torch.Tensor:
+        """The first half of `decide`: `[num_layers, num_kv_heads, owned]` float32, finite.
+
+        Raises:
+            PolicyFault: the scorer raises or returns something unusable.
+        """
+        with _blame(f"scorer {self.scorer_name}"):
+            scores = [self.scorer.score(layer, prompt) for layer in layers]
+        return stack_scores(scores, prompt)
+
+    def plan(self, scores: torch.Tensor, layers: Sequence[LayerView], prompt: Prompt, total: int) -> EvictionPlan:
+        """The second half of `decide`: budgets from the allocator's views, then the choice.
+
+        Args:
+            scores: `[L, K, owned]` float32, `K` = ``prompt.num_kv_heads``; set on `layers`.
+            layers: one view per layer, with what the allocator needs.
+            prompt: geometry; with tensor parallelism that of all ranks' heads.
+            total: see `decide`.
+
+        Raises:
+            PolicyFault: the allocator raises or returns something unusable.
+        """
+        for view, score in zip(layers, scores.unbind(), strict=True):
+            view.scores = score
+        budget = budget_for(total, prompt, self.selection)
+        with _blame(f"allocator {self.allocator_name}"):
+            counts = self.allocator.allocate(layers, prompt, budget)
+        plan = make_plan(scores.unbind(), counts, prompt, self.selection)
+        if plan.total > budget.total and not getattr(self.allocator, "quality_target", False):
+            raise PolicyFault(
+                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total}"
+            )
+        return plan
+
+
+def budget_for(total: int, prompt: Prompt, selection: Selection) -> Budget:
+    """The budget that allocators see: `total` capped at what is owned, floor from the selection."""
+    total = min(max(0, total), prompt.num_layers * prompt.owned)
+    average = total / max(1, prompt.num_layers)
+    return Budget(total=total, num_layers=prompt.num_layers, lo=math.floor(selection.floor * average), hi=prompt.owned)
+
+
+def resolve(text: str, *, installed: Registry | None = None, from_request: bool = False) -> Policy:
+    """The policy that `text` names.
+
+    Args:
+        text: ``NAME``, ``NAME:variant-or-key=value,...`` or ``scorer=A,allocator=B,key=value,...``.
+        installed: where to look names up; the installed plugins by default.
+        from_request: the text comes from a client: refuse parameters that only the operator may set.
+
+    Raises:
+        PolicyError: one line for the user, with the choices.
+    """
+    installed = registry() if installed is None else installed
+    installed.require_sound()
+    spec = parse(text)
+    selection = Selection()
+    layers: list[Mapping[str, Any]] = [spec.settings]
+    scorer_name, allocator_name = spec.scorer, spec.allocator
+    if spec.name is not None:
+        recipe = installed.recipe(spec.name).record
+        scorer_name, allocator_name, selection = recipe.scorer, recipe.allocator, recipe.selection
+        for variant in spec.variants:
+            if variant not in recipe.variants:
+                choices = ", ".join(recipe.variants) or "none"
+                raise PolicyError(f"policy {spec.name} has no variant {variant!r}; variants: {choices}")
+        layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
+    assert scorer_name is not None
+    assert allocator_name is not None
+    scorer, allocator = installed.scorer(scorer_name), installed.allocator(allocator_name)
+    owners = (
+        Owner("scorer", f"scorer {scorer_name}", cast("type[Any]", scorer.record.factory)),
+        Owner("allocator", f"allocator {allocator_name}", cast("type[Any]", allocator.record.factory)),
+        Owner("selection", "selection", Selection),
+    )
+    values: dict[str, dict[str, Any]] = {owner.role: {} for owner in owners}
+    for number, settings in enumerate(layers):
+        is_last = number == len(layers) - 1
+        for role, given in assign(settings, owners, from_request=from_request and is_last).items():
+            values[role].update(given)
+    built = _build(owners[0], values["scorer"]), _build(owners[1], values["allocator"])
+    if problem := pair_problem(*built):
+        raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
+    return Policy(
+        spec=text.strip(),
+        scorer_name=scorer_name,
+        scorer=built[0],
+        allocator_name=allocator_name,
+        allocator=built[1],
+        selection=_build(owners[2], values["selection"], base=selection),
+        providers=(_release(scorer.provider), _release(allocator.provider)),
+    )
+
+
+def _build(owner: Owner, values: Mapping[str, Any], base: Any = None) -> Any:
+    try:
+        built = owner.factory(**values) if base is None else dataclasses.replace(base, **values)
+    except Exception as error:  # the class may be a stranger's
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise PolicyError(f"{owner.title}: {kind}{error}") from error
+    if owner.role == "selection":
+        return built
+    if problem := needs_problem(built):
+        raise PolicyError(f"{owner.title}: {problem}")
+    return built
+
+
+def _release(provider: Any) -> str:
+    return f"{provider.distribution} {provider.version}"
+
+
+def _state(thing: object) -> dict[str, Any]:
+    """All fields, computed ones too: a table read from a file counts with its content."""
+    return {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _blame(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PolicyFault:
+        raise
+    except Exception as error:
+        raise PolicyFault(f"{what} raised {type(error).__name__}: {error}") from error

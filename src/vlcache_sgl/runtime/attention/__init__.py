@@ -1,0 +1,1 @@
+"""SGLang's attention over cells: one backend, exchangeable kernel providers."""

@@ -1,0 +1,95 @@
+"""What depends on the version of SGLang, and what of SGLang we cannot serve.  The only such file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+TESTED_SGLANG = "0.5.23"
+
+ATTENTION_BACKENDS = ("torch_native",)
+"""Values of --attention-backend whose place our backend takes."""
+
+_UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("speculative_algorithm", bool, "draft tokens are rolled back, evicted tokens cannot be"),
+    ("disaggregation_mode", lambda mode: mode not in (None, "null"), "KV transfer sends whole token slots"),
+    ("enable_hierarchical_cache", bool, "host copies hold whole token slots"),
+    ("enable_lmcache", bool, "external stores hold whole token slots"),
+    ("enable_flexkv", bool, "external stores hold whole token slots"),
+    ("enable_hisparse", bool, "it replaces the same KV pool"),
+    ("enable_unified_memory", bool, "it replaces the same KV pool"),
+    ("enable_kv_cache_sharding", bool, "residency is per rank"),
+    ("pp_size", lambda size: (size or 1) > 1, "budgets need the statistics of all layers on one rank"),
+    ("dcp_size", lambda size: (size or 1) > 1, "a token's keys would be on another rank than its queries"),
+    ("attn_cp_size", lambda size: (size or 1) > 1, "a prompt's rows would be on several ranks"),
+    ("page_size", lambda size: size not in (None, 1), "evicted tokens are single tokens, not pages"),
+    ("kv_cache_dtype", lambda dtype: dtype not in (None, "auto", "bf16", "bfloat16"), "scores read unquantized keys"),
+    ("enable_pdmux", bool, "prefill and decode would use one index at once"),
+    ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
+    ("prefill_attention_backend", bool, "one backend must serve prefill and decode"),
+    ("decode_attention_backend", bool, "one backend must serve prefill and decode"),
+    ("radix_cache_backend", bool, "the prefix tree must be SGLang's own"),
+    ("enable_streaming_session", bool, "sessions keep rows outside the prefix tree"),
+    ("enable_session_radix_cache", bool, "sessions keep rows outside the prefix tree"),
+    ("dllm_algorithm", bool, "diffusion models rewrite their KV cache"),
+    ("is_embedding", bool, "there is no decode to compress for"),
+    ("prefill_only_disable_kv_cache", bool, "there is no KV cache"),
+)
+
+
+def unsupported_arguments(server_args: Any) -> Iterator[str]:
+    """One line per flag of SGLang that cannot be combined with --kv-policy: the flag and the reason."""
+    for name, is_set, reason in _UNSUPPORTED_ARGUMENTS:
+        value = getattr(server_args, name, None)
+        if is_set(value):
+            flag = "--" + name.replace("_", "-")
+            yield f"--kv-policy cannot be combined with {flag} {value}: {reason}"
+    backend = getattr(server_args, "attention_backend", None)
+    if backend is not None and backend not in ATTENTION_BACKENDS:
+        yield (
+            f"--kv-policy cannot be combined with --attention-backend {backend}: "
+            f"supported are {', '.join(ATTENTION_BACKENDS)}"
+        )
+
+
+def unsupported_model(config: dict[str, Any]) -> Iterator[str]:
+    """One line per property of a Hugging Face model configuration that we cannot serve."""
+    text = next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), config)
+    if text.get("kv_lora_rank"):
+        yield "--kv-policy does not support multi-head latent attention (MLA): a cell holds keys and values of heads"
+    kinds = set(text.get("layer_types") or ())
+    window = text.get("sliding_window")
+    slides = text.get("use_sliding_window", window is not None and text.get("model_type") not in _IGNORES_WINDOW)
+    if any("sliding" in kind for kind in kinds) or (window and slides and not kinds):
+        yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
+    linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
+    if linear or text.get("mamba_d_state") or text.get("linear_num_key_heads"):
+        yield "--kv-policy does not support linear-attention or state-space layers: they have no KV cache to evict"
+
+
+_IGNORES_WINDOW = frozenset({"qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text"})
+"""Families that write a window into their configuration and leave it off unless `use_sliding_window` is true."""
+
+
+def model_config_dict(server_args: Any) -> dict[str, Any]:
+    """The model's Hugging Face configuration as stored; empty when it cannot be read without loading the model."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(server_args.model_path)
+    except Exception:  # SGLang's own message about a missing model is the better one
+        return {}
+    return dict(config)
+
+
+def attention_tp(model_runner: Any) -> tuple[Any, int, int]:
+    """Group, rank and size over which attention heads are divided."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    size = int(parallel.attn_tp_size)
+    if size == 1:
+        return None, 0, 1
+    from sglang.srt.distributed.parallel_state import get_attn_tp_group
+
+    return get_attn_tp_group(), int(parallel.attn_tp_rank), size

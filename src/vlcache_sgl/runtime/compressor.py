@@ -1,0 +1,181 @@
+"""From a finished prefill to a smaller cache: stats -> scores -> budgets -> plan -> evict.
+
+Runs at the end of the forward that computes a prompt's last chunk, so that the first decode step already attends to
+the compressed cache and the prefix tree only ever sees compressed slots.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+
+import torch
+
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.plan import EvictionPlan
+from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.requests import CompressionJob
+from vlcache_sgl.runtime.scoring import Scoring
+from vlcache_sgl.runtime.tensor_parallel import HeadGather
+
+logger = logging.getLogger(__name__)
+
+
+class Compressor:
+    """Compresses prompts of one model on one rank.
+
+    Args:
+        model: what the policy is told of the model; `length`, `start` and `vision` are filled in per request.
+        heads: puts the ranks' KV heads together.
+        counters: where figures are kept.
+    """
+
+    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters) -> None:
+        self._model = model
+        self._heads = heads
+        self.counters = counters
+        self.allocator: VirtualSlotAllocator | None = None
+
+    # -- during the prefill -----------------------------------------------------------------------------------------
+
+    def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
+        """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
+        if job.scoring is not None and begin != job.scoring.end:
+            job.restart()  # retracted and prefilled anew
+        if job.done:
+            return
+        if job.scoring is None:
+            owned = job.length - begin
+            if owned < job.min_tokens:
+                self.skip(job, "short")
+                return
+            prompt = Prompt(
+                length=job.length,
+                start=begin,
+                vision=job.vision,
+                num_layers=self._model.num_layers,
+                num_heads=self._model.num_heads,
+                num_kv_heads=self._model.num_kv_heads,
+                head_dim=self._model.head_dim,
+                device=self._model.device,
+                rotary=self._model.rotary,
+            )
+            try:
+                job.scoring = Scoring(prompt, job.choice.policy.needs)
+            except Exception as error:
+                self.fail(job, error)
+                return
+        job.scoring.end = end
+
+    def skip(self, job: CompressionJob, reason: str) -> None:
+        """Leave this request alone."""
+        job.done = True
+        job.report.update(policy=job.choice.policy.spec, skipped=reason)
+        self.counters.skipped(reason)
+
+    def fail(self, job: CompressionJob, error: Exception) -> None:
+        """A policy does not keep its contract: the request keeps its full cache."""
+        job.done = True
+        job.scoring = None
+        job.report.update(policy=job.choice.policy.spec, failed=f"{type(error).__name__}: {error}")
+        self.counters.policy_failures += 1
+        logger.error(
+            "policy %s failed, the request keeps its full cache: %s: %s",
+            job.choice.policy.spec,
+            type(error).__name__,
+            error,
+        )
+
+    def observe(
+        self,
+        job: CompressionJob,
+        layer: int,
+        begin: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        prefix: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """Let the chunk's rows vote in one layer.
+
+        Args:
+            begin: position of the chunk's first token.
+            queries, keys: `[t, H, D]` and `[t, K, D]` of the chunk.
+            prefix: `[P, 2, K, D]`, the layer's kept keys and values of all positions before `begin`.
+        """
+        scoring = job.scoring
+        if scoring is None:
+            return
+        started = time.perf_counter()
+        earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
+        shared = 0 if prefix is None else prefix.shape[0] - earlier
+        owned = keys if prefix is None or earlier == 0 else torch.cat([prefix[shared:, 0], keys])
+        owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+        try:
+            scoring.observe(layer, begin, queries, owned, prefix[:shared, 0] if shared and prefix is not None else None, scale)
+        except Exception as error:
+            self.fail(job, error)
+        self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    # -- at its end -------------------------------------------------------------------------------------------------
+
+    def finish(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """Compress a prompt whose last token has been computed.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        scoring = job.scoring
+        if job.done or scoring is None:
+            return
+        started = time.perf_counter()
+        prompt = scoring.prompt
+        slots = row[prompt.start : prompt.length].to(torch.int64)
+        try:
+            plan = self._decide(job, scoring, slots)
+        except Exception as error:
+            self.fail(job, error)
+            return
+        self._evict(job, prompt, slots, plan)
+        job.scoring = None
+        job.done = True
+        self.counters.selection_ms += (time.perf_counter() - started) * 1e3
+
+    def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
+        prompt = scoring.prompt
+
+        def keys_values(layer: int) -> torch.Tensor:
+            assert self.allocator is not None
+            arena = self.allocator.arena
+            cells = arena.residency.cells_of(arena.planes_of(layer), slots)
+            both = arena.arena[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
+            groups, tokens, two, heads, dim = both.shape
+            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+        scorer_views, allocator_views = scoring.views(keys_values)
+        total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
+        return self._heads.decide(job.choice.policy, scorer_views, allocator_views, prompt, total)
+
+    def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        keep = self._heads.own_groups(plan.keep, arena.groups)
+        keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
+        eviction = arena.residency.evict(slots, keep)
+        self.allocator.retire(eviction, None)
+        kept = [int(tokens) for tokens in eviction.kept_by_plane.view(-1, arena.groups).sum(1).tolist()]
+        seen = slots.numel() * arena.groups
+        self.counters.compressed(kept, seen)
+        per_layer = [tokens // arena.groups for tokens in kept]
+        job.report.update(
+            policy=job.choice.policy.spec,
+            budget=str(job.choice.budget),
+            prompt_tokens=prompt.length,
+            shared_tokens=prompt.start,
+            kept_tokens_per_layer=per_layer,
+            ratio=round(sum(kept) / (seen * len(kept)), 4),
+        )
+
+

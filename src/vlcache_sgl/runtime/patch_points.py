@@ -1,0 +1,80 @@
+"""Every place of SGLang that --kv-policy replaces, and what for.  A test resolves all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
+from vlcache_sgl.runtime.patching import PatchPoint
+from vlcache_sgl.runtime.session import is_request_level
+
+if TYPE_CHECKING:
+    from vlcache_sgl.runtime.session import Session
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
+_REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
+
+
+def runtime_points(session: Session) -> list[PatchPoint]:
+    """The patch points of a scheduler process that compresses."""
+
+    def backend(_: Any) -> Any:
+        return session.build_backend
+
+    return [
+        PatchPoint(
+            f"{_CONFIGURATOR}._resolve_memory_pool_config", "after", session.size_pools, "virtual slots beyond memory"
+        ),
+        PatchPoint(f"{_CONFIGURATOR}._build_mha_kv_pool", "around", session.build_pool, "one arena for all layers"),
+        PatchPoint(
+            f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", "around", session.build_allocator, "returning cells"
+        ),
+        PatchPoint(
+            "sglang.srt.model_executor.model_runner:ModelRunner.effective_logical_max_total_num_tokens",
+            "replace",
+            session.physical_capacity,
+            "refusing prompts that can never fit",
+        ),
+        *(
+            PatchPoint(f"{_REGISTRY}[{name}]", "replace", backend, "attention over cells")
+            for name in ATTENTION_BACKENDS
+        ),
+        PatchPoint(
+            "sglang.srt.mem_cache.registry:create_unified_radix_cache",
+            "around",
+            session.build_tree,
+            "publishing prompts after compression only",
+        ),
+        PatchPoint(
+            "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
+            "before",
+            session.admit_request,
+            "choosing each request's policy and prefix namespace",
+        ),
+        PatchPoint(
+            "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+            "after",
+            session.begin_forward,
+            "knowing which rows to score",
+        ),
+        PatchPoint(
+            "sglang.srt.model_executor.model_runner:ModelRunner.forward",
+            "around",
+            session.run_forward,
+            "compressing at the end of the prefill",
+        ),
+        PatchPoint(
+            "sglang.srt.managers.scheduler_components.internal_state:"
+            "SchedulerInternalStateController.get_internal_state",
+            "after",
+            session.add_state,
+            "showing the state in /server_info",
+        ),
+        PatchPoint(
+            "sglang.srt.managers.scheduler_components.output_streamer:"
+            "SchedulerOutputStreamer.is_request_level_customized_info_key",
+            "after",
+            is_request_level,
+            "reporting per request what was done",
+        ),
+    ]

@@ -1,0 +1,128 @@
+"""What one request asks for, and how far its compression has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vlcache_sgl.api import Span
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
+from vlcache_sgl.policy import PolicyError, resolve
+
+if TYPE_CHECKING:
+    from vlcache_sgl.policy import Policy
+    from vlcache_sgl.runtime.scoring import Scoring
+
+REQUEST_KEYS = ("kv_policy", "kv_budget")
+"""What a request may set in `custom_params`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy at a budget: what a prefix namespace stands for."""
+
+    policy: Policy
+    budget: KVBudget
+
+    @property
+    def fingerprint(self) -> str:
+        """Distinguishes compressed prefixes in the radix tree."""
+        return f"{self.policy.fingerprint}@{self.budget}"
+
+
+class Choices:
+    """Turns what requests ask for into choices, within the server's limits."""
+
+    def __init__(self, config: KVConfig) -> None:
+        self._config = config
+        self._known: dict[tuple[str, KVBudget], Choice] = {}
+        self.default = self._choice(config.policy, config.budget)
+
+    def _choice(self, spec: str, budget: KVBudget, from_request: bool = False) -> Choice:
+        key = (spec, budget)
+        if key not in self._known:
+            policy = resolve(spec, from_request=from_request)
+            if policy.selection.heads == "split" and not self._config.head_cells:
+                raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
+            self._known[key] = Choice(policy, budget)
+        return self._known[key]
+
+    def select(self, custom_params: Mapping[str, Any] | None) -> Choice:
+        """The choice of one request.
+
+        Raises:
+            ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
+            PolicyError: for an unknown policy or parameter.
+        """
+        asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params} if custom_params else {}
+        if not asked:
+            return self.default
+        spec = asked.get("kv_policy", self._config.policy)
+        if not isinstance(spec, str):
+            raise ConfigError(f"kv_policy must be a text, got {spec!r}")
+        self._check_allowed(spec)
+        budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
+        self._check_bounds(budget)
+        return self._choice(spec, budget, from_request=spec != self._config.policy)
+
+    def _check_allowed(self, spec: str) -> None:
+        allowed = self._config.allow_policies
+        if spec == self._config.policy or "*" in allowed:
+            return
+        if spec.partition(":")[0] not in allowed or "=" in spec.partition(":")[0]:
+            names = ", ".join(dict.fromkeys((self._config.policy, *allowed)))
+            raise ConfigError(f"kv_policy {spec!r} is not allowed on this server; choose one of: {names}")
+
+    def _check_bounds(self, budget: KVBudget) -> None:
+        low, high = self._config.budget_min, self._config.budget_max
+        if budget.fraction is not None and budget != self._config.budget and not low <= budget.fraction <= high:
+            raise ConfigError(f"kv_budget {budget} is out of this server's bounds {low:g} to {high:g}")
+
+
+@dataclass
+class CompressionJob:
+    """One request's way to a compressed prompt; lives on SGLang's request object."""
+
+    choice: Choice
+    vision: tuple[Span, ...]
+    """Vision tokens of the prompt, absolute positions."""
+    length: int
+    """Tokens of the prompt, generated ones not counted."""
+    min_tokens: int
+    scoring: Scoring | None = None
+    done: bool = False
+    """Whether the decision has fallen, either way."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """What was done, for the response's metadata."""
+
+    def holds_back(self, up_to: int) -> bool:
+        """Whether ``[0, up_to)`` must not be published yet."""
+        return not self.done and up_to < self.length
+
+    def restart(self) -> None:
+        """Begin anew: the request was retracted and will be prefilled again."""
+        self.scoring = None
+        self.done = False
+
+
+JOB_ATTRIBUTE = "vlcache_job"
+
+
+def job_of(req: Any) -> CompressionJob | None:
+    """The job of SGLang's request `req`; None when it is served uncompressed."""
+    job: CompressionJob | None = getattr(req, JOB_ATTRIBUTE, None)
+    return job
+
+
+def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
+    """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
+    if mm_inputs is None:
+        return ()
+    spans = [
+        Span(int(begin), int(end) + 1)  # SGLang's ends are inclusive
+        for item in mm_inputs.mm_items
+        if item is not None and not item.is_audio()
+        for begin, end in (item.offsets or ())
+    ]
+    return tuple(sorted(spans))

@@ -1,0 +1,297 @@
+"""One scheduler process that compresses: owns configuration, compressor and patches, and answers what they ask."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vlcache_sgl._version import __version__
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.policy import PolicyError
+from vlcache_sgl.runtime.compat import attention_tp
+from vlcache_sgl.runtime.compressor import Compressor
+from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.patching import PatchError, Patches
+from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of, vision_spans
+
+
+REPORT_KEY = "kv_compression"
+"""In the response's `meta_info`: a list with one report."""
+JOBS_ATTRIBUTE = "vlcache_jobs"
+"""On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
+
+
+class Session:
+    """Compression in one scheduler process, between SGLang's start and its end."""
+
+    def __init__(self, config: KVConfig) -> None:
+        from vlcache_sgl.runtime.patch_points import runtime_points
+
+        self.config = config
+        self.choices = Choices(config)
+        self.counters = Counters()
+        self.compressor: Compressor | None = None
+        self.physical_tokens = 0
+        self._tree: Any = None
+        self._backend: Any = None
+        self._patches = Patches(runtime_points(self))
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Patch SGLang.
+
+        Raises:
+            PatchError: when a target does not exist; the server must not start then.
+        """
+        self._patches.install()
+        self._patches.verify()
+
+    def uninstall(self) -> None:
+        """Leave SGLang as it was."""
+        self._patches.uninstall()
+
+    def check_started(self, scheduler: Any) -> None:
+        """After SGLang has built everything: is it built from our parts?
+
+        Raises:
+            PatchError: naming what is not ours.
+        """
+        from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+        from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
+
+        self._patches.verify()
+        parts = {
+            "the KV allocator": isinstance(scheduler.token_to_kv_pool_allocator, VirtualSlotAllocator),
+            "the prefix cache": isinstance(scheduler.tree_cache, CompressedPrefixTree),
+            "the attention backend": self._backend is not None
+            and scheduler.tp_worker.model_runner.attn_backend is self._backend,
+        }
+        foreign = [name for name, ours in parts.items() if not ours]
+        if foreign:
+            raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
+        scheduler.tree_cache.row_listener = self._backend.index.invalidate
+        self._tree = scheduler.tree_cache
+
+    # -- pools ------------------------------------------------------------------------------------------------------
+
+    def size_pools(self, config: Any, configurator: Any, *_: Any, **__: Any) -> None:
+        """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
+        self.refuse_model(configurator)
+        groups = self._groups(configurator)
+        planes = int(configurator.layer_info.num_effective_layers) * groups
+        factor = self.config.overcommit_factor
+        physical = int(config.max_total_num_tokens)
+        # The residency table (4 bytes per slot and plane) and the slot counters come out of the same memory.
+        slot_bytes = 4 * planes + 16
+        token_bytes = planes * self._cell_bytes(configurator, groups)
+        physical = max(1, int(physical * token_bytes / (token_bytes + factor * slot_bytes)))
+        self.physical_tokens = physical
+        config.max_total_num_tokens = int(physical * factor)
+
+    def refuse_model(self, configurator: Any) -> None:
+        """Raise for models whose KV cache is not plain keys and values of all tokens in all layers."""
+        kinds = {
+            "multi-head latent attention (MLA)": configurator.use_mla_backend,
+            "sliding-window attention": configurator.is_hybrid_swa,
+            "linear-attention or state-space layers": configurator.mambaish_config is not None,
+        }
+        for kind, present in kinds.items():
+            if present:
+                raise ConfigError(f"--kv-policy does not support {kind}")
+
+    def _groups(self, configurator: Any) -> int:
+        return self._kv_heads(configurator) if self.config.head_cells else 1
+
+    @staticmethod
+    def _kv_heads(configurator: Any) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+        return int(configurator.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
+
+    def _cell_bytes(self, configurator: Any, groups: int) -> int:
+        heads = self._kv_heads(configurator) // groups
+        element = torch.empty((), dtype=configurator.kv_cache_dtype).element_size()
+        return int(2 * heads * configurator.model_config.head_dim * element)
+
+    def build_pool(self, _: Callable[..., Any], configurator: Any, *, max_total_num_tokens: int, **__: Any) -> Any:
+        """Instead of SGLang's token pool: the arena."""
+        from vlcache_sgl.runtime.arena import KVArena
+
+        model = configurator.model_config
+        layers = int(configurator.layer_info.num_effective_layers)
+        groups = self._groups(configurator)
+        return KVArena(
+            num_cells=self.physical_tokens * layers * groups,
+            groups=groups,
+            size=max_total_num_tokens,
+            page_size=1,
+            dtype=configurator.kv_cache_dtype,
+            head_num=self._kv_heads(configurator),
+            head_dim=model.head_dim,
+            v_head_dim=model.v_head_dim,
+            layer_num=layers,
+            device=configurator.device,
+            enable_memory_saver=False,
+            start_layer=configurator.layer_info.start_layer,
+            end_layer=configurator.layer_info.end_layer,
+            enable_alt_stream=False,
+        )
+
+    def build_allocator(self, _: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **__: Any) -> Any:
+        """Instead of SGLang's slot allocator: ours, which also hands out cells."""
+        from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+
+        return VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
+
+    def build_tree(self, original: Callable[..., Any], ctx: Any, *, cache_class: Any = None) -> Any:
+        """SGLang's tree with our class."""
+        from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
+
+        return original(ctx, cache_class=cache_class or CompressedPrefixTree)
+
+    def build_backend(self, model_runner: Any) -> Any:
+        """Instead of SGLang's attention backend."""
+        from vlcache_sgl.runtime.attention.backend import ResidencyBackend
+
+        group, rank, size = attention_tp(model_runner)
+        from vlcache_sgl.runtime.tensor_parallel import HeadGather
+
+        model = model_runner.model_config
+        self.compressor = Compressor(
+            Prompt(
+                length=0,
+                start=0,
+                vision=(),
+                num_layers=int(model_runner.token_to_kv_pool.layer_num),
+                num_heads=int(model.num_attention_heads),
+                num_kv_heads=int(model.get_total_num_kv_heads()),
+                head_dim=int(model.head_dim),
+                device=torch.device(model_runner.device),
+            ),
+            HeadGather(group, rank, size),
+            self.counters,
+        )
+        self.compressor.allocator = model_runner.token_to_kv_pool_allocator
+        self._backend = ResidencyBackend(model_runner, self.compressor)
+        return self._backend
+
+    def physical_capacity(self, original: property) -> property:
+        """The longest prompt is bounded by physical tokens, however many slots there are."""
+
+        def capacity(model_runner: Any) -> int:
+            assert original.fget is not None
+            return min(int(original.fget(model_runner)), self.physical_tokens)
+
+        return property(capacity)
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def admit_request(self, scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+        """Before a request is queued: decide whether and how it will be compressed."""
+        if job_of(req) is not None or getattr(req, "to_finish", None) is not None:
+            return
+        try:
+            choice = self.choices.select(getattr(req.sampling_params, "custom_params", None))
+        except (ConfigError, PolicyError) as error:
+            req.set_finish_with_abort(str(error))
+            return
+        vision = vision_spans(req.multimodal_inputs)
+        reason = None
+        if choice.budget.keeps_all:
+            reason = "budget"
+        elif not vision and self.config.scope == "vision":
+            reason = "scope"
+        elif len(req.origin_input_ids) < self.config.min_tokens:
+            reason = "short"
+        if reason is not None:
+            self.counters.skipped(reason)
+            _report(req, {"skipped": reason})
+            return
+        job = CompressionJob(choice, vision, len(req.origin_input_ids), self.config.min_tokens)
+        _report(req, job.report)
+        setattr(req, JOB_ATTRIBUTE, job)
+        # A namespace of its own: compressed and full variants of one prefix never mix.
+        req.extra_key = f"{req.extra_key or ''}|kv:{choice.fingerprint}"
+
+    def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
+        """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
+        if self.compressor is None or not batch.forward_mode.is_extend():
+            return
+        decoding = {id(req) for req in (batch.decoding_reqs or ())}
+        jobs: list[CompressionJob | None] = []
+        for req, begin, count in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+            job = job_of(req) if id(req) not in decoding else None
+            if job is not None:
+                self.compressor.begin_chunk(job, int(begin), int(begin) + int(count))
+            jobs.append(job if job is not None and not job.done else None)
+        if any(jobs):
+            setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
+
+    def run_forward(self, original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
+        """Around the model's forward: at its end, compress the prompts that are complete."""
+        jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
+        if jobs is None or self.compressor is None:
+            return original(runner, forward_batch, *args, **kw)
+        started = time.perf_counter()
+        # Handed over here, because SGLang's runners may give attention a copy of the batch without our attribute.
+        self._backend.jobs = jobs
+        try:
+            result = original(runner, forward_batch, *args, **kw)
+        finally:
+            self._backend.jobs = None
+        rows = runner.req_to_token_pool.req_to_token
+        for number, job in enumerate(jobs):
+            if job is not None and job.scoring is not None and job.scoring.end >= job.length:
+                self.compressor.finish(job, rows[forward_batch.req_pool_indices[number]])
+        self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
+        return result
+
+    # -- the truth over HTTP ----------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
+        assert self._tree is not None
+        allocator = self._tree.token_to_kv_pool_allocator
+        allocator.settle(wait=True)
+        residency, arena = allocator.residency, allocator.arena
+        return {
+            "version": __version__,
+            "policy": self.choices.default.policy.spec,
+            "budget": str(self.config.budget),
+            "fingerprint": self.choices.default.fingerprint,
+            "scope": self.config.scope,
+            "min_tokens": self.config.min_tokens,
+            "overcommit": self.config.overcommit_factor,
+            "cells_total": residency.num_cells,
+            "cells_used": residency.used_cells,
+            "cells_free": residency.free_cells,
+            "cells_tree": allocator.tree_cells,
+            "cells_evictable": allocator.evictable_cells,
+            "bytes_per_cell": arena.cell_bytes,
+            "cells_per_token": residency.num_planes,
+            "physical_tokens_total": self.physical_tokens,
+            "virtual_slots_total": residency.num_slots,
+            "virtual_slots_free": allocator.available_size(),
+            "integrity": allocator.verify_byte_accounting(),
+            **self.counters.as_dict(),
+        }
+
+    def add_state(self, output: Any, *_: Any, **__: Any) -> None:
+        """After SGLang has collected its internal state."""
+        output.internal_state["kv_policy"] = self.state()
+
+
+def _report(req: Any, report: dict[str, Any]) -> None:
+    """Let the response's `meta_info` carry `report`, which may still be filled in."""
+    req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
+
+
+def is_request_level(result: bool, _: Any, key: str) -> bool:
+    """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
+    return result or key == REPORT_KEY

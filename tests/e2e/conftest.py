@@ -1,0 +1,220 @@
+"""Real servers for the tests of this folder, started when first needed, shared between files, two alive at most.
+
+A test asks for `stock`, `ours_full` or `ours_tenth`, or takes `servers` and describes one of its own.  Tests are
+ordered by the servers they use, so that each of the shared ones starts once in a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vlcache_sgl.cli.client import Answer, Client
+from vlcache_sgl.cli.server import ServerError, ServerProcess
+from vlcache_sgl.tasks.receipts import Picture, make_picture
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models/tinyvlm/grounded"
+MAX_ALIVE = 2
+"""A small server costs 1.5 to 3 GB and a share of two cores."""
+
+FLAGS = (
+    # float32: equality is exact.  512: prompts of the larger pictures take two or three chunks.
+    *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "65536"),
+    *("--max-running-requests", "32", "--enable-cache-report", "--skip-server-warmup"),
+    "--sleep-on-idle",  # the scheduler of an idle server would keep one of the two cores busy
+)
+FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as data, so that two servers can be sent the same one; fields as in `Client.ask`."""
+
+    turns: Any
+    images: tuple[Image.Image, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Server:
+    """One running server, as tests see it."""
+
+    def __init__(self, process: ServerProcess) -> None:
+        self.process = process
+        self.url = process.url
+        self.client = Client(process.openai_url)
+
+    def ask(self, turns: Any, *images: Image.Image, **options: Any) -> Answer:
+        """See `Client.ask`."""
+        return self.client.ask(turns, *images, **options)
+
+    def ask_all(self, asks: Sequence[Ask], at_once: int = 1) -> list[Answer]:
+        """Answers in the order of `asks`, at most `at_once` requests in flight."""
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda ask: self.ask(ask.turns, *ask.images, **ask.options), asks))
+
+    def ask_together(self, asks: Sequence[Ask]) -> list[Answer]:
+        """All at the same moment."""
+        gate = threading.Barrier(len(asks))
+
+        def send(ask: Ask) -> Answer:
+            gate.wait()
+            return self.ask(ask.turns, *ask.images, **ask.options)
+
+        with ThreadPoolExecutor(len(asks)) as pool:
+            return list(pool.map(send, asks))
+
+    def kv_state(self) -> dict[str, Any]:
+        """`kv_policy` of `/server_info`, its books checked: every cell is used or free."""
+        state = self.process.kv_policy()
+        if state:
+            assert state["cells_used"] + state["cells_free"] == state["cells_total"], state
+        return state
+
+    def settled(self) -> dict[str, Any]:
+        """`kv_state` once two readings agree: the host learns of freed cells one step late."""
+        state = self.kv_state()
+        for _ in range(50):
+            time.sleep(0.05)
+            before, state = state, self.kv_state()
+            if state == before:
+                return state
+        raise AssertionError(f"the books do not come to rest: {state}")
+
+    def flush(self) -> None:
+        """Empty the prefix cache once nothing runs; fails when something hangs."""
+        self.process.flush_cache()
+
+    @property
+    def log(self) -> str:
+        assert self.process.log_path is not None
+        return self.process.log_path.read_text(errors="replace")
+
+    def assert_alive(self) -> None:
+        """The server answers and its scheduler has reported no leak and no crash."""
+        assert self.process.running
+        assert self.ask("red K?", max_tokens=1).completion_tokens == 1
+        for trouble in ("leak detected", "Traceback (most recent call last)"):
+            assert trouble not in self.log, self.process.log_tail(60)
+
+
+class Servers:
+    """At most MAX_ALIVE running servers by description; a further one ends the one that was used least recently."""
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console
+        self._alive: dict[tuple[Any, ...], Server] = {}
+
+    def get(
+        self,
+        *flags: str,
+        model: str | os.PathLike[str] = MODEL,
+        common: Sequence[str] = FLAGS,
+        env: Mapping[str, str] | None = None,
+    ) -> Server:
+        """The running server with these flags after the common ones, started if need be."""
+        key = (os.fspath(model), *common, *flags, *sorted((env or {}).items()))
+        server = self._alive.pop(key, None)
+        if server is not None and not server.process.running:
+            server.process.stop()
+            server = None
+        if server is None:
+            while len(self._alive) >= MAX_ALIVE:
+                self._alive.pop(next(iter(self._alive))).process.stop()
+            title = " ".join(flags) or "stock"
+            process = ServerProcess(model, [*common, *flags], title=title, env=env, console=self._console)
+            process.start()
+            server = Server(process)
+        self._alive[key] = server  # last = used most recently
+        return server
+
+    def close(self) -> None:
+        """End them all, the second even if the first resists."""
+        errors = []
+        while self._alive:
+            _, server = self._alive.popitem()
+            try:
+                server.process.stop()
+            except ServerError as error:
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("servers that could not be ended", errors)
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    verbose = request.config.get_verbosity() > 0
+    pool = Servers(Console() if verbose else None)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.fixture
+def stock(servers: Servers) -> Server:
+    """SGLang with the plugin installed and no policy asked for."""
+    return servers.get()
+
+
+@pytest.fixture
+def ours_full(servers: Servers) -> Server:
+    """`--kv-policy vlcache --kv-budget 1.0`."""
+    return servers.get(*FULL)
+
+
+@pytest.fixture
+def ours_tenth(servers: Servers) -> Server:
+    """`--kv-policy vlcache --kv-budget 0.1`."""
+    return servers.get(*TENTH)
+
+
+@functools.cache
+def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Picture:
+    return make_picture(seed, rows, cols, num_questions=num_questions)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Any:
+    """`picture(seed, rows=16, cols=16, num_questions=4)`: a held-out receipt, drawn once."""
+
+    def draw(seed: int, rows: int = 16, cols: int = 16, num_questions: int = 4) -> Picture:
+        return _picture(seed, rows, cols, num_questions)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def an_ask() -> type[Ask]:
+    """The class `Ask`: test modules cannot import from a conftest."""
+    return Ask
+
+
+_ORDER = ("ours_tenth", "ours_full", "stock", "servers")
+"""Tests run in the order of the first of these that they use: the pair `ours_full`, `stock` is alive together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark and order the tests of this folder; all others stay where they are, before these."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        if here not in item.path.parents:
+            return -1
+        item.add_marker(pytest.mark.e2e)
+        names = getattr(item, "fixturenames", ())
+        return next((place for place, name in enumerate(_ORDER) if name in names), len(_ORDER))
+
+    items.sort(key=place)

@@ -1,0 +1,65 @@
+"""Broken policies cost a request its compression, never its answer; a broken patch point costs the server its start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlcache_sgl.cli.server import ServerError
+
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+PLUGINS = Path(__file__).parent / "plugins"
+
+BROKEN = {
+    "raises": "scorer=raises,allocator=uniform",
+    "says NaN": "scorer=nan,allocator=uniform",
+    "scores of the wrong shape": "scorer=too_few,allocator=uniform",
+    "keeps too much": "scorer=streaming,allocator=too_much",
+}
+
+
+def with_plugin(name: str) -> dict[str, str]:
+    """The environment in which the distribution of that folder counts as installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(PLUGINS / name), *([inherited] if inherited else [])])}
+
+
+@pytest.fixture
+def broken(servers: Any) -> Any:
+    """A server that has the broken policies; requests choose them."""
+    return servers.get(*TENTH, env=with_plugin("broken_policies"))
+
+
+@pytest.mark.parametrize("policy", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_policy_keeps_the_full_cache(broken: Any, picture: Any, policy: str) -> None:
+    drawn = picture(8000 + len(policy), 24, 24)
+    question = drawn.questions[0]
+    broken.flush()
+    before, seen = broken.settled(), len(broken.log)
+    answer = broken.ask(question.text, drawn.image, custom_params={"kv_policy": policy})
+    after = broken.settled()
+    assert answer.text == question.answer
+    assert after["policy_failures"] == before["policy_failures"] + 1
+    assert after["requests_compressed"] == before["requests_compressed"]
+    assert after["cells_used"] >= answer.prompt_tokens * len(after["kept_by_layer"])
+    complaints = [line for line in broken.log[seen:].splitlines() if policy in line]
+    assert len(complaints) == 1, complaints
+    # The next request, with a policy that works, is compressed as ever.
+    assert broken.ask(question.text, drawn.image).text == question.answer
+    assert broken.settled()["requests_compressed"] == before["requests_compressed"] + 1
+
+
+def test_broken_policies_leak_nothing(broken: Any) -> None:
+    broken.flush()
+    assert broken.settled()["cells_used"] == 0
+    broken.assert_alive()
+
+
+def test_refuses_to_start_without_a_patch_target(servers: Any) -> None:
+    """The message says which target is gone; without a policy the same server would not care."""
+    with pytest.raises(ServerError, match="exited with code") as caught:
+        servers.get(*TENTH, env=with_plugin("renamed_target"))
+    assert "KVCacheConfigurator._build_token_to_kv_pool" in str(caught.value)

@@ -1,0 +1,114 @@
+"""Wrong flags: one line on stderr and exit code 2 before the model loads.  Wrong requests: 4xx, the server lives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+MODEL = Path(__file__).parents[2] / "models/tinyvlm/grounded"
+POLICY = ("--kv-policy", "vlcache")
+
+WRONG = {
+    "unknown policy": (("--kv-policy", "nope"), ["--kv-policy", "nope", "vlcache"]),
+    "unknown parameter": (("--kv-policy", "vlcache:nope=1"), ["--kv-policy", "nope"]),
+    "parameter without value": (("--kv-policy", "vlcache:protect="), ["--kv-policy", "protect"]),
+    "unknown scorer": (("--kv-policy", "scorer=nope,allocator=uniform"), ["--kv-policy", "nope"]),
+    "budget zero": ((*POLICY, "--kv-budget", "0"), ["--kv-budget", "0"]),
+    "budget negative": ((*POLICY, "--kv-budget=-0.5"), ["--kv-budget", "-0.5"]),
+    "budget above one": ((*POLICY, "--kv-budget", "1.5"), ["--kv-budget", "1.5"]),
+    "budget no number": ((*POLICY, "--kv-budget", "much"), ["--kv-budget", "much"]),
+    "scope": ((*POLICY, "--kv-scope", "audio"), ["--kv-scope", "audio"]),
+    "min tokens": ((*POLICY, "--kv-min-tokens", "-1"), ["--kv-min-tokens", "-1"]),
+    "budget without policy": (("--kv-budget", "0.1"), ["--kv-budget", "--kv-policy"]),
+}
+"""Flags, and what the one line must name."""
+
+REFUSED = {
+    "page size": (("--page-size", "16"), ["--page-size"]),
+    "pipeline parallel": (("--pp-size", "2"), ["--pp-size"]),
+    "hierarchical cache": (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache"]),
+    "PD disaggregation": (("--disaggregation-mode", "prefill"), ["--disaggregation-mode"]),
+    "speculative decoding": (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm"]),
+    "quantized KV": (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype"]),
+}
+"""Architecture, section 4, rule 10: what is not served compressed is refused, naming flag and reason."""
+
+
+def launch_all(cases: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Exit code and output of the server with each set of flags."""
+    script = Path(__file__).parent / "flag_cases.py"
+    arguments = [["--model-path", str(MODEL), *case] for case in cases]
+    ran = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(arguments), capture_output=True, text=True, timeout=550
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    results: list[dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, Any]]:
+    cases = {name: flags for name, (flags, _) in WRONG.items()}
+    cases |= {name: (*POLICY, *flags) for name, (flags, _) in REFUSED.items()}
+    cases["help"] = ("--help",)
+    return dict(zip(cases, launch_all(list(cases.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", [*WRONG, *REFUSED])
+def test_wrong_flags_cost_one_line_and_code_2(outcomes: dict[str, dict[str, Any]], name: str) -> None:
+    outcome, words = outcomes[name], {**WRONG, **REFUSED}[name][1]
+    assert outcome["code"] == 2, outcome["err"][-2000:]
+    assert "Traceback" not in outcome["err"]
+    assert "Load weight" not in outcome["err"]
+    complaints = [line for line in outcome["err"].splitlines() if words[0] in line and "usage:" not in line]
+    assert len(complaints) == 1, outcome["err"][-2000:]
+    for word in words:
+        assert word in complaints[0]
+
+
+def test_help_has_a_group_of_our_flags(outcomes: dict[str, dict[str, Any]]) -> None:
+    text = outcomes["help"]["out"]
+    assert outcomes["help"]["code"] == 0
+    for flag in ("--kv-policy", "--kv-budget", "--kv-scope", "--kv-min-tokens"):
+        assert f"  {flag}" in text
+
+
+def test_a_real_launch_refuses_too() -> None:
+    """One case without the shortcut of `flag_cases.py`, as a user would type it."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), "--kv-policy", "nope"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2, ran.stderr[-2000:]
+    assert "nope" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr
+
+
+BAD_REQUESTS: dict[str, dict[str, Any]] = {
+    "not a picture": {"image": "data:image/png;base64,bm90IGEgcGljdHVyZQ=="},
+    "cut off": {"image": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAoAAAAK"},
+    "no such file": {"image": "/nowhere/at/all.png"},
+    "unknown policy": {"custom_params": {"kv_policy": "nope"}},
+    "policy of the wrong type": {"custom_params": {"kv_policy": 3}},
+    "budget out of range": {"custom_params": {"kv_budget": 2.5}},
+    "budget no number": {"custom_params": {"kv_budget": "much"}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_request_is_a_client_error(ours_tenth: Any, name: str) -> None:
+    fields = dict(BAD_REQUESTS[name])
+    content: Any = "red K?"
+    if image := fields.pop("image", None):
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": content}]
+    body = {"model": "default", "messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
+    reply = httpx.post(f"{ours_tenth.url}/v1/chat/completions", json=body, timeout=60)
+    assert 400 <= reply.status_code < 500, reply.text
+    assert reply.json()
+    assert ours_tenth.ask("red K?", max_tokens=1).completion_tokens == 1
+    ours_tenth.flush()
+    assert ours_tenth.settled()["cells_used"] == 0

@@ -1,0 +1,119 @@
+"""Budget 1.0 changes nothing: the same greedy tokens as stock SGLang, whatever is asked and however it is scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vlcache_sgl.cli.client import model_says, user_says
+
+FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
+CHUNKING = {"chunked": (), "unchunked": ("--chunked-prefill-size", "-1")}
+SCHEDULING = {"overlap": (), "sequential": ("--disable-overlap-schedule",)}
+TOLERANCES = {"float32": 2e-3, "bfloat16": 0.25}
+"""Largest difference of a chosen token's log probability.  bfloat16 has 8 bits: logits near 16 step by 1/16."""
+GRIDS = [(8, 10), (10, 11), (12, 20), (16, 16), (16, 16), (20, 32), (24, 24), (24, 24), (32, 32), (32, 32)]
+TEXTS = [
+    "red K?",
+    "What is the code of blue A?",
+    "Hello.",
+    "Which code is printed after the green letter T? " * 3,
+    "7F3A",
+    "Read the code next to the pink Z. And then the next one.",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+@pytest.fixture(scope="module")
+def asks(picture: Any, an_ask: Any) -> list[Any]:
+    """40 requests: 1 to 3 pictures, text only, long, streamed, n = 2, conversations; all with log probabilities."""
+
+    def one(turns: Any, *images: Any, **options: Any) -> Any:
+        return an_ask(turns, images, {"max_tokens": 8, "logprobs": True, **options})
+
+    asks = []
+    for i, (rows, cols) in enumerate(GRIDS):  # 10 of one picture
+        drawn = picture(5000 + i, rows, cols)
+        asks.append(one(drawn.questions[0].text, drawn.image))
+    for i in range(6):  # of two
+        left, right = picture(5100 + i, 16, 16), picture(5200 + i, 12, 20)
+        asks.append(one(right.questions[0].text, left.image, right.image))
+    for i in range(3):  # of three
+        drawn = [picture(5300 + 10 * i + k, 10, 11) for k in range(3)]
+        asks.append(one(drawn[i].questions[0].text, *(d.image for d in drawn)))
+    asks += [one(text, max_tokens=24) for text in TEXTS]  # 7 of text
+    for i in range(4):  # long texts, of about 300 to 1200 tokens
+        asks.append(one("Which code is printed after the orange letter K? " * (8 * (i + 1)), max_tokens=16))
+    for i in range(5):  # streamed
+        drawn = picture(5400 + i)
+        asks.append(one(drawn.questions[1].text, drawn.image, stream=True))
+    for i in range(3):  # two choices each
+        drawn = picture(5500 + i)
+        asks.append(one(drawn.questions[0].text, drawn.image, n=2))
+    for i in range(2):  # conversations, the second with a second picture
+        first, second = picture(5600 + i), picture(5610 + i, 12, 20)
+        turns = [user_says(first.questions[0].text, first.image), model_says(first.questions[0].answer)]
+        turns.append(user_says(second.questions[0].text, *([second.image] if i else [])))
+        asks.append(one(turns))
+    assert len(asks) >= 40
+    return asks
+
+
+def largest_difference(stock: Any, ours: Any, asks: list[Any], at_once: int, same_tokens: bool = True) -> float:
+    """Send all to both servers; the largest difference of log probabilities over the tokens that agree."""
+    largest = 0.0
+    for server in (stock, ours):
+        server.flush()
+    expected = stock.ask_all(asks, at_once)
+    got = ours.ask_all(asks, at_once)
+    for number, (left, right) in enumerate(zip(expected, got, strict=True)):
+        assert left.prompt_tokens == right.prompt_tokens
+        for a, b in zip(left.choices, right.choices, strict=True):
+            if same_tokens:
+                assert b.tokens == a.tokens, f"request {number}: {asks[number].turns!r:.200}"
+                assert (b.text, b.finish_reason) == (a.text, a.finish_reason)
+            for token, other, p, q in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=False):
+                if token != other:
+                    break
+                largest = max(largest, abs(p - q))
+    return largest
+
+
+def matrix() -> list[Any]:
+    """Every combination; the one that SGLang uses by default is in the default run."""
+    default = ("chunked", "overlap")
+    return [
+        pytest.param(c, s, id=f"{c}-{s}", marks=() if (c, s) == default else pytest.mark.slow)
+        for c in CHUNKING
+        for s in SCHEDULING
+    ]
+
+
+@pytest.mark.parametrize(("chunking", "scheduling"), matrix())
+def test_same_tokens_as_stock(
+    servers: Any, asks: list[Any], record_property: Callable[[str, object], None], chunking: str, scheduling: str
+) -> None:
+    flags = (*CHUNKING[chunking], *SCHEDULING[scheduling])
+    stock, ours = servers.get(*flags), servers.get(*FULL, *flags)
+    for at_once in (1, 8):
+        largest = largest_difference(stock, ours, asks, at_once)
+        record_property(f"largest_logprob_difference_{at_once}", largest)
+        print(f"{chunking} {scheduling}, {at_once} at once: largest log probability difference {largest:.2e}")
+        assert largest < TOLERANCES["float32"]
+    ours.assert_alive()
+    assert ours.kv_state()["policy_failures"] == 0
+
+
+@pytest.mark.slow
+def test_bfloat16_within_rounding(
+    servers: Any, asks: list[Any], record_property: Callable[[str, object], None]
+) -> None:
+    """Rounding may turn a tie, so tokens are compared as far as they agree."""
+    flags = ("--dtype", "bfloat16")
+    stock, ours = servers.get(*flags), servers.get(*FULL, *flags)
+    largest = largest_difference(stock, ours, asks, at_once=1, same_tokens=False)
+    record_property("largest_logprob_difference", largest)
+    print(f"bfloat16: largest log probability difference {largest:.2e}")
+    assert largest < TOLERANCES["bfloat16"]

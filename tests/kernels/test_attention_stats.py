@@ -1,0 +1,351 @@
+"""Attention statistics: the reference against the formula, the kernels against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from vlcache_kernels.attention_stats import (
+    AttentionStats,
+    ResidencyIndex,
+    RowBatch,
+    StatsRequest,
+    attention_stats,
+    batch_attention_stats,
+)
+from vlcache_kernels.attention_stats import naive as reference
+
+EVERYTHING = StatsRequest(True, True, True, 0.01, True, True)
+FIELDS = ("column_sum", "column_square_sum", "column_max", "entropy_sum", "probabilities")
+
+# Relative to the largest reference value of a field.  Inputs are the same rounded numbers on both sides, so this is
+# float32 accumulation; 16-bit types add the rounding of products only where a matrix instruction accumulates shorter.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+# Share of visible entries that may fall on the other side of the density threshold.
+COUNT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: per request rows, owned keys and prefix cells (by plane where there are several)."""
+
+    rows: tuple[int, ...]
+    owned: tuple[int, ...]
+    prefix: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    planes: int = 1
+    head_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    blocks: tuple[int, int] = (16, 16)
+    splits: int | None = None
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        sizes = "-".join(f"{r}x{p}+{o}" for r, o, p in zip(self.rows, self.owned, self.prefix, strict=True))
+        return f"{sizes}-H{self.heads}:{self.kv_heads}-G{self.planes}-D{self.head_dim}-{kind}-S{self.splits}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    queries: torch.Tensor
+    row_index: torch.Tensor
+    arena: torch.Tensor
+    index: ResidencyIndex
+    batch: RowBatch
+    scale: float
+
+    def run(self, want: StatsRequest = EVERYTHING, **options: object):
+        return batch_attention_stats(
+            self.queries, self.row_index, self.arena, self.index, self.batch, self.scale, want=want, **options
+        )
+
+    def expected(self, want: StatsRequest = EVERYTHING):
+        wide = replace(self, queries=self.queries.double(), arena=self.arena.double())
+        return wide.run(want, backend="naive")
+
+
+def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(case.dtype).to(device)
+
+    row_index = [
+        torch.sort(torch.randperm(owned, generator=rng)[:rows]).values
+        for rows, owned in zip(case.rows, case.owned, strict=True)
+    ]
+    # Planes may have kept different numbers of prefix cells: plane g has g fewer.
+    lengths = [
+        max(0, p - g) + o for g in range(case.planes) for p, o in zip(case.prefix, case.owned, strict=True)
+    ]
+    num_cells = sum(lengths) + 7
+    cells = torch.randperm(num_cells, generator=rng)[: sum(lengths)].to(torch.int32)
+    indptr = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    visible = [p + o for p, o in zip(case.prefix, case.owned, strict=True)]
+    return Inputs(
+        queries=normal(sum(case.rows), case.heads, case.head_dim) * 2,
+        row_index=torch.cat(row_index).to(device),
+        arena=normal(num_cells, 2, case.kv_heads // case.planes, case.head_dim),
+        index=ResidencyIndex(indptr.to(device), cells.to(device)),
+        batch=RowBatch.build(case.rows, case.owned, visible, device),
+        scale=case.head_dim**-0.5,
+    )
+
+
+def run_tiled(inputs: Inputs, case: Case, want: StatsRequest = EVERYTHING, lse: torch.Tensor | None = None):
+    """The launcher with small blocks, so that small sizes cross block borders."""
+    from vlcache_kernels.attention_stats import launch
+
+    tile = launch.Tile(*case.blocks, warps=4, stages=2)
+    return launch.batch_attention_stats(
+        inputs.queries,
+        inputs.row_index,
+        inputs.arena,
+        inputs.index,
+        inputs.batch,
+        inputs.scale,
+        want=want,
+        lse=lse,
+        tile=tile,
+        splits=case.splits,
+    )
+
+
+def compare(found: AttentionStats, expected: AttentionStats, dtype: torch.dtype) -> None:
+    assert found.rows == expected.rows
+    for name in FIELDS:
+        mine, theirs = getattr(found, name), getattr(expected, name)
+        assert (mine is None) == (theirs is None), name
+        if theirs is None or theirs.numel() == 0:
+            continue
+        assert mine.dtype == torch.float32
+        assert mine.shape == theirs.shape, name
+        error = (mine.double() - theirs.double()).abs().max() / theirs.abs().max().clamp(min=1e-30)
+        assert error <= TOLERANCES[dtype], f"{name}: {error:.2e}"  # NaN fails
+    if expected.kept is not None:
+        assert found.visible.tolist() == expected.visible.tolist()
+        off = (found.kept - expected.kept).abs() / expected.visible.clamp(min=1)
+        # One entry may sit on the threshold whatever the size.
+        assert bool(((off <= COUNT_TOLERANCE) | ((found.kept - expected.kept).abs() <= 1)).all()), off
+
+
+def compare_batch(found, expected, case: Case) -> None:
+    for b in range(len(case.rows)):
+        compare(found.request(b), expected.request(b), case.dtype)
+
+
+SMALL = [
+    Case(rows=(1,), owned=(1,), prefix=(0,)),
+    Case(rows=(3,), owned=(17,), prefix=(0,)),
+    Case(rows=(5,), owned=(37,), prefix=(13,), splits=3),
+    Case(rows=(7, 0, 1), owned=(9, 5, 33), prefix=(0, 3, 2), splits=2),
+    Case(rows=(2, 9), owned=(20, 11), prefix=(19, 1), heads=6, kv_heads=2, planes=2, splits=2),
+    Case(rows=(4,), owned=(21,), prefix=(5,), heads=16, kv_heads=1),
+    Case(rows=(50,), owned=(51,), prefix=(0,), heads=2, kv_heads=2, splits=4),
+    Case(rows=(3,), owned=(19,), prefix=(4,), heads=7, kv_heads=1, head_dim=80, dtype=torch.bfloat16),
+    Case(rows=(3,), owned=(35,), prefix=(4,), heads=4, kv_heads=2, head_dim=64, dtype=torch.float16, splits=2),
+    Case(rows=(3,), owned=(19,), prefix=(0,), heads=3, kv_heads=3, planes=3, head_dim=96, dtype=torch.bfloat16),
+    Case(rows=(3,), owned=(35,), prefix=(4,), heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+    Case(rows=(2,), owned=(19,), prefix=(1,), heads=2, kv_heads=1, head_dim=256, dtype=torch.float16),
+]
+MATRIX = [
+    Case((rows,), (rows + extra,), (prefix,), group * 2, 2, planes, head_dim, dtype, (16, 16), None)
+    for rows, extra, prefix in ((1, 0, 0), (33, 95, 0), (50, 450, 131), (512, 1, 0))
+    for group, planes in ((1, 1), (3, 2), (4, 1), (7, 1), (16, 2))
+    for head_dim in (64, 80, 96, 128, 256)
+    for dtype in TOLERANCES
+    # In the interpreter 512 rows take minutes for the widest cases and show nothing that the narrow ones do not.
+    if rows < 512 or (group <= 4 and head_dim <= 80)
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernels_match_the_reference(case: Case, device: torch.device) -> None:
+    inputs = make(case, device)
+    compare_batch(run_tiled(inputs, case), inputs.expected(), case)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_kernels_match_the_reference_in_full(case: Case, device: torch.device) -> None:
+    """Default block sizes, as in production."""
+    inputs = make(case, device)
+    compare_batch(inputs.run(backend="triton"), inputs.expected(), case)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "want",
+    [
+        StatsRequest(column_sum=True),
+        StatsRequest(column_square_sum=True, column_max=True),
+        StatsRequest(density=0.01),
+        StatsRequest(density=1.0),
+        StatsRequest(entropy=True),
+        StatsRequest(probabilities=True),
+        StatsRequest(column_sum=True, density=0.05),
+    ],
+    ids=lambda want: "+".join(name for name, value in vars(want).items() if value),
+)
+@pytest.mark.parametrize("given_lse", [False, True], ids=["", "lse"])
+def test_only_what_is_wanted(want: StatsRequest, given_lse: bool, device: torch.device) -> None:
+    case = Case(rows=(5, 2), owned=(23, 18), prefix=(9, 0), planes=2, splits=2)
+    inputs = make(case, device)
+    lse = log_sum_exp(inputs, case) if given_lse else None
+    found = run_tiled(inputs, case, want, lse)
+    compare_batch(found, inputs.expected(want), case)
+    compare_batch(inputs.run(want, backend="naive", lse=lse), inputs.expected(want), case)
+
+
+def log_sum_exp(inputs: Inputs, case: Case) -> torch.Tensor:
+    """`[H, T]` float32, what an attention kernel would have returned."""
+    parts = []
+    row = 0
+    for b, (rows, owned) in enumerate(zip(case.rows, case.owned, strict=True)):
+        for h in range(case.heads):
+            kv_head = h // (case.heads // case.kv_heads)
+            per_cell = case.kv_heads // case.planes
+            segment = kv_head // per_cell * len(case.rows) + b
+            begin, end = inputs.index.indptr[segment : segment + 2].tolist()
+            keys = inputs.arena[inputs.index.indices[begin:end].long(), 0, kv_head % per_cell].double()
+            logits = inputs.queries[row : row + rows, h].double() @ keys.T * inputs.scale
+            limit = inputs.row_index[row : row + rows] + (end - begin - owned)
+            future = torch.arange(end - begin, device=keys.device) > limit[:, None]
+            parts.append(logits.masked_fill(future, -torch.inf).logsumexp(-1))
+        row += rows
+    by_request = [torch.stack(parts[b * case.heads : (b + 1) * case.heads]) for b in range(len(case.rows))]
+    return torch.cat(by_request, dim=1).float()
+
+
+def test_the_same_in_every_run(device: torch.device, compiled: bool) -> None:
+    """No race: repeated launches on fresh outputs agree in every bit."""
+    case = Case(rows=(9, 4), owned=(45, 70), prefix=(20, 0), heads=8, kv_heads=2, splits=3)
+    inputs = make(case, device)
+    first = run_tiled(inputs, case)
+    for _ in range(50 if compiled else 2):
+        again = run_tiled(inputs, case)
+        for name in ("column_sum", "column_square_sum", "column_max", "kept", "visible", "entropy_sum"):
+            assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_large_logits_do_not_overflow(device: torch.device) -> None:
+    case = Case(rows=(5,), owned=(40,), prefix=(3,), splits=3)
+    inputs = make(case, device)
+    inputs = replace(inputs, queries=inputs.queries * 300)
+    found = run_tiled(inputs, case)
+    assert bool(torch.isfinite(found.column_sum).all())
+    torch.testing.assert_close(found.column_sum, inputs.expected().column_sum, atol=2e-3, rtol=0)
+
+
+def test_queries_may_be_a_view(device: torch.device) -> None:
+    """SGLang's queries are a slice of one fused projection."""
+    case = Case(rows=(5,), owned=(23,), prefix=(3,))
+    inputs = make(case, device)
+    fused = torch.full((5, 3 * 4, 16), torch.nan, device=device)
+    fused[:, :4] = inputs.queries
+    compare_batch(run_tiled(replace(inputs, queries=fused[:, :4]), case), inputs.expected(), case)
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def by_formula(queries, keys, row_index, scale, prefix_keys, prefix_valid) -> dict[str, torch.Tensor]:
+    """The definitions, entry by entry over a stored `[H, R, P + m]` matrix in float64."""
+    (rows, heads, _), (owned, kv_heads, _) = queries.shape, keys.shape
+    group, prefix = heads // kv_heads, prefix_keys.shape[0]
+    both = torch.cat([prefix_keys, keys]).double().repeat_interleave(group, dim=1)
+    logits = torch.einsum("rhd,nhd->hrn", queries.double(), both) * scale
+    j = torch.arange(prefix + owned)
+    visible = (j <= prefix + row_index[:, None])[None].expand(heads, rows, prefix + owned)
+    visible = visible & ((j >= prefix) | (j < prefix_valid.repeat_interleave(group)[:, None]))[:, None]
+    p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    passes = (p >= 0.01 * p.amax(-1, keepdim=True)) & visible
+
+    def grouped(x: torch.Tensor) -> torch.Tensor:
+        return x.view(kv_heads, group, *x.shape[1:])
+
+    columns = p[:, :, prefix:]
+    return {
+        "column_sum": grouped(columns).sum(2).mean(1),
+        "column_square_sum": grouped(columns.square()).sum(2).mean(1),
+        "column_max": grouped(columns).amax((1, 2)),
+        "entropy_sum": grouped(torch.special.entr(p)).sum((2, 3)).mean(1),
+        "probabilities": columns,
+        "kept": grouped(passes).sum((1, 2, 3)),
+        "visible": grouped(visible).sum((1, 2, 3)),
+    }
+
+
+@pytest.mark.parametrize("tile_elements", [1 << 20, 200], ids=["one-tile", "many-tiles"])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "owned", "prefix_valid"),
+    [(1, 1, 1, 1, (0,)), (5, 4, 2, 37, (0, 0)), (9, 6, 2, 50, (13, 13)), (9, 6, 2, 50, (3, 13)), (40, 2, 1, 40, (7,))],
+)
+def test_reference_is_the_formula(tile_elements, rows, heads, kv_heads, owned, prefix_valid, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", tile_elements)
+    rng = torch.Generator().manual_seed(1)
+    queries = torch.randn(rows, heads, 8, generator=rng) * 3
+    keys = torch.randn(owned, kv_heads, 8, generator=rng)
+    prefix_keys = torch.randn(max(prefix_valid), kv_heads, 8, generator=rng)
+    valid = torch.tensor(prefix_valid)
+    row_index = torch.sort(torch.randperm(owned, generator=rng)[:rows]).values
+    expected = by_formula(queries, keys, row_index, 0.35, prefix_keys, valid)
+
+    def check(found: AttentionStats) -> None:
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(found, name).double(), value.double(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.density.double(), expected["kept"] / expected["visible"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.entropy.double(), expected["entropy_sum"] / rows, atol=1e-5, rtol=0)
+
+    options = {"want": EVERYTHING, "prefix_keys": prefix_keys, "prefix_valid": valid}
+    check(attention_stats(queries, keys, row_index, 0.35, **options))
+    # The same rows in two chunks: the first chunk's keys end where its last row does.
+    half = (rows + 1) // 2
+    width = int(row_index[half - 1]) + 1
+    first = attention_stats(queries[:half], keys[:width], row_index[:half], 0.35, **options)
+    rest = attention_stats(queries[half:], keys, row_index[half:], 0.35, **options)
+    check(first.accumulate(rest, owned))
+
+
+def test_accumulate_refuses_what_does_not_fit() -> None:
+    sums = AttentionStats(rows=1, column_sum=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="only one of the two has column_sum"):
+        sums.accumulate(AttentionStats(rows=1), 4)
+    with pytest.raises(ValueError, match="width 3 is less than the 4"):
+        sums.accumulate(sums, 3)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_eight_bit_floats_are_refused(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make(Case(rows=(1,), owned=(3,), prefix=(0,)), device)
+    with pytest.raises(TypeError, match="8-bit"):
+        replace(inputs, arena=inputs.arena.to(dtype)).run()
+    with pytest.raises(TypeError, match="8-bit"):
+        attention_stats(
+            torch.zeros(1, 2, 4), torch.zeros(3, 1, 4).to(dtype), torch.tensor([0]), 1.0, want=EVERYTHING
+        )
+
+
+def test_refusals_name_the_argument(device: torch.device) -> None:
+    inputs = make(Case(rows=(1,), owned=(3,), prefix=(0,)), device)
+    with pytest.raises(TypeError, match="float64"):
+        replace(inputs, queries=inputs.queries.double(), arena=inputs.arena.double()).run(backend="triton")
+    with pytest.raises(TypeError, match="expected the same"):
+        replace(inputs, queries=inputs.queries.bfloat16()).run()
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+        attention_stats(torch.zeros(1, 4, 4), torch.zeros(3, 3, 4), torch.tensor([0]), 1.0, want=EVERYTHING)
+    with pytest.raises(ValueError, match=r"row_index spans \[3, 3\]"):
+        attention_stats(torch.zeros(1, 3, 4), torch.zeros(3, 3, 4), torch.tensor([3]), 1.0, want=EVERYTHING)
+    with pytest.raises(ValueError, match="threshold"):
+        StatsRequest(density=0.0)
+    with pytest.raises(ValueError, match="backend 'cuda'"):
+        inputs.run(backend="cuda")
+    assert math.isfinite(inputs.scale)
