@@ -17,6 +17,7 @@ class Random(Scorer):
 
     needs: ClassVar[Needs] = Needs()
     query_aware: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
 
     seed: int = 0
 

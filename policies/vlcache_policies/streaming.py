@@ -26,6 +26,7 @@ class Recency(Scorer):
 
     needs: ClassVar[Needs] = Needs()
     query_aware: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         position = torch.arange(prompt.start, prompt.length, dtype=torch.float32, device=prompt.device)

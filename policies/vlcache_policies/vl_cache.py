@@ -39,6 +39,7 @@ class PostVision(Scorer):
     """
 
     query_aware: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
 
     rows: int = 0
     """At most this many voters, the latest ones; 0 = all.  The paper's speed study uses 50."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -166,7 +166,7 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
         return None
     if not isinstance(policy, str) or not policy.strip():
         raise ConfigError(f"--kv-policy must name a policy, got {policy!r}")
-    readers = {
+    readers: dict[str, Callable[[object], object]] = {
         "kv_budget": lambda value: KVBudget.parse(value),
         "kv_scope": _read_scope,
         "kv_min_tokens": _read_min_tokens,
@@ -176,7 +176,7 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
         "kv_budget_max": lambda value: _read_share("--kv-budget-max", value),
         "kv_allow_policies": _read_names,
     }
-    parsed = {name.removeprefix("kv_"): readers[name](value) for name, value in given.items()}
+    parsed: dict[str, Any] = {name.removeprefix("kv_"): readers[name](value) for name, value in given.items()}
     known = {f.name for f in fields(KVConfig)}
     assert set(parsed) <= known
     config = KVConfig(policy=policy.strip(), **parsed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -61,7 +60,6 @@ def device() -> torch.device:
 def compiled() -> bool:
     """False where the kernels are interpreted: then keep sizes small."""
     return COMPILED
-
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+
 from vlcache_kernels.attention_stats import (
     AttentionStats,
     ResidencyIndex,
@@ -78,9 +79,7 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         for rows, owned in zip(case.rows, case.owned, strict=True)
     ]
     # Planes may have kept different numbers of prefix cells: plane g has g fewer.
-    lengths = [
-        max(0, p - g) + o for g in range(case.planes) for p, o in zip(case.prefix, case.owned, strict=True)
-    ]
+    lengths = [max(0, p - g) + o for g in range(case.planes) for p, o in zip(case.prefix, case.owned, strict=True)]
     num_cells = sum(lengths) + 7
     cells = torch.randperm(num_cells, generator=rng)[: sum(lengths)].to(torch.int32)
     indptr = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -109,7 +108,7 @@ def run_tiled(inputs: Inputs, case: Case, want: StatsRequest = EVERYTHING, lse: 
         inputs.scale,
         want=want,
         lse=lse,
-        tile=tile,
+        tiles=(tile, tile),
         splits=case.splits,
     )
 
@@ -145,6 +144,7 @@ SMALL = [
     Case(rows=(2, 9), owned=(20, 11), prefix=(19, 1), heads=6, kv_heads=2, planes=2, splits=2),
     Case(rows=(4,), owned=(21,), prefix=(5,), heads=16, kv_heads=1),
     Case(rows=(50,), owned=(51,), prefix=(0,), heads=2, kv_heads=2, splits=4),
+    Case(rows=(129,), owned=(131,), prefix=(5,), heads=1, kv_heads=1),
     Case(rows=(3,), owned=(19,), prefix=(4,), heads=7, kv_heads=1, head_dim=80, dtype=torch.bfloat16),
     Case(rows=(3,), owned=(35,), prefix=(4,), heads=4, kv_heads=2, head_dim=64, dtype=torch.float16, splits=2),
     Case(rows=(3,), owned=(19,), prefix=(0,), heads=3, kv_heads=3, planes=3, head_dim=96, dtype=torch.bfloat16),
@@ -299,7 +299,9 @@ def test_reference_is_the_formula(tile_elements, rows, heads, kv_heads, owned, p
     def check(found: AttentionStats) -> None:
         for name, value in expected.items():
             torch.testing.assert_close(getattr(found, name).double(), value.double(), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found.density.double(), expected["kept"] / expected["visible"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            found.density.double(), expected["kept"].double() / expected["visible"], atol=1e-6, rtol=0
+        )
         torch.testing.assert_close(found.entropy.double(), expected["entropy_sum"] / rows, atol=1e-5, rtol=0)
 
     options = {"want": EVERYTHING, "prefix_keys": prefix_keys, "prefix_valid": valid}
@@ -329,9 +331,7 @@ def test_eight_bit_floats_are_refused(dtype: torch.dtype, device: torch.device) 
     with pytest.raises(TypeError, match="8-bit"):
         replace(inputs, arena=inputs.arena.to(dtype)).run()
     with pytest.raises(TypeError, match="8-bit"):
-        attention_stats(
-            torch.zeros(1, 2, 4), torch.zeros(3, 1, 4).to(dtype), torch.tensor([0]), 1.0, want=EVERYTHING
-        )
+        attention_stats(torch.zeros(1, 2, 4), torch.zeros(3, 1, 4).to(dtype), torch.tensor([0]), 1.0, want=EVERYTHING)
 
 
 def test_refusals_name_the_argument(device: torch.device) -> None:

@@ -152,7 +152,10 @@ def test_later_values_win(text, step, sink, floor):
         ("scorer=positions,allocator=x", "unknown allocator 'x'; choose from: equal, table"),
         ("toy:step=0", "scorer positions: step must be at least 1, got 0"),
         ("toy:floor=2", r"selection: floor must be in \[0, 1\]"),
-        ("scorer=no_rows,allocator=equal", "scorer no_rows: needs attention or queries, but names no rows"),
+        (
+            "scorer=no_rows,allocator=equal",
+            r"scorer no_rows of toy 1 \(entry point no_rows = m\): needs attention or queries, but names no rows",
+        ),
         ("scorer=all,allocator=equal", "the whole probability matrix of all rows"),
         ("scorer=positions,allocator=table,file=/nowhere", "allocator table: .*No such file"),
     ],

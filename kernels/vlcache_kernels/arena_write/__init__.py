@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 from vlcache_kernels.arena_write import naive
-from vlcache_kernels.checks import check_device, check_float, check_index, check_shape
+from vlcache_kernels.checks import Backend, check_device, check_float, check_index, check_shape, use_triton
 
 __all__ = ["arena_write"]
 
 
 def arena_write(
-    arena: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, residency: torch.Tensor
+    arena: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    residency: torch.Tensor,
+    *,
+    backend: Backend = "auto",
 ) -> None:
     """Write token t's K and V into the cells that its virtual slot has in one layer.
 
@@ -25,6 +31,7 @@ def arena_write(
         slots: `[T]` int32 or int64 virtual slots.
         residency: `[G, num_slots]` int32, the rows of this layer's planes (``residency[layer * G : (layer + 1) * G]``),
             ``G = K / heads_per_cell``.
+        backend: "auto" takes Triton on a GPU and the reference elsewhere.
     """
     check_shape("arena", arena, (None, 2, None, None))
     _, _, heads_per_cell, head_dim = arena.shape
@@ -40,4 +47,9 @@ def arena_write(
     if not arena.is_contiguous():
         raise ValueError("arena must be contiguous")
     check_device(arena.device, keys=keys, values=values, slots=slots, residency=residency)
-    naive.arena_write(arena, keys, values, slots, residency)
+    if use_triton(backend, arena.device) and tokens:
+        from vlcache_kernels.arena_write import triton
+
+        triton.arena_write(arena, keys, values, slots, residency)
+    else:
+        naive.arena_write(arena, keys, values, slots, residency)

@@ -38,8 +38,8 @@ def attention_stats(
 ) -> AttentionStats:
     """Statistics of one layer of one request from dense keys.
 
-    Plain torch on every device, the choice for a CPU; on a GPU see `batch_attention_stats`.  Reads the `P + m` keys once
-    per tile of rows; extra memory is one tile of logits.
+    Plain torch on every device, the choice for a CPU; on a GPU see `batch_attention_stats`.  Reads the `P + m` keys
+    once per tile of rows; extra memory is one tile of logits.
 
     Args:
         queries: `[R, H, D]` float, post-RoPE rows that vote.

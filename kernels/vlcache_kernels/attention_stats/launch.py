@@ -18,6 +18,8 @@ INTERPRETED = not isinstance(row_kernel, triton.JITFunction)
 # rows are split along the keys.
 TARGET_PROGRAMS = 264
 MAX_SPLITS = 64
+# Row blocks from which the search for the first row that sees a key costs less than the blocks that it leaves out.
+SKIP_FROM = 8
 
 
 class Tile(NamedTuple):
@@ -29,17 +31,26 @@ class Tile(NamedTuple):
     stages: int
 
 
-def default_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
-    """Starting values from shared-memory arithmetic, not tuned: no GPU was at hand when they were written.
+def row_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """Blocks of `row_kernel`, from the compiler's resource report for sm_90; not tuned: no GPU was at hand.
 
-    A key tile of 128 x 128 bf16 is 32 kB: three stages and the query tile stay below the 227 kB of a Hopper block.
-    Twice the head dim or element size halves the keys of a tile.
+    A key tile of 128 x 128 bf16 is 32 kB.  Three stages of it leave room for two blocks on a Hopper multiprocessor
+    (228 kB), and 128 rows at 8 warps need 128 registers per thread, which allows two as well.
     """
     rows = min(128, max(16, triton.next_power_of_2(packed_rows)))
-    width = triton.next_power_of_2(head_dim) * dtype.itemsize  # bytes of a key row
-    if dtype == torch.float32:  # no matrix instruction at full precision: the tile lives in registers
+    if dtype == torch.float32:  # no matrix instruction at full precision: more than this spills registers
+        return Tile(min(rows, 32), 32, 8, 2)
+    if head_dim > 128:
+        return Tile(min(rows, 64), 64, 4, 3)
+    return Tile(rows, 128, 8 if rows == 128 else 4, 3)
+
+
+def column_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """Blocks of `column_kernel`: fewer rows at a time, because it holds a tile of logits beside its keys."""
+    rows = min(64, max(16, triton.next_power_of_2(packed_rows)))
+    if dtype == torch.float32:
         return Tile(min(rows, 32), 32, 4, 2)
-    return Tile(min(rows, 64) if width > 256 else rows, 128 if width <= 256 else 64, 8 if rows == 128 else 4, 3)
+    return Tile(rows, 64 if head_dim > 128 else 128, 8 if rows == 64 else 4, 2)
 
 
 def batch_attention_stats(
@@ -52,12 +63,12 @@ def batch_attention_stats(
     *,
     want: StatsRequest,
     lse: torch.Tensor | None = None,
-    tile: Tile | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
     splits: int | None = None,
 ) -> BatchStats:
     """See `vlcache_kernels.attention_stats.batch_attention_stats`; no host synchronisation.
 
-    `tile` and `splits` override the heuristics, for tests and tuning.
+    `tiles` (of the row and the column kernel) and `splits` override the heuristics, for tests and tuning.
     """
     total_rows, num_heads, head_dim = queries.shape
     heads_per_cell = arena.shape[2]
@@ -65,7 +76,7 @@ def batch_attention_stats(
     num_kv_heads = (index.indptr.numel() - 1) // size * heads_per_cell
     group = num_heads // num_kv_heads
     packed = max(batch.rows) * group
-    tile = tile or default_tile(packed, head_dim, queries.dtype)
+    by_rows, by_columns = tiles or (f(packed, head_dim, queries.dtype) for f in (row_tile, column_tile))
     if queries.stride(2) != 1:
         queries = queries.contiguous()
     device = queries.device
@@ -83,25 +94,21 @@ def batch_attention_stats(
         "GROUP": group,
         "KV_HEADS": num_kv_heads,
         "HEADS_PER_CELL": heads_per_cell,
-        "BLOCK_M": tile.rows,
-        "num_warps": tile.warps,
     }
     reading: dict[str, Any] = {
         **shared,
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_N": tile.keys,
-        "num_stages": tile.stages,
         "UPCAST": INTERPRETED,
     }
     strides = (queries.stride(0), queries.stride(1))
     pointers = (row_index, batch.row_indptr, batch.owned_indptr)
 
     if row_lse is None or density or want.entropy:
-        row_blocks = max(1, triton.cdiv(packed, tile.rows))
+        row_blocks = max(1, triton.cdiv(packed, by_rows.rows))
         if splits is None:
             splits = triton.cdiv(TARGET_PROGRAMS, row_blocks * size * num_kv_heads)
-            splits = max(1, min(splits, MAX_SPLITS, triton.cdiv(batch.max_visible, 2 * tile.keys)))
+            splits = max(1, min(splits, MAX_SPLITS, triton.cdiv(batch.max_visible, 2 * by_rows.keys)))
         row_lse = new(num_heads, total_rows)
         parts = new(3, splits, num_heads, total_rows)
         row_kernel[(row_blocks, splits, size * num_kv_heads)](
@@ -117,6 +124,7 @@ def batch_attention_stats(
             splits,
             *strides,
             **reading,
+            **_options(by_rows),
             ENTROPY=want.entropy,
         )
         merge_kernel[(size, num_kv_heads)](
@@ -131,7 +139,9 @@ def batch_attention_stats(
             total_rows,
             size,
             splits,
-            **{**shared, "BLOCK_M": 64, "num_warps": 4},
+            **shared,
+            BLOCK_M=64,
+            num_warps=4,
             BLOCK_SPLITS=triton.next_power_of_2(splits),
             ENTROPY=want.entropy,
         )
@@ -147,7 +157,7 @@ def batch_attention_stats(
         base[1:] = torch.tensor(sizes).cumsum(0)[:-1]
     if want.columns or density:
         columns = batch.max_visible if density else max(batch.owned)
-        column_kernel[(triton.cdiv(columns, tile.keys), num_kv_heads, size)](
+        column_kernel[(triton.cdiv(columns, by_columns.keys), num_kv_heads, size)](
             queries,
             arena,
             index.indptr,
@@ -168,12 +178,15 @@ def batch_attention_stats(
             size,
             *strides,
             **reading,
+            **_options(by_columns),
             SUM=want.column_sum,
             SQUARE=want.column_square_sum,
             MAX=want.column_max,
             DENSITY=density,
             PROBABILITIES=want.probabilities,
             GIVEN_LSE=lse is not None,
+            SKIP=packed >= SKIP_FROM * by_columns.rows and not want.probabilities,
+            BLOCK_R=256,
         )
     return BatchStats(
         batch,
@@ -190,3 +203,7 @@ def batch_attention_stats(
         if want.probabilities
         else None,
     )
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}

@@ -227,12 +227,15 @@ def column_kernel(
     DENSITY: tl.constexpr,
     PROBABILITIES: tl.constexpr,
     GIVEN_LSE: tl.constexpr,
+    SKIP: tl.constexpr,  # look for the first row that sees a key of the block: worth it with many rows
+    BLOCK_R: tl.constexpr,  # rows per step of that search
     UPCAST: tl.constexpr,
 ):
     """One program: BLOCK_N keys of one (request, KV head), loaded once, against all packed rows in turn.
 
     Keys are the rows of the product, so that the reduction over queries stays within a warp.  Without DENSITY the
-    prefix is skipped.  Row blocks that end before the first key are skipped: half of the work when all rows vote.
+    prefix is left out.  With SKIP, row blocks before the first row that sees a key of the block are left out: half of
+    the work when all rows vote.  The loop has no branch, so that loads of queries run ahead.
     """
     kv_head = tl.program_id(1)
     b = tl.program_id(2)
@@ -264,48 +267,55 @@ def column_kernel(
     acc_square = tl.zeros([BLOCK_N], tl.float32)
     acc_max = tl.zeros([BLOCK_N], tl.float32)
     acc_kept = tl.zeros([BLOCK_N], tl.int32)
-    for packed in range(0, rows * GROUP, BLOCK_M):
+    first_row = 0
+    if SKIP:
+        first_row = rows
+        for r in range(0, rows, BLOCK_R):
+            row = r + tl.arange(0, BLOCK_R)
+            limit = tl.load(row_index + row_begin + row, mask=row < rows, other=-1).to(tl.int32) + prefix
+            sees = (row < rows) & (limit >= start)
+            first_row = tl.minimum(first_row, tl.min(tl.where(sees, row, rows), 0))
+    for packed in range(first_row * GROUP // BLOCK_M * BLOCK_M, rows * GROUP, BLOCK_M):
         p = packed + tl.arange(0, BLOCK_M)
         inside = p < rows * GROUP
         row = row_begin + p // GROUP
         head = kv_head * GROUP + p % GROUP
         limit = tl.load(row_index + row, mask=inside, other=-1).to(tl.int32) + prefix
         limit = tl.where(inside, limit, -1)
-        if PROBABILITIES or tl.max(limit, 0) >= start:
-            q = tl.load(
-                queries + row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
-                mask=inside[:, None] & (d < D)[None, :],
-                other=0.0,
+        q = tl.load(
+            queries + row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :],
+            mask=inside[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            q = q.to(tl.float32)
+        logit = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2  # [BLOCK_N, BLOCK_M]
+        visible = (pos[:, None] <= limit[None, :]) & (pos < n)[:, None]
+        logit = tl.where(visible, logit, float("-inf"))
+        at = head.to(tl.int64) * total_rows + row
+        lse = tl.load(row_lse + at, mask=inside, other=float("inf"))
+        if GIVEN_LSE:
+            lse = lse * 1.4426950408889634  # log2(e)
+        weight = tl.exp2(logit - lse[None, :])
+        if SUM:
+            acc_sum += tl.sum(weight, 1)
+        if SQUARE:
+            acc_square += tl.sum(weight * weight, 1)
+        if MAX:
+            acc_max = tl.maximum(acc_max, tl.max(weight, 1))
+        if DENSITY:
+            high = tl.load(row_max + at, mask=inside, other=float("inf"))
+            # At p = 1 the maximum itself must count: both launches may round it differently by some ulps.
+            slack = tl.abs(high) * 1e-6
+            passes = visible & (logit >= (high + log2_threshold - slack)[None, :])
+            acc_kept += tl.sum(passes.to(tl.int32), 1)
+        if PROBABILITIES:
+            base = tl.load(probability_base + b) + (head.to(tl.int64) * rows + p // GROUP) * owned
+            tl.store(
+                probabilities + base[None, :] + (pos - prefix)[:, None],
+                weight,
+                mask=inside[None, :] & ((pos >= prefix) & (pos < n))[:, None],
             )
-            if UPCAST:
-                q = q.to(tl.float32)
-            logit = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2  # [BLOCK_N, BLOCK_M]
-            visible = (pos[:, None] <= limit[None, :]) & (pos < n)[:, None]
-            logit = tl.where(visible, logit, float("-inf"))
-            at = head.to(tl.int64) * total_rows + row
-            lse = tl.load(row_lse + at, mask=inside, other=float("inf"))
-            if GIVEN_LSE:
-                lse = lse * 1.4426950408889634  # log2(e)
-            weight = tl.exp2(logit - lse[None, :])
-            if SUM:
-                acc_sum += tl.sum(weight, 1)
-            if SQUARE:
-                acc_square += tl.sum(weight * weight, 1)
-            if MAX:
-                acc_max = tl.maximum(acc_max, tl.max(weight, 1))
-            if DENSITY:
-                high = tl.load(row_max + at, mask=inside, other=float("inf"))
-                # At p = 1 the maximum itself must count: both launches may round it differently by some ulps.
-                slack = tl.abs(high) * 1e-6
-                passes = visible & (logit >= (high + log2_threshold - slack)[None, :])
-                acc_kept += tl.sum(passes.to(tl.int32), 1)
-            if PROBABILITIES:
-                base = tl.load(probability_base + b) + (head.to(tl.int64) * rows + p // GROUP) * owned
-                tl.store(
-                    probabilities + base[None, :] + (pos - prefix)[:, None],
-                    weight,
-                    mask=inside[None, :] & ((pos >= prefix) & (pos < n))[:, None],
-                )
     out = kv_head.to(tl.int64) * total_owned + owned_begin + pos - prefix
     mine = (pos >= prefix) & (pos < n)
     if SUM:

@@ -1,4 +1,4 @@
-"""Residency index in plain torch: the reference, and the implementation on a CPU."""
+"""Residency index in plain torch: the reference, and what runs on a CPU."""
 
 from __future__ import annotations
 
@@ -37,3 +37,34 @@ def residency_index(
     target = (kept.cumsum(1) - 1)[layer, source]
     indices[layer, target] = cells[layer, source].to(torch.int32)
     return ResidencyIndex(indptr, indices)
+
+
+def append_tokens(
+    previous: ResidencyIndex,
+    slots: torch.Tensor,
+    source: torch.Tensor,
+    residency: torch.Tensor,
+    planes: range,
+    group: int,
+) -> ResidencyIndex:
+    """See `vlcache_kernels.residency_index.append_tokens`."""
+    lists, batch = len(planes) // group, slots.numel()
+    old_batch = (previous.indptr.shape[1] - 1) // group
+    new = residency[planes.start : planes.stop].index_select(1, slots.to(torch.int64)).view(lists, group * batch)
+    old = (torch.arange(group, device=slots.device)[:, None] * old_batch + source).view(-1).tolist()
+    old_indptr, new_cells = previous.indptr.tolist(), new.tolist()
+    found = []
+    for number in range(lists):
+        segments = []
+        for q, cell in zip(old, new_cells[number], strict=True):
+            begin, end = old_indptr[number][q : q + 2]
+            added = new.new_tensor([cell] if cell >= 0 else [])
+            segments.append(torch.cat([previous.indices[number, begin:end], added]))
+        found.append(segments)
+    sizes = torch.tensor([[segment.numel() for segment in segments] for segments in found])
+    out = ResidencyIndex.allocate(lists, group * batch, int(sizes.sum(1).max()), slots.device)
+    out.indptr[:, 1:] = sizes.cumsum(1)
+    for number, segments in enumerate(found):
+        joined = torch.cat(segments)
+        out.indices[number, : joined.numel()] = joined
+    return out

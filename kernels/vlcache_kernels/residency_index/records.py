@@ -8,9 +8,21 @@ import torch
 
 
 class ResidencyIndex(NamedTuple):
-    """Ragged lists of resident cells, one row per plane (per layer where planes are joined), `B` requests each."""
+    """Ragged lists of resident cells, one per plane (per layer where planes are joined), `Q` segments each."""
 
     indptr: torch.Tensor
-    """`[planes, B + 1]` int32: request b of plane p owns ``indices[p, indptr[p, b] : indptr[p, b + 1]]``."""
+    """`[lists, Q + 1]` int32: segment q of list p owns ``indices[p, indptr[p, q] : indptr[p, q + 1]]``."""
     indices: torch.Tensor
-    """`[planes, total]` int32: resident cells in sequence order; what lies after `indptr[p, B]` is 0 (padding cell)."""
+    """`[lists, capacity]` int32: resident cells in sequence order; what lies after `indptr[p, Q]` is undefined."""
+
+    def at(self, number: int) -> ResidencyIndex:
+        """One list: `indptr` `[Q + 1]`, `indices` `[capacity]`; views."""
+        return ResidencyIndex(self.indptr[number], self.indices[number])
+
+    @classmethod
+    def allocate(cls, lists: int, segments: int, capacity: int, device: torch.device | str) -> ResidencyIndex:
+        """Buffers to be filled later, at fixed addresses (CUDA graphs); empty segments until then."""
+        return cls(
+            torch.zeros(lists, segments + 1, dtype=torch.int32, device=device),
+            torch.zeros(lists, capacity, dtype=torch.int32, device=device),
+        )

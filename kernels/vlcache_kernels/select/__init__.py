@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from vlcache_kernels.checks import check_device, check_index, check_shape
+from vlcache_kernels.checks import Backend, check_device, check_index, check_shape, use_triton
 from vlcache_kernels.select import naive
 from vlcache_kernels.select.records import Selection
 
@@ -20,16 +20,18 @@ def select(
     *,
     tiers: torch.Tensor | None = None,
     cells: torch.Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Selection:
     """Keep the `k[p]` first tokens of plane p in the order (tier, score, position).
 
     Args:
         scores: `[planes, m]` float32, higher = keep, no NaN.
         k: `[planes]` int, tokens to keep, clamped to `[0, m]`; stays on the device.
-        tiers: `[m]` or `[planes, m]` int8 in [0, 127], higher is kept first whatever the scores (for instance 2 = sink
+        tiers: `[m]` or `[planes, m]` int8 in [0, 15], higher is kept first whatever the scores (for instance 2 = sink
             and recent tokens, 1 = text, 0 = vision); None means all 0.  A tier larger than `k` is cut by score.
         cells: `[planes, m]` int32, the cell of each token, -1 where there is none; evicted cells are then compacted
             into a free list.
+        backend: "auto" takes Triton on a GPU and the reference elsewhere.
 
     Returns:
         Fields as documented in `Selection`.
@@ -44,8 +46,16 @@ def select(
         check_shape("tiers", tiers, (owned,) if tiers.dim() == 1 else (planes, owned))
         if tiers.dtype != torch.int8:
             raise TypeError(f"tiers is {tiers.dtype}, expected int8")
+        if owned and not tiers.is_cuda:  # on a GPU this would wait for the stream
+            low, high = int(tiers.min()), int(tiers.max())
+            if low < 0 or high > 15:
+                raise ValueError(f"tiers span [{low}, {high}], expected [0, 15]")
     if cells is not None:
         check_shape("cells", cells, (planes, owned))
         check_index("cells", cells)
     check_device(scores.device, k=k, tiers=tiers, cells=cells)
+    if use_triton(backend, scores.device) and planes and owned:
+        from vlcache_kernels.select import triton
+
+        return triton.select(scores, k, tiers, cells)
     return naive.select(scores, k, tiers, cells)

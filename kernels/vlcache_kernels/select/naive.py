@@ -1,4 +1,4 @@
-"""Selection in plain torch: the reference, and the implementation on a CPU."""
+"""Selection in plain torch: the reference, and what runs on a CPU."""
 
 from __future__ import annotations
 

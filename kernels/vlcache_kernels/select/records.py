@@ -17,6 +17,6 @@ class Selection(NamedTuple):
     counts: torch.Tensor
     """`[planes]` int32: tokens kept, `k` clamped to `[0, m]`."""
     freed: torch.Tensor | None = None
-    """`[planes * m]` int32: cells of evicted tokens, by plane, in sequence order, then 0.  None without `cells`."""
+    """`[planes * m]` int32: cells of evicted tokens, by plane, in sequence order.  None without `cells`."""
     num_freed: torch.Tensor | None = None
-    """`[1]` int32: valid entries of `freed`."""
+    """`[1]` int32: valid entries of `freed`; the rest is undefined."""

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from vlcache_sgl.budget import water_fill
+
 
 class Span(NamedTuple):
     """Half-open range of prompt positions."""
@@ -29,6 +31,8 @@ class Rotary(Protocol):
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False) -> torch.Tensor:
         """`x` `[..., T, D]` rotated to `positions` `[T]` (text) or `[3, T]` (M-RoPE); same dtype."""
         ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Prompt:
     def owned(self) -> int:
         """`m`, tokens that may be evicted."""
         return self.length - self.start
+
+    @property
+    def owned_vision(self) -> int:
+        """Owned tokens that came from an image or a video."""
+        return sum(max(end - self.start, 0) - max(begin - self.start, 0) for begin, end in self.vision)
 
     def is_vision(self) -> torch.Tensor:
         """`[m]` bool: owned tokens that came from an image or a video."""
@@ -134,6 +143,4 @@ class Budget:
         Every layer gets ``clip(scale * weight, lo, hi)`` with the one `scale` that makes the sum `total` (water
         filling); fractions are rounded by largest remainder, ties to the lower layer.  The sum is exact.
         """
-        from vlcache_sgl.budget import water_fill
-
         return water_fill(weights, total=self.total, lo=self.lo, hi=self.hi)

@@ -21,7 +21,7 @@ from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
 from vlcache_sgl.policy.checks import needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
-from vlcache_sgl.policy.manager import Registry, registry
+from vlcache_sgl.policy.manager import Provider, Registry, registry
 from vlcache_sgl.policy.spec import Owner, assign, parse
 
 
@@ -98,7 +98,10 @@ class Policy:
         Raises:
             PolicyError: with the reason.
         """
-        parts = {f"scorer {self.scorer_name}": self.scorer, f"allocator {self.allocator_name}": self.allocator}
+        parts: dict[str, Scorer | Allocator] = {
+            f"scorer {self.scorer_name}": self.scorer,
+            f"allocator {self.allocator_name}": self.allocator,
+        }
         for name, part in parts.items():
             if part.needs.rotary and model.rotary is None:
                 raise PolicyError(f"{name} needs the model's rotary embedding, which is not known for this model")
@@ -188,7 +191,10 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         is_last = number == len(layers) - 1
         for role, given in assign(settings, owners, from_request=from_request and is_last).items():
             values[role].update(given)
-    built = _build(owners[0], values["scorer"]), _build(owners[1], values["allocator"])
+    built = (
+        _build(owners[0], values["scorer"], scorer.provider),
+        _build(owners[1], values["allocator"], allocator.provider),
+    )
     if problem := pair_problem(*built):
         raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
     return Policy(
@@ -197,25 +203,30 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         scorer=built[0],
         allocator_name=allocator_name,
         allocator=built[1],
-        selection=_build(owners[2], values["selection"], base=selection),
+        selection=_select(selection, values["selection"]),
         providers=(_release(scorer.provider), _release(allocator.provider)),
     )
 
 
-def _build(owner: Owner, values: Mapping[str, Any], base: Any = None) -> Any:
+def _build(owner: Owner, values: Mapping[str, Any], provider: Provider) -> Any:
     try:
-        built = owner.factory(**values) if base is None else dataclasses.replace(base, **values)
+        built = owner.factory(**values)
     except Exception as error:  # the class may be a stranger's
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise PolicyError(f"{owner.title}: {kind}{error}") from error
-    if owner.role == "selection":
-        return built
     if problem := needs_problem(built):
-        raise PolicyError(f"{owner.title}: {problem}")
+        raise PolicyError(f"{owner.title} of {provider}: {problem}")
     return built
 
 
-def _release(provider: Any) -> str:
+def _select(base: Selection, values: Mapping[str, Any]) -> Selection:
+    try:
+        return dataclasses.replace(base, **values)
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"selection: {error}") from error
+
+
+def _release(provider: Provider) -> str:
     return f"{provider.distribution} {provider.version}"
 
 

@@ -13,7 +13,7 @@ from vlcache_sgl.runtime.arena import KVArena
 from vlcache_sgl.runtime.residency import Eviction
 
 FULL_CHECK_ENTRIES = 4_000_000
-"""Residency tables up to this size are recounted whenever SGLang is idle; larger ones only have their totals checked."""
+"""Residency tables up to this size are recounted whenever SGLang is idle; of larger ones only totals are checked."""
 
 
 class VirtualSlotAllocator(TokenToKVPoolAllocator):
@@ -177,8 +177,8 @@ class CellPrefillBudget(PrefillBudget):
         self._parked = False
 
     def _available_and_evictable(self) -> int:
-        virtual: int = super()._available_and_evictable()
-        return min(virtual, self.allocator.evictable_physical_tokens())
+        physical: int = self.allocator.evictable_physical_tokens()
+        return min(int(super()._available_and_evictable()), physical)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         """What of a continuing prompt fits now; None parks it until running requests have given memory back."""
@@ -190,7 +190,7 @@ class CellPrefillBudget(PrefillBudget):
         return None
 
     def has_capacity(self) -> bool:
-        return not self._parked and super().has_capacity()
+        return not self._parked and bool(super().has_capacity())
 
     def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
         return (False, None) if self._parked else super().check_prefill(**request)

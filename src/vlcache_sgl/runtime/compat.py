@@ -31,6 +31,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("radix_cache_backend", bool, "the prefix tree must be SGLang's own"),
     ("enable_streaming_session", bool, "sessions keep rows outside the prefix tree"),
     ("enable_session_radix_cache", bool, "sessions keep rows outside the prefix tree"),
+    ("enable_dp_attention", bool, "ranks of one group would serve different requests"),
     ("dllm_algorithm", bool, "diffusion models rewrite their KV cache"),
     ("is_embedding", bool, "there is no decode to compress for"),
     ("prefill_only_disable_kv_cache", bool, "there is no KV cache"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 
-
 import torch
 
 from vlcache_sgl.api import Prompt
@@ -113,8 +112,9 @@ class Compressor:
         shared = 0 if prefix is None else prefix.shape[0] - earlier
         owned = keys if prefix is None or earlier == 0 else torch.cat([prefix[shared:, 0], keys])
         owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+        before = prefix[:shared, 0] if prefix is not None and shared else None
         try:
-            scoring.observe(layer, begin, queries, owned, prefix[:shared, 0] if shared and prefix is not None else None, scale)
+            scoring.observe(layer, begin, queries, owned, before, scale)
         except Exception as error:
             self.fail(job, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
@@ -144,7 +144,7 @@ class Compressor:
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
 
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
-        prompt = scoring.prompt
+        prompt = scoring.final_prompt()
 
         def keys_values(layer: int) -> torch.Tensor:
             assert self.allocator is not None
@@ -177,5 +177,3 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(kept) / (seen * len(kept)), 4),
         )
-
-

@@ -103,4 +103,3 @@ FLAG_POINTS = (
     PatchPoint("sglang.srt.managers.scheduler:Scheduler.__init__", "around", start_scheduler, "starting compression"),
 )
 """All that is patched without --kv-policy; each of these does nothing then."""
-

@@ -146,7 +146,10 @@ class Residency:
         return int(self.slot_cells[slots].sum())
 
     def check_integrity(self) -> list[str]:
-        """Recount everything; returns what is wrong, empty when nothing is.  Reads the whole table: not for hot paths."""
+        """Recount everything; returns what is wrong, empty when nothing is.
+
+        Reads the whole table: not for hot paths.
+        """
         problems: list[str] = []
         mapped = self.table[:, 1:]
         resident = mapped[mapped >= 0].to(torch.int64)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from vlcache_kernels.attention_stats import AttentionStats, StatsRequest, attention_stats
 
+from vlcache_kernels.attention_stats import AttentionStats, StatsRequest, attention_stats
 from vlcache_sgl.api import LayerView, Needs, Prompt, Rows
 from vlcache_sgl.prompt import select_rows
 
@@ -42,6 +42,7 @@ class Scoring:
         self.end = prompt.start
         """Prompt positions seen so far."""
         self._groups: dict[Rows, RowGroup] = {}
+        self._positions: list[torch.Tensor] | None = [] if any(need.queries for need in needs) else None
         for need in needs:
             if need.rows.kind == "none" or not (need.reads_attention or need.queries):
                 continue
@@ -60,6 +61,17 @@ class Scoring:
             else:
                 known.want = _union(known.want, want)
                 known.queries = known.queries or need.queries
+
+    def add_positions(self, positions: torch.Tensor) -> None:
+        """Rotary positions of the next chunk's tokens, `[t]` or `[3, t]`; kept only where a policy needs queries."""
+        if self._positions is not None:
+            self._positions.append(positions)
+
+    def final_prompt(self) -> Prompt:
+        """The prompt, with the rotary positions of its owned tokens if a policy needs them."""
+        if not self._positions:
+            return self.prompt
+        return replace(self.prompt, positions=torch.cat(self._positions, dim=-1)[..., : self.prompt.owned])
 
     def rows_in(self, begin: int, end: int) -> bool:
         """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""

@@ -17,7 +17,7 @@ from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of, vision_spans
-
+from vlcache_sgl.runtime.rotary import model_rotary
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
@@ -173,6 +173,7 @@ class Session:
                 num_kv_heads=int(model.get_total_num_kv_heads()),
                 head_dim=int(model.head_dim),
                 device=torch.device(model_runner.device),
+                rotary=model_rotary(model_runner.model),
             ),
             HeadGather(group, rank, size),
             self.counters,
@@ -195,6 +196,9 @@ class Session:
     def admit_request(self, scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
         """Before a request is queued: decide whether and how it will be compressed."""
         if job_of(req) is not None or getattr(req, "to_finish", None) is not None:
+            return
+        if (req.sampling_params.beam_width or 1) > 1:
+            req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
             return
         try:
             choice = self.choices.select(getattr(req.sampling_params, "custom_params", None))
@@ -225,10 +229,14 @@ class Session:
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
         jobs: list[CompressionJob | None] = []
+        first = 0
         for req, begin, count in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             job = job_of(req) if id(req) not in decoding else None
             if job is not None:
                 self.compressor.begin_chunk(job, int(begin), int(begin) + int(count))
+                if job.scoring is not None:
+                    job.scoring.add_positions(_positions(forward_batch, first, int(count)))
+            first += int(count)
             jobs.append(job if job is not None and not job.done else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
@@ -285,6 +293,13 @@ class Session:
     def add_state(self, output: Any, *_: Any, **__: Any) -> None:
         """After SGLang has collected its internal state."""
         output.internal_state["kv_policy"] = self.state()
+
+
+def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:
+    """Rotary positions of `count` tokens of the batch, `[count]` or `[3, count]`."""
+    mrope = forward_batch.mrope_positions
+    positions: torch.Tensor = forward_batch.positions if mrope is None else mrope
+    return positions[..., first : first + count]
 
 
 def _report(req: Any, report: dict[str, Any]) -> None:

@@ -93,9 +93,7 @@ class ResidencyBackend(AttentionBackend):
             prefix = valid = None
             if request.prefix is not None:
                 prefix, valid = prefix_keys_values(self._gather, request.prefix, planes)
-            output[part] = torch_provider.extend(
-                queries[part], keys[part], values[part], prefix, valid, layer.scaling
-            )
+            output[part] = torch_provider.extend(queries[part], keys[part], values[part], prefix, valid, layer.scaling)
             if request.observed is not None:
                 self.compressor.observe(
                     request.observed, layer.layer_id, request.begin, queries[part], keys[part], prefix, layer.scaling

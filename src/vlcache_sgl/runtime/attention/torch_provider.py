@@ -85,9 +85,7 @@ def extend(
         seen = torch.arange(prefix.shape[0], device=q.device)[None] < prefix_valid[:, None]
         mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
         mask = mask[:, None, None, :].expand(-1, group, tokens, -1)
-    old, old_lse = _flash(
-        q, _shared(prefix[:, 0], group), _shared(prefix[:, 1], group), scale, causal=False, mask=mask
-    )
+    old, old_lse = _flash(q, _shared(prefix[:, 0], group), _shared(prefix[:, 1], group), scale, causal=False, mask=mask)
     weight = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)
     merged = torch.lerp(own.float(), old.float(), weight).to(queries.dtype)
     return merged.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim)
@@ -136,7 +134,7 @@ def decode(queries: torch.Tensor, index: DecodeIndex, planes: slice, gather: Gat
         whole = members.numel() == queries.shape[0]
         length = widest if whole else int(counts[:, members].max())
         share = max(1, GATHER_BYTES // max(1, length * groups * gather.cell_bytes))
-        for part in members.split(share):
+        for part in torch.split(members, share):
             every = part.numel() == queries.shape[0]
             cells = index.cells[planes, :, :length] if every else index.cells[planes, part, :length]
             used = counts if every else counts[:, part]
@@ -168,5 +166,3 @@ def _attend(
         q, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), attn_mask=mask, scale=scale
     )
     return out.view(groups, batch, heads * per_head, dim).transpose(0, 1).reshape(batch, num_heads, dim)
-
-

@@ -1,0 +1,47 @@
+"""The `vlcache` command: a table of subcommands, each a module with a `main(argv)` that is imported when asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlcache_sgl._version import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    module: str
+    """Has ``main(argv: Sequence[str] | None) -> int``; its parser calls itself ``vlcache NAME``."""
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
+    "policies": Command("vlcache_sgl.cli.policies", "list the installed policies, or explain one"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    listed = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="vlcache",
+        description="KV-cache compression for vision-language models in SGLang.",
+        epilog=f"commands:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vlcache-sgl {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `vlcache COMMAND --help`")
+    given = parser.parse_args(argv)
+    run = importlib.import_module(COMMANDS[given.command].module).main
+    return int(run(given.arguments) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
