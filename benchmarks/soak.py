@@ -28,7 +28,7 @@ FLAGS = (
     *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "6144"),
     *("--max-running-requests", "16", "--schedule-conservativeness", "0.3", "--skip-server-warmup"),
 )
-TROUBLE = re.compile(r"leak detected|Traceback|Scheduler hit an exception", re.IGNORECASE)
+TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

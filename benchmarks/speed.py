@@ -95,10 +95,10 @@ def measure(server: ServerProcess, point: Point, repeat: int) -> dict[str, Any]:
 def tokens_held(lines: Sequence[Timeline], before: dict[str, Any], after: dict[str, Any]) -> float:
     """Tokens per layer that one prompt holds, averaged over layers and requests."""
     prompt_tokens = statistics.mean(int(line.meta["prompt_tokens"]) for line in lines)
-    if not after or not (layers := len(after["kept_by_layer"])):
+    if not after:
         return prompt_tokens
     seen, kept = _gain(before, after, "cells_seen"), _gain(before, after, "cells_kept")
-    return prompt_tokens - (seen - kept) / (layers * len(lines))
+    return prompt_tokens - (seen - kept) / (after["cells_per_token"] * len(lines))
 
 
 def _gain(before: dict[str, Any], after: dict[str, Any], key: str) -> float:

@@ -32,21 +32,21 @@ class Ladder(Scorer):
     query_aware: ClassVar[bool] = False
     comparable: ClassVar[bool] = True
 
-    span: int = 0
-    """Layers that keep the same token; 0 = half of the model's (the paper has 16 of 32)."""
+    rung: int = 0
+    """Neighbouring layers that keep the same token, the paper's span; 0 = half of them (the paper: 16 of 32)."""
     overlap: int = 0
-    """Layers of a span shared with the next one."""
+    """Layers of a rung shared with the next one."""
     first: int = 4
     """Leading tokens that are never cut.  The paper has 128, for streams of a million tokens."""
 
     def __post_init__(self) -> None:
-        if min(self.span, self.overlap, self.first) < 0 or (self.span and self.overlap >= self.span):
-            raise ValueError("span, overlap and first must be at least 0, overlap less than span")
+        if min(self.rung, self.overlap, self.first) < 0 or (self.rung and self.overlap >= self.rung):
+            raise ValueError("rung, overlap and first must be at least 0, overlap less than rung")
 
     def check(self, model: Prompt) -> None:
-        """Raises ValueError when `overlap` is not below the span that the model gets."""
-        if self.overlap >= self._span(model):
-            raise ValueError(f"overlap {self.overlap} must be less than the span of {self._span(model)} layers")
+        """Raises ValueError when `overlap` is not below the rung that the model gets."""
+        if self.overlap >= self._rung(model):
+            raise ValueError(f"overlap {self.overlap} must be less than the rung of {self._rung(model)} layers")
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         self.check(prompt)
@@ -55,7 +55,7 @@ class Ladder(Scorer):
 
     def order(self, length: int, layer: int, model: Prompt) -> torch.Tensor:
         """`[length]` int64: the group in which a token is cut; survivors have the highest numbers, by recency."""
-        span = self._span(model)
+        span = self._rung(model)
         group = 1 + max(0, math.ceil((model.num_layers - span) / (span - self.overlap)))
         spared = min(math.ceil(span / (span - self.overlap)), group)
         step = layer % (group - spared + 1)
@@ -74,8 +74,8 @@ class Ladder(Scorer):
         cut_at[: self.first] = clock + length
         return cut_at
 
-    def _span(self, model: Prompt) -> int:
-        return self.span or max(1, model.num_layers // 2)
+    def _rung(self, model: Prompt) -> int:
+        return self.rung or max(1, model.num_layers // 2)
 
 
 @hookimpl

@@ -43,7 +43,8 @@ class EqualMass(Allocator):
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         mass = torch.stack([declared(layer.column_sum).mean(0) for layer in layers]).double()
         mass = mass.sort(dim=1, descending=True).values
-        share = mass / mass.sum(1, keepdim=True).clamp(min=1e-30)
+        # On the CPU: a running sum on a GPU may differ in the last digit from rank to rank.
+        share = (mass / mass.sum(1, keepdim=True).clamp(min=1e-30)).cpu()
         # Token i of a layer is needed as soon as the common share exceeds what the i tokens before it hold.
         needed_above = (share.cumsum(1) - share).clamp(min=0)
         needed_above[:, : budget.lo] = -1.0

@@ -48,9 +48,10 @@ class MassTarget(Allocator):
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         mass = torch.stack([declared(layer.column_sum).mean(0) for layer in layers]).double()
         mass = mass / torch.arange(prompt.owned, 0, -1, device=mass.device)
-        held = mass.sort(dim=1, descending=True).values.cumsum(1)
-        reached = held < self.tau * mass.sum(1, keepdim=True)
-        tokens = (reached.sum(1) + 1).clamp(min=budget.lo, max=budget.hi).cpu()
+        # On the CPU: a running sum on a GPU may differ in the last digit from rank to rank.
+        mass = mass.sort(dim=1, descending=True).values.cpu()
+        short_of_it = mass.cumsum(1) < self.tau * mass.sum(1, keepdim=True)
+        tokens = (short_of_it.sum(1) + 1).clamp(min=budget.lo, max=budget.hi)
         return tokens if int(tokens.sum()) <= budget.total else budget.distribute(tokens)
 
 

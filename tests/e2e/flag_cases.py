@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
     warnings.simplefilter("ignore")
-    import sglang.srt.plugins
-    import sglang.srt.server_args  # noqa: F401  what all cases need, loaded once
+    import sglang.launch_server
+    import sglang.srt.entrypoints.engine  # noqa: F401  what all cases need, loaded once
 
     print(json.dumps([run(case) for case in cases]))

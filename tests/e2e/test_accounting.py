@@ -14,7 +14,7 @@ TEMPLATE = 8
 
 
 def num_layers(state: dict[str, Any]) -> int:
-    return len(state["kept_by_layer"])
+    return int(state["cells_per_token"])
 
 
 def gained(before: dict[str, Any], after: dict[str, Any], key: str) -> int:

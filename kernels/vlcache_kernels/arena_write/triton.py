@@ -18,7 +18,7 @@ MAX_WIDTH = 1024
 
 
 @triton.jit
-def write_kernel(
+def store_kernel(
     arena,  # out [num_cells, 2, heads_per_cell, D], contiguous
     keys,  # [T, K, D], element strides stride_kt, D, 1
     values,  # [T, K, D], element strides stride_vt, D, 1
@@ -60,7 +60,7 @@ def arena_write(
     width = heads_per_cell * head_dim
     block_w = min(MAX_WIDTH, triton.next_power_of_2(width))
     block_t = max(1, min(BLOCK_ELEMENTS // block_w, triton.next_power_of_2(tokens)))
-    write_kernel[(triton.cdiv(tokens, block_t), residency.shape[0], triton.cdiv(width, block_w))](
+    store_kernel[(triton.cdiv(tokens, block_t), residency.shape[0], triton.cdiv(width, block_w))](
         arena,
         keys,
         values,

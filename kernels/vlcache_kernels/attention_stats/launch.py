@@ -39,7 +39,7 @@ def row_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
     """
     rows = min(128, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:  # no matrix instruction at full precision: more than this spills registers
-        return Tile(min(rows, 32), 32, 8, 2)
+        return Tile(min(rows, 32), 32, 8, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
     if head_dim > 128:
         return Tile(min(rows, 64), 64, 4, 3)
     return Tile(rows, 128, 8 if rows == 128 else 4, 3)

@@ -142,7 +142,8 @@ def ask(server: ServerProcess, client: Client, task: Task) -> Row:
     before = server.kv_policy()
     answer = client.ask(task.question, task.image, max_tokens=16)
     after = server.kv_policy()
-    seen, kept = (_difference(before, after, key) for key in ("seen_by_layer", "kept_by_layer"))
+    layers = int(after["cells_per_token"])
+    seen, kept = (_difference(before, after, key, layers) for key in ("seen_by_layer", "kept_by_layer"))
     # What was not offered to the policy (too short, or budget 1.0) is held in full.
     held = tuple(k + answer.new_tokens - s for s, k in zip(seen, kept, strict=True))
     return Row(
@@ -227,8 +228,10 @@ def _right(pairs: Sequence[tuple[Row, Row]]) -> str:
     return f"({ours} right; {whole} right with the full cache)"
 
 
-def _difference(before: dict[str, Any], after: dict[str, Any], key: str) -> tuple[int, ...]:
-    return tuple(b - a for a, b in zip(before[key], after[key], strict=True))
+def _difference(before: dict[str, Any], after: dict[str, Any], key: str, layers: int) -> tuple[int, ...]:
+    """Per layer; the lists are empty until something has been compressed."""
+    nothing = [0] * layers
+    return tuple(b - a for a, b in zip(before[key] or nothing, after[key] or nothing, strict=True))
 
 
 def _own_task(path: str, question: str) -> Task:

@@ -1,13 +1,15 @@
 """The platform class: what SGLang asks about its device, answered for a processor.
 
-Import it after SGLang only: SGLang looks for its platform while it is being imported.
+Import SGLang before it: SGLang looks for its platform while it is being imported, and finds half of this module.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+import psutil
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -16,11 +18,13 @@ from sglang.srt.platforms.interface import SRTPlatform
 from vlcache_sgl.platform import host
 from vlcache_sgl.runtime.patching import Patches, PatchPoint
 
+logger = logging.getLogger(__name__)
+
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 """SGLang's own variable: the cores of each rank, ranks separated by a bar."""
 
 MAX_RUNNING_REQUESTS = 64
-"""SGLang would prepare for 2048 requests: a gigabyte of page table at long contexts, and no CPU is that fast."""
+"""SGLang would prepare for 2048: a gigabyte of page table at long contexts, and no CPU is that fast."""
 
 CHUNKED_PREFILL_SIZE = 2048
 """Tokens.  SGLang derives it from the memory: 16384 on a large server, many seconds in which nobody else is served."""
@@ -28,6 +32,14 @@ CHUNKED_PREFILL_SIZE = 2048
 MEM_FRACTION_STATIC = 0.8
 """Share of the free memory that weights and KV cache may take together.  SGLang's formula sets aside room for CUDA
 graphs, which on a small machine leaves none for the weights."""
+
+KV_MEMORY_SHARE = 8
+KV_MAX_BYTES = 4 << 30
+KV_MAX_TOKENS = 1 << 18
+"""The KV cache of all ranks together is at most one KV_MEMORY_SHARE-th of the free memory, KV_MAX_BYTES large and
+KV_MAX_TOKENS long, unless --max-total-tokens or --mem-fraction-static is given: main memory is not ours alone, and
+every page of the pool is written to at the start."""
+
 
 class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang has no types
     """SGLang's answers about "the device" when it is the processor.
@@ -48,6 +60,7 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang 
         return host.total_memory()
 
     def get_default_attention_backend(self) -> str:
+        """`torch_native`: the only one of SGLang's that needs nothing but torch."""
         return "torch_native"
 
     def get_compile_backend(self, mode: str | None = None) -> str:
@@ -59,27 +72,52 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang 
         return ""
 
     def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        """What the profiler records here."""
         return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Defaults of a CPU for flags that were not given; `server_args` records what is assigned."""
+        """Defaults of a CPU for flags that were not given; SGLang records what is assigned.
+
+        Called once, in the process that is started by the user.
+        """
         if server_args.attention_backend in (None, "intel_amx"):
-            # SGLang put "intel_amx" there for lack of a flag.  Those kernels are not installed.
+            # SGLang writes "intel_amx" where no flag was given; those kernels are not installed.
             server_args.attention_backend = self.get_default_attention_backend()
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         if server_args.chunked_prefill_size is None:
             server_args.chunked_prefill_size = CHUNKED_PREFILL_SIZE
+        # The scheduler would poll for requests all the time, on a core that others could use.
+        server_args.sleep_on_idle = True
+
+        model = _model_config(server_args)
+        if server_args.dtype == "auto" and model.dtype == torch.float16:
+            # What SGLang makes of float32 checkpoints.  Few processors multiply float16, most take ten times as long.
+            logger.info("Using bfloat16 instead of float16 on a CPU; --dtype float16 insists")
+            server_args.dtype = "bfloat16"
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = MEM_FRACTION_STATIC
+            if server_args.max_total_tokens is None:
+                server_args.max_total_tokens = kv_tokens(
+                    free_bytes=min(psutil.virtual_memory().available, host.total_memory()) // server_args.dp_size,
+                    token_bytes=_token_bytes(model),
+                )
+        local_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size // server_args.nnodes
+        if local_ranks > 1:
+            os.environ.setdefault(BIND_VARIABLE, host.split_cores(local_ranks))
 
     def init_backend(self) -> None:
         """Called in each process that computes, before the ranks meet."""
         Patches(PATCH_POINTS).install()
 
 
+def kv_tokens(free_bytes: int, token_bytes: int) -> int:
+    """Length of the KV cache if nobody asks for another: tokens that fit in the share, within both limits."""
+    return min(min(free_bytes // KV_MEMORY_SHARE, KV_MAX_BYTES) // token_bytes, KV_MAX_TOKENS)
+
+
 def bind_rank(*, local_omp_cpuid: str, dist_init_method: str | None = None) -> None:
-    """Take the place of SGLang's binding of a rank to its cores, which calls its CPU kernels."""
+    """Keep a rank on its cores, in place of SGLang's function, which calls its CPU kernels for it."""
     if os.environ.get(BIND_VARIABLE, "all") != "all":
         host.bind_threads(host.parse_cpu_list(local_omp_cpuid))
 
@@ -89,9 +127,20 @@ PATCH_POINTS = (
         "sglang.srt.distributed.bootstrap:_init_cpu_threads_env",
         "replace",
         lambda original: bind_rank,
-        "ranks on cores of their own; SGLang's crashes on ARM without its CPU kernels and does nothing on most others",
+        "ranks on cores of their own: without SGLang's kernels the original binds nothing, and crashes on ARM",
     ),
 )
 """All of SGLang that the platform interface does not reach."""
 
 
+def _model_config(server_args: Any) -> Any:
+    """SGLang's `ModelConfig`, which it has made already at this point."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    return model_config_of(server_args)
+
+
+def _token_bytes(model: Any) -> int:
+    """Bytes of keys and values of one token, all layers and all ranks."""
+    numbers = model.num_attention_layers * model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
+    return int(numbers * model.dtype.itemsize)

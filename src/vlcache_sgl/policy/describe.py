@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import typing
 from dataclasses import dataclass
@@ -171,8 +172,9 @@ def _field_texts(factory: type[Any]) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError):  # no source at hand
             continue
         assert isinstance(body, ast.ClassDef)
-        for statement, following in zip(body.body, body.body[1:], strict=False):
-            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
-                texts[statement.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+        for field, text in itertools.pairwise(body.body):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts

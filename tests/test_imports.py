@@ -1,0 +1,106 @@
+"""Imports go one way: kernels <- policies -> api <- the rest of vlcache_sgl; SGLang only at the edge."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SGL, POLICIES, KERNELS = ROOT / "src/vlcache_sgl", ROOT / "policies/vlcache_policies", ROOT / "kernels/vlcache_kernels"
+
+STDLIB = set(sys.stdlib_module_names)
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, inside functions too; relative imports are made absolute."""
+    root = next(parent for parent in (SGL, POLICIES, KERNELS) if path.is_relative_to(parent))
+    package = (root.name, *path.relative_to(root).parent.parts)
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def under(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def foreign(path: Path, *allowed: str) -> set[str]:
+    """Imports of a file that are neither in the standard library nor in `allowed`."""
+    return {m for m in imports(path) if m.split(".")[0] not in STDLIB and not under(m, *allowed)}
+
+
+@pytest.mark.parametrize("path", files(SGL), ids=name)
+def test_sglang_is_known_in_runtime_and_platform_only(path):
+    at_the_edge = path.relative_to(SGL).parts[0] in ("runtime", "platform")
+    assert at_the_edge or not {m for m in imports(path) if under(m, "sglang")}
+
+
+@pytest.mark.parametrize("path", files(SGL), ids=name)
+def test_vlcache_sgl_finds_policies_by_entry_point_only(path):
+    assert not {m for m in imports(path) if under(m, "vlcache_policies")}
+    constants = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+    assert not [text for text in constants if isinstance(text, str) and text.startswith("vlcache_policies")]
+
+
+@pytest.mark.parametrize("path", files(POLICIES), ids=name)
+def test_policies_import_the_public_api(path):
+    assert not foreign(path, "vlcache_sgl.api", "vlcache_policies", "vlcache_kernels", "torch")
+
+
+@pytest.mark.parametrize("path", files(POLICIES), ids=name)
+def test_policies_use_what_the_api_exports(path):
+    """``from vlcache_sgl.api import X``, as a stranger would: no module of the api is named."""
+    from vlcache_sgl import api
+
+    mine = {m for m in imports(path) if under(m, "vlcache_sgl.api")}
+    assert mine <= {f"vlcache_sgl.api.{exported}" for exported in api.__all__}
+
+
+@pytest.mark.parametrize("path", files(KERNELS), ids=name)
+def test_kernels_know_no_product(path):
+    assert not foreign(path, "vlcache_kernels", "torch", "triton", "flashinfer")
+
+
+@pytest.mark.parametrize("path", [*files(SGL / "api", SGL / "policy"), SGL / "plan.py", SGL / "prompt.py"], ids=name)
+def test_the_pure_part_stays_pure(path):
+    inside = ("api", "policy", "plan", "prompt", "budget", "_version")
+    assert not foreign(path, *(f"vlcache_sgl.{part}" for part in inside), "torch", "pluggy")
+
+
+def test_kernels_folder_is_no_package():
+    """An ``__init__.py`` there would hide Hugging Face's ``kernels`` when a server starts from the repository."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "policies/__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import vlcache_sgl", ("torch", "sglang", "vlcache_policies")),
+        ("import vlcache_sgl.config", ("torch", "sglang")),
+        ("import vlcache_sgl.cli.main", ("torch", "sglang", "rich")),
+        ("from vlcache_sgl.policy import resolve", ("sglang", "vlcache_policies", "triton")),
+        ("from vlcache_sgl.policy import resolve; resolve('vlcache')", ("sglang",)),
+    ],
+    ids=["package", "config", "command", "policy", "resolve"],
+)
+def test_importing_is_light(statement, absent):
+    code = f"{statement}; import sys; print([m for m in {absent!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
