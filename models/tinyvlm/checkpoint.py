@@ -75,6 +75,8 @@ def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokeniz
 
 def _edit(path: Path, **fields: object) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
+    for key in ("is_local", "local_files_only"):  # where this process read the tokenizer: nobody else's concern
+        known.pop(key, None)
     path.write_text(json.dumps(known | fields))
 
 

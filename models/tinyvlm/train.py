@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -226,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint.save(run.network.model, run.tokenizer, output)
     results = output if options.output else checkpoint.HERE / "results"
     record: dict[str, Any] = {
-        "command": f"python -m models.tinyvlm.train {shlex.join(sys.argv[1:])}",
+        "command": f"python -m models.tinyvlm.train {options.name} --seed {options.seed}",
         "torch": torch.__version__,
         "threads": options.threads,
         "minutes": round(run.progress.seconds / 60, 1),

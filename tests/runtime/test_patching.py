@@ -11,7 +11,7 @@ import pytest
 from vlcache_sgl.config import config_from
 from vlcache_sgl.runtime.flags import FLAG_POINTS
 from vlcache_sgl.runtime.patch_points import runtime_points
-from vlcache_sgl.runtime.patching import Patches, PatchError, PatchPoint, locate
+from vlcache_sgl.runtime.patching import PatchError, Patches, PatchPoint, locate
 from vlcache_sgl.runtime.session import Session
 
 

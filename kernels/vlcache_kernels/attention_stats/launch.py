@@ -140,7 +140,7 @@ def batch_attention_stats(
             size,
             splits,
             **shared,
-            BLOCK_M=64,
+            BLOCK_M=min(64, 2048 // triton.next_power_of_2(splits)),  # rows x splits fit the registers
             num_warps=4,
             BLOCK_SPLITS=triton.next_power_of_2(splits),
             ENTROPY=want.entropy,

@@ -19,7 +19,7 @@ class Selection:
     sink: int = 0
     """First tokens of the prompt that are always kept; after a prefix hit they are the prefix's business."""
     recent: float = 0.0
-    """Last tokens that are always kept: below 1 a share of the layer's budget, from 1 on a number of tokens."""
+    """Last tokens that are always kept: below 1 a share of the layer's budget (at least one), from 1 on a number."""
     protect: Literal["none", "text"] = "none"
     """``text``: evict vision tokens only, as far as the budget permits."""
     heads: Literal["shared", "split"] = "shared"

@@ -70,14 +70,14 @@ def explain(name: str, installed: Registry, console: Console) -> int:
         names = ", ".join(sorted({item.name for item in everything}))
         print(f"vlcache policies: nothing is called {name!r}; choose from: {names}", file=sys.stderr)
         return 2
-    by_part = {(item.kind, item.name): item for item in everything}
+    by_name = {(item.kind, item.name): item for item in everything}
+    shown: list[Description] = []
     for item in found:
+        scorer, _, allocator = item.parts.partition(" x ")
+        parts = by_name.get(("scorer", scorer)), by_name.get(("allocator", allocator))
+        shown += [part for part in (item, *parts) if part is not None and part not in shown]
+    for item in shown:
         show_one(item, console)
-        if item.kind == "policy":
-            scorer, allocator = item.parts.split(" x ")
-            for part in (by_part.get(("scorer", scorer)), by_part.get(("allocator", allocator))):
-                if part is not None and part not in found:
-                    show_one(part, console)
     return warn(installed)
 
 

@@ -57,9 +57,12 @@ def activate() -> str | None:
 
 def _set_environment() -> None:
     """Defaults that are read from the environment, for this process where it is not too late and for its children."""
+    cores = host.usable_cores()
+    if "OMP_NUM_THREADS" not in os.environ and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)  # torch has read the variable already
     defaults = {
         # Containers often see more cores than they get time on.
-        "OMP_NUM_THREADS": str(host.usable_cores()),
+        "OMP_NUM_THREADS": str(cores),
         # Several processes share the cores.  Threads that spin while they wait keep the others from working.
         "OMP_WAIT_POLICY": "PASSIVE",
         # Nothing is worth compiling here; torch tries for 20 seconds at the start.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
 
-import psutil
 import torch
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -60,13 +60,13 @@ def split_cores(ranks: int) -> str:
     """
     cores = physical_cores()
     bounds = [rank * len(cores) // ranks for rank in range(ranks + 1)]
-    shares = [cores[a : max(b, a + 1)] for a, b in zip(bounds, bounds[1:], strict=False)]
+    shares = [cores[a : max(b, a + 1)] for a, b in itertools.pairwise(bounds)]
     return "|".join(format_cpu_list(share) for share in shares)
 
 
 def total_memory() -> int:
     """Bytes of memory this process may use: the machine's, or the container's limit."""
-    total = int(psutil.virtual_memory().total)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [_read(_CGROUP / name) for name in _MEMORY_LIMITS]
     return min([total, *(int(limit) for limit in limits if limit and limit != "max")])
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.device_mixin import CpuArchEnum, PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from vlcache_sgl.platform import host
-from vlcache_sgl.runtime.patching import Patches, PatchPoint
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ KV_MAX_TOKENS long, unless --max-total-tokens or --mem-fraction-static is given:
 every page of the pool is written to at the start."""
 
 
-class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang has no types
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """SGLang's answers about "the device" when it is the processor.
 
     Not `PlatformEnum.CPU`: that stands for SGLang's own CPU engine, and code that asks for it expects its kernels.
@@ -50,6 +50,14 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
+
+    def __init__(self) -> None:
+        """Made once in every process, before SGLang applies what is registered here."""
+        super().__init__()
+        # With one rank on x86 nothing of SGLang is replaced; applying a hook costs each process a second of imports.
+        if BIND_VARIABLE in os.environ or self.cpu_arch != CpuArchEnum.X86:
+            for target, replacement in REPLACED.items():
+                HookRegistry.register(target, replacement, HookType.REPLACE)
 
     def get_device(self, device_id: int = 0) -> str:
         """A string: SGLang compares it with ``"cpu"``, which no `torch.device` is equal to."""
@@ -99,16 +107,12 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):  # type: ignore[misc]  # SGLang 
             server_args.mem_fraction_static = MEM_FRACTION_STATIC
             if server_args.max_total_tokens is None:
                 server_args.max_total_tokens = kv_tokens(
-                    free_bytes=min(psutil.virtual_memory().available, host.total_memory()) // server_args.dp_size,
+                    free_bytes=_free_memory() // server_args.dp_size,
                     token_bytes=_token_bytes(model),
                 )
         local_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size // server_args.nnodes
         if local_ranks > 1:
             os.environ.setdefault(BIND_VARIABLE, host.split_cores(local_ranks))
-
-    def init_backend(self) -> None:
-        """Called in each process that computes, before the ranks meet."""
-        Patches(PATCH_POINTS).install()
 
 
 def kv_tokens(free_bytes: int, token_bytes: int) -> int:
@@ -122,15 +126,19 @@ def bind_rank(*, local_omp_cpuid: str, dist_init_method: str | None = None) -> N
         host.bind_threads(host.parse_cpu_list(local_omp_cpuid))
 
 
-PATCH_POINTS = (
-    PatchPoint(
-        "sglang.srt.distributed.bootstrap:_init_cpu_threads_env",
-        "replace",
-        lambda original: bind_rank,
-        "ranks on cores of their own: without SGLang's kernels the original binds nothing, and crashes on ARM",
-    ),
-)
-"""All of SGLang that the platform interface does not reach."""
+REPLACED: dict[str, Callable[..., Any]] = {
+    # Keeps ranks on cores of their own.  SGLang calls its kernels for it: without them the original does nothing on
+    # x86, which leaves all ranks on all cores, and crashes on ARM.
+    "sglang.srt.distributed.bootstrap._init_cpu_threads_env": bind_rank,
+}
+"""All of SGLang that the platform interface does not reach, and what takes its place."""
+
+
+def _free_memory() -> int:
+    """Bytes, as limited by a container."""
+    from sglang.srt.utils.common import get_free_cpu_memory
+
+    return int(get_free_cpu_memory())
 
 
 def _model_config(server_args: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -41,8 +42,9 @@ class Compressor:
 
     def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
         """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
-        if job.scoring is not None and begin != job.scoring.end:
-            job.restart()  # retracted and prefilled anew
+        if job.reached is not None and begin != job.reached:
+            job.restart()
+        job.reached = end
         if job.done:
             return
         if job.scoring is None:
@@ -50,23 +52,11 @@ class Compressor:
             if owned < job.min_tokens:
                 self.skip(job, "short")
                 return
-            prompt = Prompt(
-                length=job.length,
-                start=begin,
-                vision=job.vision,
-                num_layers=self._model.num_layers,
-                num_heads=self._model.num_heads,
-                num_kv_heads=self._model.num_kv_heads,
-                head_dim=self._model.head_dim,
-                device=self._model.device,
-                rotary=self._model.rotary,
-            )
+            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision)
             try:
                 job.scoring = Scoring(prompt, job.choice.policy.needs)
             except Exception as error:
                 self.fail(job, error)
-                return
-        job.scoring.end = end
 
     def skip(self, job: CompressionJob, reason: str) -> None:
         """Leave this request alone."""

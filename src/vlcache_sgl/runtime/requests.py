@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vlcache_sgl.api import Span
+from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
 from vlcache_sgl.policy import PolicyError, resolve
 
@@ -37,7 +37,28 @@ class Choices:
     def __init__(self, config: KVConfig) -> None:
         self._config = config
         self._known: dict[tuple[str, KVBudget], Choice] = {}
+        self._model: Prompt | None = None
+        self._ranks = 1
         self.default = self._choice(config.policy, config.budget)
+
+    def serve(self, model: Prompt, ranks: int) -> None:
+        """From now on only choices that can serve this model over so many tensor-parallel ranks are made.
+
+        Raises:
+            PolicyError: when the default cannot.
+        """
+        self._model, self._ranks = model, ranks
+        self._require(self.default.policy)
+
+    def _require(self, policy: Policy) -> None:
+        if self._model is None:
+            return
+        policy.require(self._model)
+        _, needs = policy.needs
+        if self._ranks > 1 and (needs.queries or needs.keys or needs.values):
+            raise PolicyError(
+                f"allocator {policy.allocator_name} reads keys or queries, of which a rank has only its own"
+            )
 
     def _choice(self, spec: str, budget: KVBudget, from_request: bool = False) -> Choice:
         key = (spec, budget)
@@ -45,6 +66,7 @@ class Choices:
             policy = resolve(spec, from_request=from_request)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
+            self._require(policy)
             self._known[key] = Choice(policy, budget)
         return self._known[key]
 
@@ -93,6 +115,8 @@ class CompressionJob:
     scoring: Scoring | None = None
     done: bool = False
     """Whether the decision has fallen, either way."""
+    reached: int | None = None
+    """Where the last chunk ended; a chunk that begins elsewhere belongs to a new prefill."""
     report: dict[str, Any] = field(default_factory=dict)
     """What was done, for the response's metadata."""
 
@@ -101,9 +125,10 @@ class CompressionJob:
         return not self.done and up_to < self.length
 
     def restart(self) -> None:
-        """Begin anew: the request was retracted and will be prefilled again."""
+        """Begin anew: the request was retracted and is prefilled again."""
         self.scoring = None
         self.done = False
+        self.report.clear()
 
 
 JOB_ATTRIBUTE = "vlcache_job"

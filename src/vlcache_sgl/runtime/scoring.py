@@ -39,10 +39,8 @@ class Scoring:
     def __init__(self, prompt: Prompt, needs: tuple[Needs, Needs]) -> None:
         self.prompt = prompt
         self.needs = needs
-        self.end = prompt.start
-        """Prompt positions seen so far."""
         self._groups: dict[Rows, RowGroup] = {}
-        self._positions: list[torch.Tensor] | None = [] if any(need.queries for need in needs) else None
+        self._positions: list[torch.Tensor] | None = [] if any(need.rotary for need in needs) else None
         for need in needs:
             if need.rows.kind == "none" or not (need.reads_attention or need.queries):
                 continue

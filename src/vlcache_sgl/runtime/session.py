@@ -163,21 +163,19 @@ class Session:
         from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
         model = model_runner.model_config
-        self.compressor = Compressor(
-            Prompt(
-                length=0,
-                start=0,
-                vision=(),
-                num_layers=int(model_runner.token_to_kv_pool.layer_num),
-                num_heads=int(model.num_attention_heads),
-                num_kv_heads=int(model.get_total_num_kv_heads()),
-                head_dim=int(model.head_dim),
-                device=torch.device(model_runner.device),
-                rotary=model_rotary(model_runner.model),
-            ),
-            HeadGather(group, rank, size),
-            self.counters,
+        prompt = Prompt(
+            length=0,
+            start=0,
+            vision=(),
+            num_layers=int(model_runner.token_to_kv_pool.layer_num),
+            num_heads=int(model.num_attention_heads),
+            num_kv_heads=int(model.get_total_num_kv_heads()),
+            head_dim=int(model.head_dim),
+            device=torch.device(model_runner.device),
+            rotary=model_rotary(model_runner.model),
         )
+        self.choices.serve(prompt, size)
+        self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters)
         self.compressor.allocator = model_runner.token_to_kv_pool_allocator
         self._backend = ResidencyBackend(model_runner, self.compressor)
         return self._backend
@@ -255,7 +253,7 @@ class Session:
             self._backend.jobs = None
         rows = runner.req_to_token_pool.req_to_token
         for number, job in enumerate(jobs):
-            if job is not None and job.scoring is not None and job.scoring.end >= job.length:
+            if job is not None and job.scoring is not None and (job.reached or 0) >= job.length:
                 self.compressor.finish(job, rows[forward_batch.req_pool_indices[number]])
         self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
         return result

@@ -1,0 +1,193 @@
+"""From chunks of queries to freed cells, on real pools, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.config import KVBudget
+from vlcache_sgl.policy import resolve
+from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+from vlcache_sgl.runtime.arena import KVArena
+from vlcache_sgl.runtime.compressor import Compressor
+from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.requests import Choice, CompressionJob
+from vlcache_sgl.runtime.tensor_parallel import HeadGather
+
+LAYERS, HEADS, KV_HEADS, DIM, LENGTH = 3, 4, 2, 16, 96
+VISION = (Span(4, 80),)
+SCALE = DIM**-0.5
+
+
+class Bench:
+    """Pools of one model and the queries and keys of one prompt."""
+
+    def __init__(self, groups: int = 1) -> None:
+        self.arena = KVArena(
+            num_cells=400 * LAYERS * groups,
+            groups=groups,
+            size=600,
+            page_size=1,
+            dtype=torch.float32,
+            head_num=KV_HEADS,
+            head_dim=DIM,
+            layer_num=LAYERS,
+            device="cpu",
+            enable_memory_saver=False,
+            enable_alt_stream=False,
+        )
+        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=400, need_sort=False)
+        self.counters = Counters()
+        model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM)
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters)
+        self.compressor.allocator = self.allocator
+        torch.manual_seed(1)
+        self.queries = torch.randn(LAYERS, LENGTH, HEADS, DIM) * 2
+        self.keys, self.values = torch.randn(2, LAYERS, LENGTH, KV_HEADS, DIM)
+
+    def job(self, policy: str, budget: float = 0.25, min_tokens: int = 8) -> CompressionJob:
+        return CompressionJob(Choice(resolve(policy), KVBudget(fraction=budget)), VISION, LENGTH, min_tokens)
+
+    def prefill(self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the prompt from where `row` ends, in chunks of these sizes; the request's row."""
+        row = torch.zeros(0, dtype=torch.int64) if row is None else row
+        for count in chunks:
+            begin = row.numel()
+            slots = self.allocator.alloc(count)
+            assert slots is not None
+            cells = self.arena.write_cells(slots)
+            self.compressor.begin_chunk(job, begin, begin + count)
+            for layer in range(LAYERS):
+                part = slice(begin, begin + count)
+                planes = self.arena.planes_of(layer)
+                self.arena.write(cells[planes], self.keys[layer, part], self.values[layer, part])
+                if job.scoring is not None and job.scoring.rows_in(begin, begin + count):
+                    prefix = self.resident(layer, row) if begin else None
+                    self.compressor.observe(
+                        job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, SCALE
+                    )
+            row = torch.cat([row, slots])
+        if row.numel() >= job.length:
+            self.compressor.finish(job, row.int())
+        return row
+
+    def resident(self, layer: int, row: torch.Tensor) -> torch.Tensor:
+        cells = self.arena.residency.cells_of(self.arena.planes_of(layer), row)[0].long()
+        return self.arena.arena[cells[cells >= 0]].clone()
+
+    def kept(self, row: torch.Tensor) -> torch.Tensor:
+        """`[planes, tokens]` bool."""
+        return self.arena.residency.table[:, row] >= 0
+
+
+@pytest.mark.parametrize(
+    "policy", ["vlcache", "vlcache:paper", "scorer=vlcache,allocator=uniform", "h2o", "snapkv", "knorm"]
+)
+@pytest.mark.parametrize("chunks", [[50, 46], [30, 30, 30, 6], [95, 1]], ids=str)
+def test_chunks_do_not_change_the_decision(policy: str, chunks: list[int]) -> None:
+    whole, parts = Bench(), Bench()
+    one = whole.kept(whole.prefill(whole.job(policy), [LENGTH]))
+    many = parts.kept(parts.prefill(parts.job(policy), chunks))
+    assert parts.counters.policy_failures == 0
+    assert 0 < int(one.sum()) < one.numel()
+    assert torch.equal(one, many)
+
+
+def test_budget_is_exact_and_memory_comes_back() -> None:
+    bench = Bench()
+    job = bench.job("vlcache", budget=0.25)
+    row = bench.prefill(job, [60, 36])
+    target = round(0.25 * LENGTH * LAYERS)
+    assert bench.arena.residency.used_cells == target == int(bench.kept(row).sum())
+    assert job.report["kept_tokens_per_layer"] == bench.kept(row).sum(1).tolist()
+    assert bench.counters.cells_kept == target
+    assert bench.counters.cells_seen == LENGTH * LAYERS
+    assert bench.allocator.verify_byte_accounting() == []
+    bench.allocator.free(row)
+    assert bench.arena.residency.used_cells == 0
+    assert bench.allocator.available_size() == 600
+
+
+def test_what_survives_is_what_was_written() -> None:
+    bench = Bench()
+    row = bench.prefill(bench.job("vlcache"), [40, 56])
+    for layer in range(LAYERS):
+        kept = bench.kept(row)[layer]
+        both = bench.resident(layer, row)
+        assert torch.equal(both[:, 0], bench.keys[layer, kept])
+        assert torch.equal(both[:, 1], bench.values[layer, kept])
+
+
+def test_a_shared_prefix_is_not_touched() -> None:
+    """The first 30 tokens belong to the tree; only the rest is scored and evicted, with them in the normaliser."""
+    bench = Bench()
+    prefix = bench.prefill(bench.job("vlcache", min_tokens=1000), [30])
+    job = bench.job("vlcache")
+    row = bench.prefill(job, [40, 26], row=prefix)
+    kept = bench.kept(row)
+    assert bool(kept[:, :30].all())
+    assert int(kept[:, 30:].sum()) == round(0.25 * (LENGTH - 30) * LAYERS)
+    assert job.report["shared_tokens"] == 30
+
+
+def test_short_own_parts_are_left_alone() -> None:
+    bench = Bench()
+    prefix = bench.prefill(bench.job("vlcache", min_tokens=1000), [90])
+    job = bench.job("vlcache", min_tokens=8)
+    assert bool(bench.kept(bench.prefill(job, [6], row=prefix)).all())
+    assert job.report["skipped"] == "short"
+    assert not job.holds_back(3)
+
+
+def test_retraction_starts_over() -> None:
+    """Cut off in the middle, prefilled anew with another chunking: the same decision as without."""
+    bench, calm = Bench(), Bench()
+    job = bench.job("vlcache")
+    cut = bench.prefill(job, [70])
+    assert job.holds_back(70)
+    bench.allocator.free(cut)
+    again = bench.kept(bench.prefill(job, [50, 46]))
+    assert torch.equal(again, calm.kept(calm.prefill(calm.job("vlcache"), [LENGTH])))
+    # Once more after it was decided, as when a running request is retracted.
+    bench.allocator.clear()
+    assert torch.equal(bench.kept(bench.prefill(job, [LENGTH])), again)
+
+
+def test_heads_may_keep_different_tokens() -> None:
+    bench = Bench(groups=KV_HEADS)
+    row = bench.prefill(bench.job("vlcache:heads=split"), [LENGTH])
+    kept = bench.kept(row).view(LAYERS, KV_HEADS, LENGTH)
+    assert torch.equal(kept[:, 0].sum(-1), kept[:, 1].sum(-1))
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert bench.allocator.verify_byte_accounting() == []
+
+
+@pytest.mark.parametrize("broken", ["raises", "nan", "shape", "needs"])
+def test_a_broken_policy_costs_the_compression_only(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    job = bench.job("vlcache")
+
+    class Broken:
+        query_aware = False
+        needs = job.choice.policy.scorer.needs
+
+        def score(self, layer: Any, prompt: Prompt) -> torch.Tensor:
+            if broken == "raises":
+                raise RuntimeError("no")
+            wrong = torch.zeros(KV_HEADS, prompt.owned + (broken == "shape"))
+            return wrong / 0 * 0 if broken == "nan" else wrong
+
+    if broken == "needs":
+        Broken.needs = property(lambda self: 1 / 0)  # type: ignore[assignment]
+    policy = job.choice.policy
+    object.__setattr__(policy, "scorer", Broken())
+    row = bench.prefill(job, [50, 46])
+    assert bool(bench.kept(row).all())
+    assert bench.counters.policy_failures == 1
+    assert bench.counters.requests_compressed == 0
+    assert "failed" in job.report
+    assert not job.holds_back(50)
+    assert len([record for record in caplog.records if "full cache" in record.message]) == 1
