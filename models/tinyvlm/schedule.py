@@ -21,10 +21,12 @@ class Stage:
     """Questions per picture and step; they share the picture's keys and values."""
     steps: int
     target: float = 1.0
-    """Exact match, on training batches and in two reports in a row, that ends the stage early (never the last one)."""
+    """Exact match, on training batches and in two reports in a row, that ends the stage early (unless `anneal`)."""
     templates: tuple[int, ...] = ALL_TEMPLATES
     rate: float = 1.0
     """Factor on the schedule's learning rate."""
+    anneal: bool = False
+    """The learning rate falls along a cosine, nearly to nothing at the last step."""
     grounding: float = 0.0
     """Weight of `losses.grounding`: the tail of the question attends to what answers it."""
     ranking: float = 0.0
@@ -72,7 +74,7 @@ SCHEDULES: dict[str, Schedule] = {
             Stage("8x16,11x11,16x8", 16, 10, 600, 0.9),
             Stage("16x16,12x20,10x11", 10, 12, 800, 0.93),
             Stage("24x24,16x32,16x16", 5, 14, 400, 0.93),
-            Stage("32x32,16x16,24x24,20x32", 4, 16, 1200),
+            Stage("32x32,16x16,24x24,20x32", 4, 16, 1200, anneal=True),
         ),
     ),
     # The same model, taught what large pretrained VLMs are observed to do: the question's rows attend to the record, to
@@ -87,10 +89,25 @@ SCHEDULES: dict[str, Schedule] = {
                 6,
                 12,
                 1100,
+                anneal=True,
                 grounding=0.1,
                 ranking=0.1,
                 density=0.1,
                 compressed=0.7,
+                observed=6,
+            ),
+            # What a long mixed stage neglects: the smallest and the largest grids.
+            Stage(
+                "10x11,10x11,12x20,16x16,24x24,20x32,32x32,32x32",
+                6,
+                12,
+                240,
+                rate=0.3,
+                anneal=True,
+                grounding=0.1,
+                ranking=0.1,
+                density=0.1,
+                compressed=0.5,
                 observed=6,
             ),
         ),

@@ -32,7 +32,7 @@ REPORT_EVERY = 25
 """Steps; the state of the run is saved as often."""
 WARM_UP = 20
 FINAL_RATE = 0.03
-"""Where the last stage's cosine ends, relative to its start."""
+"""Where the cosine of an annealed stage ends, relative to its start."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Run:
 
     def _update(self, stage: Stage, loss: torch.Tensor) -> None:
         rate = self.schedule.learning_rate * stage.rate * min(1, (self.progress.step + 1) / WARM_UP)
-        if stage is self.schedule.stages[-1]:
+        if stage.anneal:
             cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress.step / stage.steps)
             rate *= FINAL_RATE + (1 - FINAL_RATE) * cosine
         for group in self.optimizer.param_groups:
@@ -155,7 +155,7 @@ class Run:
         means = {key: _mean([step[key] for step in recent]) for key in recent[0]}
         p.curve.append({"stage": p.stage, "step": p.step, **{k: round(v, 4) for k, v in means.items() if v == v}})
         shown = "  ".join(f"{key} {value:.3f}" for key, value in means.items() if value == value)
-        # Later stages cost more per step; their length is capped by target, so this is a guess until the last one.
+        # Later stages cost more per step but may end early, so this is a guess until the last one.
         left = stage.steps - p.step + sum(s.steps for s in self.schedule.stages[p.stage + 1 :])
         print(
             f"stage {p.stage + 1}/{len(self.schedule.stages)}  step {p.step}/{stage.steps}  {shown}  "
@@ -163,7 +163,7 @@ class Run:
             flush=True,
         )
         p.on_target = p.on_target + 1 if means["exact_match"] >= stage.target else 0
-        return p.on_target >= 2 and stage is not self.schedule.stages[-1]
+        return p.on_target >= 2 and not stage.anneal
 
     def _save(self) -> None:
         self.progress.densities = self.simulator.densities

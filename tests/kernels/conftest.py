@@ -43,7 +43,14 @@ if not COMPILED:
     import_interpreted()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", help="i/n: only every n-th kernel test from the i-th on; for several processes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shard"):
+        which, count = (int(part) for part in config.getoption("--shard").split("/"))
+        items[:] = items[which::count]
     for item in items:
         if item.get_closest_marker("gpu") and not COMPILED:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

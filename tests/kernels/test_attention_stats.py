@@ -178,6 +178,33 @@ def test_kernels_match_the_reference_in_full(case: Case, device: torch.device) -
     compare_batch(inputs.run(backend="triton"), inputs.expected(), case)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("owned", [2049, 32768, 131072])
+@pytest.mark.parametrize("planes", [1, 4])
+def test_long_prompts(owned: int, planes: int, device: torch.device) -> None:
+    """Default block sizes and splits; the interpreter would take hours."""
+    want = replace(EVERYTHING, probabilities=False)
+    case = Case((50, 3), (owned, 77), (100, 5), 16, 4, planes, 128, torch.bfloat16)
+    inputs = make(case, device)
+    compare_batch(inputs.run(want, backend="triton"), inputs.expected(want), case)
+
+
+@pytest.mark.gpu
+def test_cells_beyond_two_to_the_31_elements(device: torch.device) -> None:
+    """Offsets into a real arena do not fit 32 bits."""
+    case = Case((5,), (200,), (30,), 4, 2, 1, 128, torch.bfloat16)
+    inputs = make(case, device)
+    num_cells = 2**31 // (2 * 2 * 128) + 400
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free device memory")
+    arena = torch.zeros(num_cells, 2, 2, 128, dtype=case.dtype, device=device)
+    shift = num_cells - inputs.arena.shape[0]
+    arena[shift:] = inputs.arena
+    far = replace(inputs, arena=arena, index=inputs.index._replace(indices=inputs.index.indices + shift))
+    compare_batch(far.run(backend="triton"), inputs.expected(), case)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     "want",

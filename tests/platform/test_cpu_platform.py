@@ -255,9 +255,7 @@ def test_only_ranks_with_cores_of_their_own_are_bound(srt: ModuleType, monkeypat
 # --- the machine
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("0", [0]), ("0-2,8\n", [0, 1, 2, 8]), ("3,1", [3, 1]), ("", [])], ids=repr
-)
+@pytest.mark.parametrize(("text", "cpus"), [("0", [0]), ("0-2,8\n", [0, 1, 2, 8]), ("3,1", [3, 1]), ("", [])], ids=repr)
 def test_parse_cpu_list(text: str, cpus: list[int]) -> None:
     assert host.parse_cpu_list(text) == cpus
 
