@@ -9,6 +9,8 @@ VENV ?= .venv
 # Tried in this order; the first that is 3.11 or 3.12 wins.
 PYTHONS ?= python3.11 python3.12 python3 python
 ARGS ?=
+# A machine with a GPU has its own PyTorch; nothing is installed there.
+GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -20,7 +22,7 @@ help: ## Show this list
 setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' hatchling
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' hatchling
 	touch $@
 
 # A Python without ensurepip (Debian's without python3-venv) still makes an empty environment, which its pip can fill.
@@ -70,8 +72,8 @@ bench-quick: setup ## The same in a few minutes, to see that it runs; writes to 
 soak: setup ## Load one server with mixed requests for some minutes and check its books
 	$(BIN)/python benchmarks/run.py soak $(ARGS)
 
-gpu-check: setup ## Check the kernels and a server on a CUDA device
-	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build out

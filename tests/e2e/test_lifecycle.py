@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,8 +15,8 @@ from vlcache_sgl.cli.client import data_url
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-POOL = 2048
-"""Physical tokens of the small server: two prompts of 1024 image tokens do not fit side by side."""
+POOL = 1200
+"""Physical tokens of the small server: one prompt of 1024 image tokens fits, and little beside it."""
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def assert_nothing_lost(server: Any, picture: Any) -> None:
     """All cells come back, and the server answers as if nothing had been."""
     server.flush()
     assert server.settled()["cells_used"] == 0
-    drawn = picture(7000, 24, 24)
-    assert server.ask(drawn.questions[0].text, drawn.image).text == drawn.questions[0].answer
+    drawn = [picture(7000 + i) for i in range(3)]
+    assert sum(server.ask(d.questions[0].text, d.image).text == d.questions[0].answer for d in drawn) >= 2
     assert server.kv_state()["policy_failures"] == 0
     server.assert_alive()
 
@@ -109,9 +110,9 @@ def test_stop_strings(ours_tenth: Any, picture: Any) -> None:
 def test_prompt_that_fills_the_arena(small: Any, picture: Any) -> None:
     """Nearly all physical tokens in one prompt, again and again: each needs the memory that the last gave back."""
     for seed in range(7060, 7064):
-        left, right = picture(seed, 32, 32), picture(seed + 10, 24, 32)
-        answer = small.ask(right.questions[0].text, left.image, right.image, max_tokens=2)
-        assert 0.85 * POOL < answer.prompt_tokens < POOL
+        large, little = picture(seed, 32, 32), picture(seed + 10, 8, 10)
+        answer = small.ask(large.questions[0].text, little.image, large.image, max_tokens=2)
+        assert 0.9 * POOL < answer.prompt_tokens < POOL
     assert_nothing_lost(small, picture)
 
 
@@ -125,24 +126,19 @@ def test_prompt_that_does_not_fit(small: Any, picture: Any) -> None:
 
 
 def test_retraction_under_pressure(small: Any, picture: Any) -> None:
-    """Ten requests whose outputs do not fit together: some are sent back to the queue, all are answered."""
+    """Eight requests of which three fill the memory: some are sent back to the queue, all are answered."""
     small.flush()
-    seen = len(small.log)
-    drawn = [picture(7080 + i) for i in range(10)]
-    replies: list[Any] = [None] * len(drawn)
+    drawn = [picture(7080 + i) for i in range(8)]
 
-    def send(index: int) -> None:
-        question = drawn[index].questions[0]
-        body = native(question.text, [drawn[index].image], 400)
-        replies[index] = httpx.post(f"{small.url}/generate", json=body, timeout=300).json()
+    def send(d: Any) -> dict[str, Any]:
+        body = native(d.questions[0].text, [d.image], 500)
+        reply: dict[str, Any] = httpx.post(f"{small.url}/generate", json=body, timeout=400).json()
+        return reply
 
-    senders = [threading.Thread(target=send, args=(i,)) for i in range(len(drawn))]
-    for sender in senders:
-        sender.start()
-    for sender in senders:
-        sender.join(300)
-    assert "retract" in small.log[seen:].lower()
-    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [400] * len(drawn)
+    with ThreadPoolExecutor(len(drawn)) as pool:
+        replies = list(pool.map(send, drawn))
+    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
+    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [500] * len(drawn)
     right = sum(r["text"].startswith(d.questions[0].answer) for r, d in zip(replies, drawn, strict=True))
     assert right >= len(drawn) - 1
     assert_nothing_lost(small, picture)

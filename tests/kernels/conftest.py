@@ -48,8 +48,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--shard"):
-        which, count = (int(part) for part in config.getoption("--shard").split("/"))
+    shard = config.getoption("--shard", default=None)  # unknown where this file is loaded late
+    if shard:
+        which, count = (int(part) for part in shard.split("/"))
         items[:] = items[which::count]
     for item in items:
         if item.get_closest_marker("gpu") and not COMPILED:

@@ -119,6 +119,13 @@ def test_without_cells_there_is_no_free_list(backend: str, device: torch.device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_two_zeros_tie(backend: str, device: torch.device) -> None:
+    scores = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0]], device=device)
+    found = select(scores, torch.tensor([3], device=device), backend=backend)
+    assert found.positions.tolist() == [[1, 2, 3, -1, -1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_be_views(backend: str, device: torch.device) -> None:
     case = Case(3, 20, "few_values")
     scores, _, cells = make(case, device)

@@ -9,5 +9,5 @@ from __future__ import annotations
 def register() -> None:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
-    KVCacheConfigurator._make_token_to_kv_pool = KVCacheConfigurator._build_token_to_kv_pool
-    del KVCacheConfigurator._build_token_to_kv_pool
+    KVCacheConfigurator._make_mha_kv_pool = KVCacheConfigurator._build_mha_kv_pool
+    del KVCacheConfigurator._build_mha_kv_pool

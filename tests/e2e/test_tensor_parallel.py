@@ -1,0 +1,40 @@
+"""Two ranks hold different KV heads and keep the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+POLICIES = ("vlcache", "vlcache:paper", "snapkv", "pyramidkv", "knorm")
+
+
+@pytest.fixture
+def two_ranks(servers: Any) -> Any:
+    """The first two cores, one rank each."""
+    return servers.get(*TENTH, "--tp", "2", env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_like_one(ours_tenth: Any, two_ranks: Any, picture: Any, an_ask: Any) -> None:
+    drawn = [picture(9000 + i, 24, 24) for i in range(2 * len(POLICIES))]
+    asks = [
+        an_ask(
+            d.questions[0].text,
+            (d.image,),
+            {"logprobs": True, "custom_params": {"kv_policy": POLICIES[i % len(POLICIES)]}},
+        )
+        for i, d in enumerate(drawn)
+    ]
+    for server in (ours_tenth, two_ranks):
+        server.flush()
+    for at_once in (1, 4):
+        one, two = ours_tenth.ask_all(asks, at_once), two_ranks.ask_all(asks, at_once)
+        assert [a.choices[0].tokens for a in two] == [a.choices[0].tokens for a in one]
+    one_state, two_state = ours_tenth.settled(), two_ranks.settled()
+    assert two_state["policy_failures"] == 0
+    assert two_state["bytes_per_cell"] * 2 == one_state["bytes_per_cell"]
+    two_ranks.flush()
+    assert two_ranks.settled()["cells_used"] == 0
+    two_ranks.assert_alive()
