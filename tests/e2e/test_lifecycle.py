@@ -15,7 +15,7 @@ from vlcache_sgl.cli.client import data_url
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-POOL = 1200
+POOL = 1280
 """Physical tokens of the small server: one prompt of 1024 image tokens fits, and little beside it."""
 
 
@@ -112,7 +112,7 @@ def test_prompt_that_fills_the_arena(small: Any, picture: Any) -> None:
     for seed in range(7060, 7064):
         large, little = picture(seed, 32, 32), picture(seed + 10, 8, 10)
         answer = small.ask(large.questions[0].text, little.image, large.image, max_tokens=2)
-        assert 0.9 * POOL < answer.prompt_tokens < POOL
+        assert 0.85 * POOL < answer.prompt_tokens < POOL
     assert_nothing_lost(small, picture)
 
 
@@ -126,19 +126,24 @@ def test_prompt_that_does_not_fit(small: Any, picture: Any) -> None:
 
 
 def test_retraction_under_pressure(small: Any, picture: Any) -> None:
-    """Eight requests of which three fill the memory: some are sent back to the queue, all are answered."""
+    """Four requests, two of which outgrow the memory: some are sent back to the queue, all are answered.
+
+    SGLang admits a request when its own output fits in full and a few percent of the others' do; with `ignore_eos` it
+    would reserve all of them.
+    """
     small.flush()
-    drawn = [picture(7080 + i) for i in range(8)]
+    drawn = [picture(7080 + i, 12, 12) for i in range(4)]
 
     def send(d: Any) -> dict[str, Any]:
-        body = native(d.questions[0].text, [d.image], 500)
+        body = native(d.questions[0].text, [d.image], 800)
+        body["sampling_params"] |= {"ignore_eos": False, "min_new_tokens": 800}
         reply: dict[str, Any] = httpx.post(f"{small.url}/generate", json=body, timeout=400).json()
         return reply
 
     with ThreadPoolExecutor(len(drawn)) as pool:
         replies = list(pool.map(send, drawn))
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
-    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [500] * len(drawn)
+    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [800] * len(drawn)
     right = sum(r["text"].startswith(d.questions[0].answer) for r, d in zip(replies, drawn, strict=True))
     assert right >= len(drawn) - 1
     assert_nothing_lost(small, picture)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 TESTED_SGLANG = "0.5.23"
 
-ATTENTION_BACKENDS = ("torch_native",)
-"""Values of --attention-backend whose place our backend takes."""
+ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer")
+"""Values of --attention-backend whose place our backend takes, with the kernels of that name."""
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+"""Head dimensions that FlashInfer's kernels are built for."""
 
 _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("speculative_algorithm", bool, "draft tokens are rolled back, evicted tokens cannot be"),
@@ -26,6 +32,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("kv_cache_dtype", lambda dtype: dtype not in (None, "auto", "bf16", "bfloat16"), "scores read unquantized keys"),
     ("enable_pdmux", bool, "prefill and decode would use one index at once"),
     ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
+    ("cuda_graph_backend_prefill", lambda kind: kind not in (None, "disabled"), "prefills are watched layer by layer"),
     ("prefill_attention_backend", bool, "one backend must serve prefill and decode"),
     ("decode_attention_backend", bool, "one backend must serve prefill and decode"),
     ("radix_cache_backend", bool, "the prefix tree must be SGLang's own"),
@@ -53,9 +60,41 @@ def unsupported_arguments(server_args: Any) -> Iterator[str]:
         )
 
 
+def choose_defaults(server_args: Any, model: dict[str, Any]) -> None:
+    """Set flags of SGLang that were not given and whose default on a CUDA device is not for us.
+
+    Done before SGLang resolves them.  Elsewhere nothing is set: a CPU has one attention backend.
+
+    Args:
+        model: its configuration, see `model_config_dict`.
+    """
+    # Counted through NVML: `torch.cuda.is_available` may initialise CUDA, which forked children cannot use then.
+    if getattr(server_args, "device", None) not in (None, "cuda") or torch.cuda.device_count() == 0:
+        return
+    if server_args.attention_backend is None:
+        server_args.attention_backend = _best_attention(str(server_args.dtype), model)
+    # What a policy watches during a prefill is Python between the layers, which no graph records.
+    server_args.disable_prefill_cuda_graph = True
+
+
+def _best_attention(dtype: str, model: dict[str, Any]) -> str:
+    """`flashinfer` where it is installed and serves the model's heads, `triton` otherwise."""
+    text = _text_config(model)
+    heads = text.get("num_attention_heads")
+    dim = text.get("head_dim") or (text["hidden_size"] // heads if heads and text.get("hidden_size") else None)
+    if importlib.util.find_spec("flashinfer") is None or dtype in ("float", "float32"):
+        return "triton"
+    return "flashinfer" if dim in (None, *FLASHINFER_HEAD_DIMS) else "triton"
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a Hugging Face configuration."""
+    return next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), config)
+
+
 def unsupported_model(config: dict[str, Any]) -> Iterator[str]:
     """One line per property of a Hugging Face model configuration that we cannot serve."""
-    text = next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), config)
+    text = _text_config(config)
     if text.get("kv_lora_rank"):
         yield "--kv-policy does not support multi-head latent attention (MLA): a cell holds keys and values of heads"
     kinds = set(text.get("layer_types") or ())
@@ -81,6 +120,18 @@ def model_config_dict(server_args: Any) -> dict[str, Any]:
     except Exception:  # SGLang's own message about a missing model is the better one
         return {}
     return dict(config)
+
+
+def slot_writers(model: Any) -> list[str]:
+    """Modules of the served model that write keys past our pool, by slot: their import came before our patch."""
+    import sys
+
+    from sglang.srt.models import utils
+
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    found = (vars(module).get("enable_fused_set_kv_buffer", utils.enable_fused_set_kv_buffer) for module in modules)
+    pairs = zip(modules, found, strict=True)
+    return sorted(module.__name__ for module, decides in pairs if decides is not utils.enable_fused_set_kv_buffer)
 
 
 def attention_tp(model_runner: Any) -> tuple[Any, int, int]:

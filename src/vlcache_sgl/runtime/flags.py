@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from vlcache_sgl.config import FLAGS, ConfigError, KVConfig, config_from
 from vlcache_sgl.policy import PolicyError
-from vlcache_sgl.runtime.compat import model_config_dict, unsupported_arguments, unsupported_model
+from vlcache_sgl.runtime.compat import choose_defaults, model_config_dict, unsupported_arguments, unsupported_model
 from vlcache_sgl.runtime.patching import PatchPoint
 
 CONFIG_ATTRIBUTE = "_vlcache_config"
@@ -61,9 +61,11 @@ def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
     from vlcache_sgl.runtime.requests import Choices
 
     Choices(config)  # resolves the policy
-    problems = [*unsupported_arguments(server_args), *unsupported_model(model_config_dict(server_args))]
+    model = model_config_dict(server_args)
+    problems = [*unsupported_arguments(server_args), *unsupported_model(model)]
     if problems:
         raise ConfigError(problems[0])
+    choose_defaults(server_args, model)
     setattr(server_args, CONFIG_ATTRIBUTE, config)
 
 

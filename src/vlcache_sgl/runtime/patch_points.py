@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
 from vlcache_sgl.runtime.patching import PatchPoint
-from vlcache_sgl.runtime.session import is_request_level
+from vlcache_sgl.runtime.session import is_request_level, writes_through_pool
 
 if TYPE_CHECKING:
     from vlcache_sgl.runtime.session import Session
@@ -18,8 +19,8 @@ _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
 def runtime_points(session: Session) -> list[PatchPoint]:
     """The patch points of a scheduler process that compresses."""
 
-    def backend(_: Any) -> Any:
-        return session.build_backend
+    def backend(name: str, _: Any) -> Any:
+        return partial(session.build_backend, name)
 
     return [
         PatchPoint(
@@ -36,7 +37,7 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "refusing prompts that can never fit",
         ),
         *(
-            PatchPoint(f"{_REGISTRY}[{name}]", "replace", backend, "attention over cells")
+            PatchPoint(f"{_REGISTRY}[{name}]", "replace", partial(backend, name), "attention over cells")
             for name in ATTENTION_BACKENDS
         ),
         PatchPoint(
@@ -62,6 +63,18 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "around",
             session.run_forward,
             "compressing at the end of the prefill",
+        ),
+        PatchPoint(
+            "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.can_run_graph",
+            "after",
+            session.fits_graph,
+            "decoding without a graph where its buffers are too small",
+        ),
+        PatchPoint(
+            "sglang.srt.models.utils:enable_fused_set_kv_buffer",
+            "after",
+            writes_through_pool,
+            "keeping models from writing keys by slot, past our pool",
         ),
         PatchPoint(
             "sglang.srt.managers.scheduler_components.internal_state:"

@@ -12,7 +12,7 @@ from vlcache_sgl._version import __version__
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy import PolicyError
-from vlcache_sgl.runtime.compat import attention_tp
+from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.patching import PatchError, Patches
@@ -23,6 +23,8 @@ REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
+ROWS_ATTRIBUTE = "vlcache_rows"
+"""On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
 
 class Session:
@@ -74,7 +76,7 @@ class Session:
         foreign = [name for name, ours in parts.items() if not ours]
         if foreign:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
-        scheduler.tree_cache.row_listener = self._backend.index.invalidate
+        scheduler.tree_cache.row_listener = self._backend.invalidate
         self._tree = scheduler.tree_cache
 
     # -- pools ------------------------------------------------------------------------------------------------------
@@ -155,12 +157,14 @@ class Session:
 
         return original(ctx, cache_class=cache_class or CompressedPrefixTree)
 
-    def build_backend(self, model_runner: Any) -> Any:
-        """Instead of SGLang's attention backend."""
+    def build_backend(self, name: str, model_runner: Any) -> Any:
+        """Instead of SGLang's attention backend `name`."""
         from vlcache_sgl.runtime.attention.backend import ResidencyBackend
-
-        group, rank, size = attention_tp(model_runner)
         from vlcache_sgl.runtime.tensor_parallel import HeadGather
+
+        if writers := slot_writers(model_runner.model):
+            raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
+        group, rank, size = attention_tp(model_runner)
 
         model = model_runner.model_config
         prompt = Prompt(
@@ -177,7 +181,7 @@ class Session:
         self.choices.serve(prompt, size)
         self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters)
         self.compressor.allocator = model_runner.token_to_kv_pool_allocator
-        self._backend = ResidencyBackend(model_runner, self.compressor)
+        self._backend = ResidencyBackend(model_runner, self.compressor, name, prompt.num_heads // size)
         return self._backend
 
     def physical_capacity(self, original: property) -> property:
@@ -223,7 +227,11 @@ class Session:
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
-        if self.compressor is None or not batch.forward_mode.is_extend():
+        if self.compressor is None:
+            return
+        if batch.req_pool_indices_cpu is not None:
+            setattr(forward_batch, ROWS_ATTRIBUTE, batch.req_pool_indices_cpu.tolist())
+        if not batch.forward_mode.is_extend():
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
         jobs: list[CompressionJob | None] = []
@@ -241,22 +249,28 @@ class Session:
 
     def run_forward(self, original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
         """Around the model's forward: at its end, compress the prompts that are complete."""
-        jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
-        if jobs is None or self.compressor is None:
+        if self._backend is None:
             return original(runner, forward_batch, *args, **kw)
+        jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
         started = time.perf_counter()
-        # Handed over here, because SGLang's runners may give attention a copy of the batch without our attribute.
-        self._backend.jobs = jobs
+        # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
+        self._backend.jobs, self._backend.rows = jobs, getattr(forward_batch, ROWS_ATTRIBUTE, None)
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
-            self._backend.jobs = None
+            self._backend.jobs = self._backend.rows = None
+        if jobs is None or self.compressor is None:
+            return result
         rows = runner.req_to_token_pool.req_to_token
         for number, job in enumerate(jobs):
             if job is not None and job.scoring is not None and (job.reached or 0) >= job.length:
                 self.compressor.finish(job, rows[forward_batch.req_pool_indices[number]])
         self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
         return result
+
+    def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
+        """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
+        return bool(result) and (self._backend is None or self._backend.fits_graph(forward_batch))
 
     # -- the truth over HTTP ----------------------------------------------------------------------------------------
 
@@ -308,3 +322,8 @@ def _report(req: Any, report: dict[str, Any]) -> None:
 def is_request_level(result: bool, _: Any, key: str) -> bool:
     """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
     return result or key == REPORT_KEY
+
+
+def writes_through_pool(_: bool, __: Any) -> bool:
+    """After SGLang has said whether a model may write its keys itself: it would do so by slot, not by cell."""
+    return False

@@ -72,7 +72,7 @@ class DecodeIndex:
         Args:
             rows: request rows of the batch, in order.
             lengths: sequence lengths including the token of this step.
-            new_cells: `[planes, batch]` int64, where this step writes.
+            new_cells: `[planes, batch]` int, where this step writes.
         """
         continued = rows == self._rows and not self._stale.intersection(rows)
         continued = continued and all(new == old + 1 for new, old in zip(lengths, self._lengths, strict=True))

@@ -5,11 +5,78 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlcache_sgl.runtime.attention.decode_index import DecodeIndex, RowCells
+from vlcache_sgl.runtime.attention.decode_index import DecodeIndex, RowCells, collect
+from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, Memory, Observe
 
 GATHER_BYTES = 8 << 20
 """Keys and values gathered before they are attended to: about a processor's last-level cache, so that attention
 reads them from there and not a second time from memory."""
+
+
+class TorchProvider:
+    """Plain torch, on any device; no CUDA graphs, and the host reads sizes from the device."""
+
+    on_device = False
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._gather = Gather(memory.arena)
+        self._batch: ExtendBatch | None = None
+        self._prefixes: list[RowCells | None] = []
+        self.index = DecodeIndex(memory.residency, memory.req_to_token)
+
+    def invalidate(self, row: int) -> None:
+        self.index.invalidate(row)
+
+    def plan_extend(self, batch: ExtendBatch) -> None:
+        self._batch = batch
+        self._prefixes = [kept_prefix(self._memory, request.row, request.begin) for request in batch.requests]
+        for request in batch.requests:
+            self.index.invalidate(request.row)
+
+    def extend(
+        self,
+        planes: slice,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        observe: Observe,
+    ) -> torch.Tensor:
+        assert self._batch is not None
+        output = torch.empty_like(queries)
+        for number, (request, cells) in enumerate(zip(self._batch.requests, self._prefixes, strict=True)):
+            part = request.tokens
+            prefix = valid = lse = None
+            if cells is not None:
+                prefix, valid = prefix_keys_values(self._gather, cells, planes)
+            arguments = (queries[part], keys[part], values[part], prefix, valid, scale)
+            if self._batch.want_lse:
+                output[part], lse = extend_with_lse(*arguments)
+            else:
+                output[part] = extend(*arguments)
+            if request.votes:
+                observe(number, prefix, lse)
+        return output
+
+    def plan_decode(self, batch: DecodeBatch) -> None:
+        self.index.step(batch.rows, batch.lengths, batch.new_cells)
+
+    def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        return decode(queries, self.index, planes, self._gather, scale)
+
+    def init_graphs(self, max_batch: int) -> None:
+        raise NotImplementedError("attention in plain torch cannot be recorded in a CUDA graph")
+
+    def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
+        return False
+
+
+def kept_prefix(memory: Memory, row: int, length: int) -> RowCells | None:
+    """Kept cells of the first `length` positions of a request row, all planes; None when there are no positions."""
+    if not length:
+        return None
+    return collect(memory.residency, memory.req_to_token[row, :length].to(torch.int64))
 
 
 class Gather:
@@ -72,6 +139,18 @@ def extend(
     Returns:
         `[t, H, D]`.
     """
+    return extend_with_lse(queries, keys, values, prefix, prefix_valid, scale)[0]
+
+
+def extend_with_lse(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: torch.Tensor | None,
+    prefix_valid: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`extend`, and `[t, H]` float32, the natural logarithm of the sum of exponentials of everything visible."""
     tokens, num_heads, dim = queries.shape
     kv_heads = keys.shape[1]
     group = num_heads // kv_heads
@@ -79,7 +158,7 @@ def extend(
     q = queries.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3)
     own, own_lse = _flash(q, _shared(keys, group), _shared(values, group), scale, causal=True)
     if prefix is None or prefix.shape[0] == 0:
-        return own.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim)
+        return own.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim), _by_token(own_lse)
     mask = None
     if prefix_valid is not None:
         seen = torch.arange(prefix.shape[0], device=q.device)[None] < prefix_valid[:, None]
@@ -88,7 +167,12 @@ def extend(
     old, old_lse = _flash(q, _shared(prefix[:, 0], group), _shared(prefix[:, 1], group), scale, causal=False, mask=mask)
     weight = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)
     merged = torch.lerp(own.float(), old.float(), weight).to(queries.dtype)
-    return merged.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim)
+    return merged.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim), _by_token(torch.logaddexp(own_lse, old_lse))
+
+
+def _by_token(lse: torch.Tensor) -> torch.Tensor:
+    """`[K, group, t]` -> `[t, K * group]`."""
+    return lse.flatten(0, 1).T
 
 
 def _shared(x: torch.Tensor, group: int) -> torch.Tensor:

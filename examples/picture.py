@@ -1,0 +1,31 @@
+"""What the examples ask about: a picture of coloured letters with codes, and questions whose answers are known."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+
+from PIL import Image
+
+from vlcache_sgl.tasks.receipts import Picture, make_picture
+
+
+def draw(seed: int = 7) -> Picture:
+    """A picture of 24 x 24 cells, which the bundled model sees as 576 tokens; put yours in its place."""
+    return make_picture(seed, 24, 24)
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a URL that holds it, which is how the OpenAI protocol takes pictures that are not on the web."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def server_url() -> str:
+    """`--url` of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="of a server started with --kv-policy")
+    url: str = parser.parse_args().url
+    return url

@@ -1,0 +1,37 @@
+"""Ask a compressed server several questions about one picture: `python examples/quickstart.py [--url URL]`.
+
+Start the server first:
+
+    sglang serve --model-path models/tinyvlm/grounded --kv-policy vlcache --kv-budget 0.1 --enable-cache-report
+
+The first question's prompt is compressed to a tenth.  The later ones find the picture in the cache, compressed for the
+first: cheap, and possibly wrong.
+"""
+
+from __future__ import annotations
+
+import openai
+from picture import data_url, draw, server_url
+
+
+def main() -> None:
+    client = openai.OpenAI(base_url=f"{server_url()}/v1", api_key="none")
+    drawn = draw()
+    image = {"type": "image_url", "image_url": {"url": data_url(drawn.image)}}
+    for question in drawn.questions[:3]:
+        reply = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": [image, {"type": "text", "text": question.text}]}],
+            max_tokens=8,
+            temperature=0,
+        )
+        usage = reply.usage
+        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        print(
+            f"{question.text:50} {reply.choices[0].message.content:6} (expected {question.answer}); "
+            f"{cached or 0} of {usage.prompt_tokens} prompt tokens from the cache"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Attention over cells with FlashInfer's public wrappers: a cell is a page of one token.
+
+`arena.unsqueeze(2)` is FlashInfer's paged cache `[pages, 2, page_size, heads, head_dim]` as it stands.  A prefill is
+one causal call over the kept prefix and the new tokens, which are in the arena by then.  With a cell per KV head, every
+(plane, request) is a sequence of its own, as in `triton_provider`.
+
+FlashInfer is planned on the host, from exact lengths.  Layers that hold equally many cells of every request share a
+plan; then the indices, which always differ, are put into the one buffer that the plan names before each of these layers
+runs.  With budgets that differ between layers there are as many plans per step as layers, about 0.1 ms each on the
+host, which overlap scheduling hides behind the device as long as a step takes longer.
+
+Lengths are counted up on the host; the host waits for the device only in a prefill and in the first step after rows
+have changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlcache_kernels.residency_index import ResidencyIndex
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex, static_capacity
+from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
+from vlcache_sgl.runtime.attention.torch_provider import Gather
+
+WORKSPACE_BYTES = 384 << 20
+"""For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""
+PLAN_BYTES = 2 << 20
+"""For the schedule of one prefill plan: a few numbers per tile of queries."""
+DECODE_PLAN_BYTES = 256 << 10
+"""For the schedule of one decode plan, and 64 bytes per sequence; there are many, on the device and pinned."""
+TENSOR_CORE_GROUP = 4
+"""Query heads per KV head from which FlashInfer's tensor-core decode is faster; SGLang's rule."""
+
+
+@dataclass
+class Planned:
+    """Layers of equal lengths, with their plan."""
+
+    wrapper: Any
+    indices: list[torch.Tensor]
+    """Per layer of the group, its cells; the plan names the first entry's memory or `shared`."""
+    shared: torch.Tensor | None
+    """Where the plan looks for indices when several layers share it."""
+
+    def ready(self, number: int) -> Any:
+        """The wrapper, for the `number`-th layer of the group."""
+        if self.shared is not None:
+            self.shared.copy_(self.indices[number])
+        return self.wrapper
+
+
+class FlashInferProvider:
+    """FlashInfer over cells.
+
+    Args:
+        memory: arena, residency and rows.
+        shape: the queries.
+    """
+
+    on_device = True
+
+    def __init__(self, memory: Memory, shape: HeadShape) -> None:
+        self._memory = memory
+        self._library = _library()
+        self._pages = memory.arena.unsqueeze(2)
+        self._gather = Gather(memory.arena)
+        self._heads = shape.num_heads // memory.groups
+        self._kv_heads, self._dim = memory.arena.shape[2:]
+        self._types = {"q_data_type": shape.dtype, "kv_data_type": memory.arena.dtype}
+        device = memory.arena.device
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._index = DeviceIndex(memory, torch.int32, exact=True)
+        self._prefill_wrappers: list[Any] = []
+        self._decode_wrappers: list[Any] = []
+        self._recorded: dict[int, list[Any]] = {}
+        self._schedules: list[torch.Tensor] = []
+        self._extend: tuple[ExtendBatch, list[tuple[Planned, int]], Voters] | None = None
+        self._decode: list[tuple[Planned, int]] = []
+
+    def invalidate(self, row: int) -> None:
+        self._index.invalidate(row)
+
+    # -- prefill ----------------------------------------------------------------------------------------------------
+
+    def plan_extend(self, batch: ExtendBatch) -> None:
+        requests = batch.requests
+        for request in requests:
+            self._index.invalidate(request.row)
+        lengths = [request.begin + request.count for request in requests]
+        index = self._index.look_up([request.row for request in requests], lengths, batch.rows, batch.seq_lens)
+        counts = torch.tensor([request.count for request in requests] * self._memory.groups, dtype=torch.int32)
+        starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+        def plan(wrapper: Any, indptr: torch.Tensor, indices: torch.Tensor) -> None:
+            self._plan(wrapper, starts, indptr, indices, causal=True)
+
+        planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
+        self._extend = (batch, planned, Voters(self._memory, self._gather, batch))
+
+    def extend(
+        self,
+        planes: slice,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        observe: Observe,
+    ) -> torch.Tensor:
+        assert self._extend is not None
+        batch, planned, voters = self._extend
+        groups = self._memory.groups
+        q = split_groups(queries[: batch.requests[-1].tokens.stop], groups).contiguous()
+        group, number = planned[self._memory.layer_of(planes)]
+        # Planned with scale 1, because a plan is shared by layers; `q_scale` multiplies it.
+        arguments = {"q_scale": scale, "out": torch.empty_like(q)}
+        lse = None
+        if batch.want_lse:
+            out, lse = group.ready(number).run(q, self._pages, return_lse=True, lse_base="ln", **arguments)
+        else:
+            out = group.ready(number).run(q, self._pages, **arguments)
+        voters.report(observe, planes, join_lse(lse, groups))
+        return with_rows(join_groups(out, groups), queries.shape[0])
+
+    # -- decode -----------------------------------------------------------------------------------------------------
+
+    def plan_decode(self, batch: DecodeBatch) -> None:
+        index = self._index.step(batch)
+        if not batch.recorded:
+            self._decode = self._plan_layers(
+                index, self._index.host, self._decode_wrappers, self._new_decode, self._plan
+            )
+            return
+        size = index.indptr.shape[1] - 1
+        if size not in self._recorded:
+            self._recorded[size] = [self._new_recorded(index.at(layer), layer) for layer in range(len(index.indptr))]
+        self._decode = []
+        for layer, wrapper in enumerate(self._recorded[size]):
+            # The buffers are the lists themselves: there are no indices to copy, and `indptr` is copied onto itself.
+            indices = index.indices[layer]
+            self._plan(wrapper, self._index.host[layer], indices[:0])
+            self._decode.append((Planned(wrapper, [indices], None), 0))
+
+    def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        group, number = self._decode[self._memory.layer_of(planes)]
+        q = split_groups(queries, self._memory.groups).contiguous()
+        out = group.ready(number).run(q, self._pages, q_scale=scale, out=torch.empty_like(q))
+        return join_groups(out, self._memory.groups)
+
+    def init_graphs(self, max_batch: int) -> None:
+        self._index.reserve(static_capacity(self._memory, max_batch))
+        # A graph holds the addresses of a layer's schedule; batch sizes take turns, so they share it.
+        size = DECODE_PLAN_BYTES + 64 * max_batch * self._memory.groups
+        device = self._memory.arena.device
+        self._schedules = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self._memory.num_layers)]
+
+    def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
+        return self._index.fits(rows, lengths)
+
+    # -- plans ------------------------------------------------------------------------------------------------------
+
+    def _plan_layers(
+        self, index: ResidencyIndex, host: torch.Tensor, wrappers: list[Any], new: Any, plan: Any
+    ) -> list[tuple[Planned, int]]:
+        """One plan per distinct row of `host`; for each layer its group and its number in it."""
+        layers_of: dict[bytes, list[int]] = {}
+        for layer, indptr in enumerate(host):
+            layers_of.setdefault(indptr.numpy().tobytes(), []).append(layer)
+        planned: list[tuple[Planned, int] | None] = [None] * len(host)
+        for number, layers in enumerate(layers_of.values()):
+            if number == len(wrappers):
+                wrappers.append(new())
+            indptr = host[layers[0]]
+            indices = [index.indices[layer, : int(indptr[-1])] for layer in layers]
+            shared = torch.empty_like(indices[0]) if len(layers) > 1 else None
+            plan(wrappers[number], indptr, indices[0] if shared is None else shared)
+            group = Planned(wrappers[number], indices, shared)
+            for place, layer in enumerate(layers):
+                planned[layer] = (group, place)
+        return [entry for entry in planned if entry is not None]
+
+    def _plan(self, wrapper: Any, *arguments: torch.Tensor, **options: Any) -> None:
+        """Plan a wrapper; all but the indices on the host, so that nothing is read back."""
+        sequences = arguments[-2].numel() - 1
+        ones = torch.ones(sequences, dtype=torch.int32)
+        sizes = (self._heads, self._kv_heads, self._dim, 1)
+        wrapper.plan(*arguments, ones, *sizes, sm_scale=1.0, **self._types, **options)
+
+    def _new_prefill(self) -> Any:
+        wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+        return self._shrink(wrapper, torch.empty(PLAN_BYTES, dtype=torch.uint8, device=self._workspace.device))
+
+    def _new_decode(self, **buffers: Any) -> Any:
+        return self._library.BatchDecodeWithPagedKVCacheWrapper(
+            self._workspace,
+            "NHD",
+            use_tensor_cores=self._heads >= TENSOR_CORE_GROUP * self._kv_heads,
+            backend="fa2",
+            **buffers,
+        )
+
+    def _new_recorded(self, lists: ResidencyIndex, layer: int) -> Any:
+        wrapper = self._new_decode(
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=lists.indptr,
+            paged_kv_indices_buffer=lists.indices,
+            paged_kv_last_page_len_buffer=torch.ones(
+                lists.indptr.numel() - 1, dtype=torch.int32, device=lists.indptr.device
+            ),
+        )
+        return self._shrink(wrapper, self._schedules[layer])
+
+    def _shrink(self, wrapper: Any, schedule: torch.Tensor) -> Any:
+        """Instead of the 8 MB on the device, and as many pinned, that every wrapper comes with."""
+        wrapper.reset_workspace_buffer(self._workspace, schedule)
+        return wrapper
+
+
+def _library() -> Any:
+    import flashinfer
+
+    return flashinfer

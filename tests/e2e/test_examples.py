@@ -1,0 +1,80 @@
+"""The programs of examples/ run as their README says, and print what it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name: str, *arguments: str) -> str:
+    """Standard output of an example, which must end well."""
+    command = [sys.executable, f"examples/{name}", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_quickstart(ours_tenth: Any) -> None:
+    """The first question is answered, the others find the picture in the cache."""
+    ours_tenth.flush()
+    lines = run("quickstart.py", "--url", ours_tenth.url).splitlines()
+    found = [re.search(r"\? +(\w*) +\(expected (\w+)\); (\d+) of (\d+)", line) for line in lines]
+    assert len(found) == 3
+    assert all(found), lines
+    answer, expected, cached, length = found[0].groups()
+    assert answer == expected
+    assert int(cached) == 0
+    for match in found[1:]:
+        _, _, cached, length = match.groups()
+        assert int(length) - 64 < int(cached) < int(length)
+
+
+def test_per_request_policy(ours_tenth: Any) -> None:
+    """Five choices, five reports, one refusal."""
+    ours_tenth.flush()
+    before = ours_tenth.settled()
+    text = run("per_request_policy.py", "--url", ours_tenth.url)
+    after = ours_tenth.settled()
+    for words in ("'policy': 'snapkv:window=64'", "'ratio': 0.3", "'budget': '100t'", "{'skipped': 'budget'}"):
+        assert words in text
+    assert "400" in text
+    assert "unknown policy 'snapvk'" in text
+    assert after["requests_compressed"] == before["requests_compressed"] + 4
+    assert after["policy_failures"] == before["policy_failures"]
+
+
+def test_frontend_dsl(ours_tenth: Any) -> None:
+    """Compressed as the endpoint says, whether the program generates, selects or forks."""
+    ours_tenth.flush()
+    before = ours_tenth.settled()
+    text = run("frontend_dsl.py", "--url", ours_tenth.url)
+    after = ours_tenth.settled()
+    read, report, choose, early, full = text.splitlines()
+    code, expected = re.search(r": (\w+) \(expected (\w+)\)", read).groups()
+    assert code == expected
+    assert "'policy': 'vlcache'" in report
+    code, expected = re.search(r": (\w+) of .* \(expected (\w+)\)", choose).groups()
+    assert code == expected
+    assert "vlcache" in early
+    codes, expected = re.search(r": (\[.*\]) \(expected (\[.*\])\)", full).groups()
+    assert codes == expected
+    assert after["requests_compressed"] == before["requests_compressed"] + 3
+    assert after["policy_failures"] == before["policy_failures"]
+
+
+@pytest.mark.slow
+def test_engine() -> None:
+    """In process: compressed, then shared."""
+    lines = run("engine.py").splitlines()
+    first, report, _, shared = lines[-4:]
+    code, expected = re.search(r"\? (\w*) \(expected (\w+)\)", first).groups()
+    assert code == expected
+    assert "'kept_tokens_per_layer'" in report
+    assert "'skipped': 'short'" in shared

@@ -1,0 +1,79 @@
+"""The package of examples/third_party_policy, built and installed as its users would, chosen by name on a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples/third_party_policy"
+COMMON = ("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle")
+
+
+def run(*command: str, **options: Any) -> str:
+    """What the command prints; its errors fail the test."""
+    ran = subprocess.run(command, capture_output=True, text=True, **options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def installer() -> list[str]:
+    """pip of this environment, or the uv that made it."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install", "--quiet"]
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if uv is None:
+        pytest.skip("neither pip nor uv")
+    return [uv, "pip", "install", "--quiet", "--offline", "--python", sys.executable]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of processes for which the example is installed.  Nothing is fetched, nothing stays."""
+    pytest.importorskip("hatchling", reason="`make setup` installs it")
+    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("installed")
+    source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "package")
+    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(wheels), cwd=source)
+    (wheel,) = wheels.glob("*.whl")
+    run(*installer(), "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    assert (target / "vlcache_edges.py").exists()
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(target), *([inherited] if inherited else [])])}
+
+
+@pytest.mark.slow
+def test_the_command_line_knows_it(installed: dict[str, str]) -> None:
+    text = run(sys.executable, "-m", "vlcache_sgl.cli.main", "policies", "edges", env={**os.environ, **installed})
+    for word in ("policy edges", "edges x uniform", "power", "vlcache-edges 0.1.0"):
+        assert word in text
+
+
+@pytest.mark.slow
+def test_a_server_compresses_with_it(servers: Any, installed: dict[str, str], picture: Any) -> None:
+    """Its name is all that vlcache-sgl is told."""
+    server = servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", common=COMMON, env=installed)
+    drawn = picture(8500, 24, 24)
+    before = server.settled()
+    assert before["policy"] == "edges:power=2"
+    answer = server.ask(drawn.questions[0].text, drawn.image)
+    after = server.settled()
+    assert answer.completion_tokens > 0
+    assert after["requests_compressed"] == before["requests_compressed"] + 1
+    assert after["policy_failures"] == 0
+    seen, kept = (after[key] - before[key] for key in ("cells_seen", "cells_kept"))
+    assert kept == round(0.2 * seen)
+    # Beside the built-in ones, in a request's choice too.
+    server.ask(drawn.questions[0].text, drawn.image, custom_params={"kv_policy": "scorer=edges,allocator=vlcache"})
+    server.ask(drawn.questions[0].text, drawn.image, custom_params={"kv_policy": "snapkv"})
+    after = server.settled()
+    assert after["requests_compressed"] == before["requests_compressed"] + 3
+    assert after["policy_failures"] == 0
+    server.flush()
+    assert server.settled()["cells_used"] == 0
+    server.assert_alive()
