@@ -27,7 +27,7 @@ from . import caches, checkpoint
 from .probe import Probe
 
 FULL_GRIDS = ("16x16", "12x20", "10x11", "24x24", "20x32", "32x32")
-COMPRESSED_GRIDS = ("16x16", "24x24", "32x32")
+COMPRESSED_GRIDS = ("24x24", "32x32")
 BUDGETS = (0.05, 0.1, 0.2)
 HIT_BUDGET = 0.1
 """The paper's figure 3."""

@@ -23,7 +23,7 @@ from .schedule import BOOTSTRAP
 
 TEXT_LAYERS = 2
 """Layers below this find the label in the question; the others find the record in the picture."""
-LONGEST_SIDE = 34
+LONGEST_SIDE = 32
 """Of a picture, in cells."""
 BF16 = torch.bfloat16
 

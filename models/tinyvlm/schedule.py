@@ -96,14 +96,13 @@ SCHEDULES: dict[str, Schedule] = {
                 compressed=0.7,
                 observed=6,
             ),
-            # What a long mixed stage neglects: the smallest grids, and the first rows of the largest.  Sides of 34 keep
-            # these from being the farthest that training ever looks.
+            # What a long mixed stage neglects: the smallest and the largest grids.
             Stage(
-                "10x11,12x20,16x16,24x24,32x32,32x32,34x30,30x34",
+                "10x11,10x11,12x20,16x16,24x24,20x32,32x32,32x32",
                 6,
                 12,
-                320,
-                rate=0.5,
+                240,
+                rate=0.3,
                 anneal=True,
                 grounding=0.1,
                 ranking=0.1,

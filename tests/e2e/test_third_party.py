@@ -1,4 +1,4 @@
-"""The package of examples/third_party_policy, built and installed as its users would, chosen by name on a real server."""
+"""The package of examples/third_party_policy, built and installed as users would, chosen by name on a real server."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NUM_PICTURES = 20
 FOLLOWED = (0, 4)
 """Pictures that get follow-up questions: the smallest and the largest."""
 NUM_FOLLOW_UPS = 3
-FIRST_SEED = 9000
+FIRST_SEED = 30000
 MATCHING_SHARE = 0.95
 """Least share of first questions that compression must not change."""
 SERVER_FLAGS = (

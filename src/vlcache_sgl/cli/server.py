@@ -121,7 +121,7 @@ class ServerProcess:
         self._work_dir = Path(tempfile.mkdtemp(prefix="vlcache-"))
         self.log_path = self._work_dir / "server.log"
         # SGLang leaves socket files behind in its temporary directory: give it ours, which goes away as a whole.
-        # Threads of several processes share the cores: one that spins at a barrier takes the time of those it waits for.
+        # Threads of several processes share the cores: one that spins at a barrier takes the time of the others.
         env = {"OMP_WAIT_POLICY": "PASSIVE", **self._env, "TMPDIR": str(self._work_dir), "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(

@@ -1,4 +1,10 @@
-"""Virtual slots for SGLang, cells for us: every capacity question is answered by what is physically there."""
+"""Virtual slots for SGLang, cells for us: every capacity question is answered by what is physically there.
+
+Streams.  On a GPU this object lives on the scheduler's stream, evictions happen on the stream of the forward.  What an
+eviction has freed is handed over with an event of the forward's stream (`retire`); the host reclaims it when the event
+has passed (`settle`), so that no cell is allocated while the forward that read it may still run, and marks the handed
+over tensors as used on its own stream, so that their memory is not given to the forward's stream too early.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +83,10 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
                     return
                 done.synchronize()
             self._pending.pop(0)
+            if eviction.cells.device.type != "cpu":
+                stream = torch.get_device_module(eviction.cells.device).current_stream()
+                for tensor in (eviction.cells, eviction.slots, eviction.kept_planes):
+                    tensor.record_stream(stream)
             self.residency.reclaim(eviction)
             self._evictable_cells = None
 
@@ -194,3 +204,12 @@ class CellPrefillBudget(PrefillBudget):
 
     def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
         return (False, None) if self._parked else super().check_prefill(**request)
+
+
+def passed_event(device: torch.device) -> Any | None:
+    """An event behind all that is queued on the current stream; None on a CPU, where everything has happened."""
+    if device.type == "cpu":
+        return None
+    event = torch.get_device_module(device).Event()
+    event.record()
+    return event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("enable_pdmux", bool, "prefill and decode would use one index at once"),
     ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
     ("cuda_graph_backend_prefill", lambda kind: kind not in (None, "disabled"), "prefills are watched layer by layer"),
+    ("cuda_graph_config", lambda config: _records_prefills(config), "prefills are watched layer by layer"),
     ("prefill_attention_backend", bool, "one backend must serve prefill and decode"),
     ("decode_attention_backend", bool, "one backend must serve prefill and decode"),
     ("radix_cache_backend", bool, "the prefix tree must be SGLang's own"),
@@ -53,11 +55,21 @@ def unsupported_arguments(server_args: Any) -> Iterator[str]:
             flag = "--" + name.replace("_", "-")
             yield f"--kv-policy cannot be combined with {flag} {value}: {reason}"
     backend = getattr(server_args, "attention_backend", None)
-    if backend is not None and backend not in ATTENTION_BACKENDS:
+    supported = ATTENTION_BACKENDS if _has_cuda(server_args) else ATTENTION_BACKENDS[:1]
+    if backend is not None and backend not in supported:
         yield (
-            f"--kv-policy cannot be combined with --attention-backend {backend}: "
-            f"supported are {', '.join(ATTENTION_BACKENDS)}"
+            f"--kv-policy cannot be combined with --attention-backend {backend}: supported here: {', '.join(supported)}"
         )
+
+
+def _records_prefills(config: Any) -> bool:
+    """Whether a --cuda-graph-config asks for graphs of prefills."""
+    return isinstance(config, dict) and config.get("prefill", {}).get("backend") not in (None, "disabled")
+
+
+def _has_cuda(server_args: Any) -> bool:
+    # Counted through NVML: `torch.cuda.is_available` may initialise CUDA, which forked children cannot use then.
+    return getattr(server_args, "device", None) in (None, "cuda") and torch.cuda.device_count() > 0
 
 
 def choose_defaults(server_args: Any, model: dict[str, Any]) -> None:
@@ -68,8 +80,7 @@ def choose_defaults(server_args: Any, model: dict[str, Any]) -> None:
     Args:
         model: its configuration, see `model_config_dict`.
     """
-    # Counted through NVML: `torch.cuda.is_available` may initialise CUDA, which forked children cannot use then.
-    if getattr(server_args, "device", None) not in (None, "cuda") or torch.cuda.device_count() == 0:
+    if not _has_cuda(server_args):
         return
     if server_args.attention_backend is None:
         server_args.attention_backend = _best_attention(str(server_args.dtype), model)
@@ -123,15 +134,16 @@ def model_config_dict(server_args: Any) -> dict[str, Any]:
 
 
 def slot_writers(model: Any) -> list[str]:
-    """Modules of the served model that write keys past our pool, by slot: their import came before our patch."""
-    import sys
-
+    """Modules of the served model that would write keys by slot, past our pool: imported before our patch."""
     from sglang.srt.models import utils
 
-    modules = {sys.modules[type(part).__module__] for part in model.modules()}
-    found = (vars(module).get("enable_fused_set_kv_buffer", utils.enable_fused_set_kv_buffer) for module in modules)
-    pairs = zip(modules, found, strict=True)
-    return sorted(module.__name__ for module, decides in pairs if decides is not utils.enable_fused_set_kv_buffer)
+    modules = {sys.modules.get(type(part).__module__) for part in model.modules()}
+    asked = utils.enable_fused_set_kv_buffer
+    return sorted(
+        str(module.__name__)
+        for module in modules
+        if module is not None and vars(module).get("enable_fused_set_kv_buffer", asked) is not asked
+    )
 
 
 def attention_tp(model_runner: Any) -> tuple[Any, int, int]:

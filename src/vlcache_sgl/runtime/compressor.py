@@ -2,6 +2,10 @@
 
 Runs at the end of the forward that computes a prompt's last chunk, so that the first decode step already attends to
 the compressed cache and the prefix tree only ever sees compressed slots.
+
+On a GPU that is on the stream of the forward: the table changes there, behind the last kernel that reads the evicted
+cells and before the first of the next step.  The scheduler works on another stream and may hand the cells out again
+once an event, recorded here behind the eviction, has passed.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.plan import EvictionPlan
-from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.scoring import Scoring
@@ -154,11 +158,12 @@ class Compressor:
         keep = self._heads.own_groups(plan.keep, arena.groups)
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         eviction = arena.residency.evict(slots, keep)
-        self.allocator.retire(eviction, None)
-        kept = [int(tokens) for tokens in eviction.kept_by_plane.view(-1, arena.groups).sum(1).tolist()]
+        self.allocator.retire(eviction, passed_event(slots.device))
+        # From the plan, not from the device: the host need not wait to know them.
+        per_layer = [int(tokens) for tokens in plan.counts.tolist()]
+        kept = [tokens * arena.groups for tokens in per_layer]
         seen = slots.numel() * arena.groups
         self.counters.compressed(kept, seen)
-        per_layer = [tokens // arena.groups for tokens in kept]
         job.report.update(
             policy=job.choice.policy.spec,
             budget=str(job.choice.budget),

@@ -91,7 +91,9 @@ class Session:
         # The residency table (4 bytes per slot and plane) and the slot counters come out of the same memory.
         slot_bytes = 4 * planes + 16
         token_bytes = planes * self._cell_bytes(configurator, groups)
-        physical = max(1, int(physical * token_bytes / (token_bytes + factor * slot_bytes)))
+        # And, on a GPU, the lists of cells that decode graphs read: twice 8 bytes per cell, in two buffers.
+        list_bytes = 32 * planes if configurator.device == "cuda" else 0
+        physical = max(1, int(physical * token_bytes / (token_bytes + factor * slot_bytes + list_bytes)))
         self.physical_tokens = physical
         config.max_total_num_tokens = int(physical * factor)
 
@@ -229,8 +231,9 @@ class Session:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
         if self.compressor is None:
             return
-        if batch.req_pool_indices_cpu is not None:
-            setattr(forward_batch, ROWS_ATTRIBUTE, batch.req_pool_indices_cpu.tolist())
+        rows = getattr(batch, "req_pool_indices_cpu", None)
+        if rows is not None:
+            setattr(forward_batch, ROWS_ATTRIBUTE, rows.tolist())
         if not batch.forward_mode.is_extend():
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
@@ -254,17 +257,19 @@ class Session:
         jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
         started = time.perf_counter()
         # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
-        self._backend.jobs, self._backend.rows = jobs, getattr(forward_batch, ROWS_ATTRIBUTE, None)
+        rows: list[int] | None = getattr(forward_batch, ROWS_ATTRIBUTE, None)
+        self._backend.jobs, self._backend.rows = jobs, rows
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             self._backend.jobs = self._backend.rows = None
         if jobs is None or self.compressor is None:
             return result
-        rows = runner.req_to_token_pool.req_to_token
+        table = runner.req_to_token_pool.req_to_token
         for number, job in enumerate(jobs):
             if job is not None and job.scoring is not None and (job.reached or 0) >= job.length:
-                self.compressor.finish(job, rows[forward_batch.req_pool_indices[number]])
+                row = forward_batch.req_pool_indices[number] if rows is None else rows[number]
+                self.compressor.finish(job, table[row])
         self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
         return result
 

@@ -49,6 +49,7 @@ class DeviceIndex:
         self._kept: dict[int, tuple[int, int]] = {}
         self._buffers: list[torch.Tensor] = [self._new_indices(0), self._new_indices(0)]
         self._fixed: torch.Tensor | None = None
+        self._capacity = 0
         self._fixed_indptr: dict[int, torch.Tensor] = {}
         self._nothing = torch.full((memory.residency.num_planes, 1), -1, dtype=torch.int32, device=self._device)
         self._numbers = torch.arange(0, device=self._device)
@@ -57,9 +58,16 @@ class DeviceIndex:
 
     # -- what graphs read -------------------------------------------------------------------------------------------
 
-    def reserve(self, capacity: int) -> None:
-        """Lay out the buffer that captured graphs read: `capacity` entries per layer."""
-        self._fixed = self._new_indices(capacity)
+    def reserve(self, max_batch: int) -> None:
+        """Lay out the buffer that captured graphs read, for up to `max_batch` requests.
+
+        Per layer it holds twice what fits the arena if layers kept equally much: shared prefixes are listed once per
+        request, and layers may keep different numbers of tokens.  What goes beyond is served without graphs.
+        """
+        memory = self._memory
+        tokens = memory.residency.num_cells // memory.residency.num_planes
+        self._capacity = memory.groups * min(2 * tokens, max_batch * memory.req_to_token.shape[1])
+        self._fixed = self._new_indices(self._capacity + memory.groups * max_batch)  # with room for padding
 
     def fits(self, rows: list[int], lengths: list[int]) -> bool:
         """Whether these requests, `lengths` tokens long, fit what is reserved.
@@ -67,12 +75,9 @@ class DeviceIndex:
         With a cell per KV head ranks may hold different numbers of cells; the answer is then given from lengths alone,
         because all ranks must give the same.
         """
-        if self._fixed is None:
-            return False
-        capacity = self._fixed.shape[1]
-        if self._memory.groups * sum(lengths) <= capacity:
+        if self._memory.groups * sum(lengths) <= self._capacity:
             return True
-        return self._memory.groups == 1 and self._count(rows, lengths) <= capacity
+        return self._memory.groups == 1 and self._count(rows, lengths) <= self._capacity
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ class DeviceIndex:
         out = self._output(batch, self._room(batch))
         _look_up(self._memory, batch.row_tensor, batch.length_tensor, out, max(lengths))
         if self._exact:
-            self.host = out.indptr.cpu()
+            self.host = out.indptr.to("cpu", copy=True)
         return out
 
     def _continued(self, batch: DecodeBatch, source: list[int]) -> ResidencyIndex:
@@ -144,17 +149,19 @@ class DeviceIndex:
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
-    def look_up(self, rows: list[int], lengths: list[int], *tensors: torch.Tensor) -> ResidencyIndex:
+    def look_up(
+        self, rows: list[int], lengths: list[int], row_tensor: torch.Tensor, length_tensor: torch.Tensor
+    ) -> ResidencyIndex:
         """The lists of the first `lengths` positions of `rows`, in memory of their own; `step` is not concerned.
 
         Args:
-            tensors: `rows` and `lengths` on the device.
+            row_tensor, length_tensor: `rows` and `lengths` on the device.
         """
         room = self._memory.groups * sum(lengths)
         if room * self._memory.num_layers > LOOSE_ENTRIES:
             room = sum(self._count_row(row, length) for row, length in zip(rows, lengths, strict=True))
         out = ResidencyIndex(self._new_indptr(len(rows)), self._new_indices(max(1, room)))
-        _look_up(self._memory, *tensors, out, max(1, *lengths))
+        _look_up(self._memory, row_tensor, length_tensor, out, max(1, *lengths))
         return out
 
     # -- buffers ----------------------------------------------------------------------------------------------------
@@ -214,16 +221,6 @@ class DeviceIndex:
     def _new_indptr(self, size: int) -> torch.Tensor:
         shape = (self._memory.num_layers, self._memory.groups * size + 1)
         return torch.empty(shape, dtype=torch.int32, device=self._device)
-
-
-def static_capacity(memory: Memory, max_batch: int) -> int:
-    """Entries per layer that captured graphs can read: twice what fits the arena if layers kept equally much.
-
-    Shared prefixes are listed once per request and layers may keep different numbers of tokens, hence twice; what goes
-    beyond is served without graphs.
-    """
-    tokens = memory.residency.num_cells // memory.residency.num_planes
-    return memory.groups * min(2 * tokens, max_batch * memory.req_to_token.shape[1])
 
 
 def _with_padding(batch: DecodeBatch) -> list[int]:

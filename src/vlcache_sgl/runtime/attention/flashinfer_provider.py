@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.runtime.attention.device_index import DeviceIndex, static_capacity
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex
 from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
 from vlcache_sgl.runtime.attention.torch_provider import Gather
@@ -29,9 +29,9 @@ from vlcache_sgl.runtime.attention.torch_provider import Gather
 WORKSPACE_BYTES = 384 << 20
 """For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""
 PLAN_BYTES = 2 << 20
-"""For the schedule of one prefill plan: a few numbers per tile of queries."""
-DECODE_PLAN_BYTES = 256 << 10
-"""For the schedule of one decode plan, and 64 bytes per sequence; there are many, on the device and pinned."""
+"""For the schedule of one plan: some numbers per tile of queries, 8 bytes per query."""
+RECORDED_PLAN_BYTES = 256 << 10
+"""For that of a recorded decode step, and 64 bytes per sequence: there is a pinned copy per layer and batch size."""
 TENSOR_CORE_GROUP = 4
 """Query heads per KV head from which FlashInfer's tensor-core decode is faster; SGLang's rule."""
 
@@ -151,9 +151,9 @@ class FlashInferProvider:
         return join_groups(out, self._memory.groups)
 
     def init_graphs(self, max_batch: int) -> None:
-        self._index.reserve(static_capacity(self._memory, max_batch))
+        self._index.reserve(max_batch)
         # A graph holds the addresses of a layer's schedule; batch sizes take turns, so they share it.
-        size = DECODE_PLAN_BYTES + 64 * max_batch * self._memory.groups
+        size = RECORDED_PLAN_BYTES + 64 * max_batch * self._memory.groups
         device = self._memory.arena.device
         self._schedules = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self._memory.num_layers)]
 
@@ -191,9 +191,12 @@ class FlashInferProvider:
 
     def _new_prefill(self) -> Any:
         wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
-        return self._shrink(wrapper, torch.empty(PLAN_BYTES, dtype=torch.uint8, device=self._workspace.device))
+        return self._shrink(wrapper)
 
-    def _new_decode(self, **buffers: Any) -> Any:
+    def _new_decode(self) -> Any:
+        return self._shrink(self._decode_wrapper())
+
+    def _decode_wrapper(self, **buffers: Any) -> Any:
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "NHD",
@@ -203,7 +206,7 @@ class FlashInferProvider:
         )
 
     def _new_recorded(self, lists: ResidencyIndex, layer: int) -> Any:
-        wrapper = self._new_decode(
+        wrapper = self._decode_wrapper(
             use_cuda_graph=True,
             paged_kv_indptr_buffer=lists.indptr,
             paged_kv_indices_buffer=lists.indices,
@@ -213,8 +216,10 @@ class FlashInferProvider:
         )
         return self._shrink(wrapper, self._schedules[layer])
 
-    def _shrink(self, wrapper: Any, schedule: torch.Tensor) -> Any:
+    def _shrink(self, wrapper: Any, schedule: torch.Tensor | None = None) -> Any:
         """Instead of the 8 MB on the device, and as many pinned, that every wrapper comes with."""
+        if schedule is None:
+            schedule = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=self._workspace.device)
         wrapper.reset_workspace_buffer(self._workspace, schedule)
         return wrapper
 

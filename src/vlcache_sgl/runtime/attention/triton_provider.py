@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.runtime.attention.device_index import DeviceIndex, static_capacity
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex
 from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
 from vlcache_sgl.runtime.attention.torch_provider import Gather
@@ -134,7 +134,7 @@ class TritonProvider:
         if batch.recorded:
             assert self._fixed is not None
             fixed, partial = self._fixed
-            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), partial)
+            self._decode = DecodePlan(index, parts, partial)
             return
         if self._partial[0].shape[0] < sequences:
             self._partial = self._new_partial(sequences)
@@ -163,7 +163,7 @@ class TritonProvider:
         return join_groups(out, self._memory.groups)
 
     def init_graphs(self, max_batch: int) -> None:
-        self._index.reserve(static_capacity(self._memory, max_batch))
+        self._index.reserve(max_batch)
         sequences = self._memory.groups * max_batch
         shape = (self._memory.num_layers, sequences)
         parts = torch.ones(shape, dtype=torch.int32, device=self._memory.arena.device)
@@ -204,4 +204,5 @@ def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
     from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
-    return torch.compiler.disable(extend_attention_fwd), torch.compiler.disable(decode_attention_fwd)
+    opaque: Callable[..., Any] = torch.compiler.disable  # as SGLang calls them under --enable-torch-compile
+    return opaque(extend_attention_fwd), opaque(decode_attention_fwd)

@@ -1,0 +1,47 @@
+"""Tables in the documentation are those of the committed results, and the results are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def policies(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import policies
+
+    return policies
+
+
+def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:
+    """After a new result: `python benchmarks/policies.py --page`."""
+    page = policies.PAGE.read_text()
+    assert page == policies.rendered(page, json.loads(policies.result_path().read_text()))
+
+
+def test_every_built_in_policy_was_measured_and_served(policies: ModuleType) -> None:
+    result = json.loads(policies.result_path().read_text())
+    rows = {row["policy"]: row for row in result["summary"]}
+    listed = policies.contenders()
+    assert set(rows) == {contender.policy for contender in listed}
+    assert result["summary"] == json.loads(json.dumps(policies.summarise(result["samples"], listed)))
+    for name, row in rows.items():
+        assert row["failures"] == 0, name
+        assert row["ratio"] <= (1.0 if name == policies.FULL else policies.BUDGET + 0.001), name
+    assert len({row["questions"] for row in rows.values()}) == 1
+
+
+def test_intervals_are_those_of_wilson(policies: ModuleType) -> None:
+    """Against the zeros of (share - p)^2 = z^2 p (1 - p) / n, which define the interval."""
+    for right, count in ((0, 10), (7, 20), (20, 20)):
+        for bound in policies.wilson(right, count):
+            share = right / count
+            assert (share - bound) ** 2 == pytest.approx(policies.Z**2 * bound * (1 - bound) / count, abs=2e-3)
+    assert policies.wilson(0, 10)[0] == 0.0
+    assert policies.wilson(20, 20)[1] == 1.0
