@@ -30,23 +30,24 @@ def block(result: dict[str, Any]) -> str:
     rows = {(r["server"], r["tokens"], r["batch"]): r for r in result["summary"]}
     points = sorted({(tokens, batch) for _, tokens, batch in rows})
     host = result["host"]
+    samples = max(row["samples"] for row in rows.values())
     columns = ("prompt tokens x requests", "decode, budget 1.0", "decode, budget 0.1", "prefill, budget 0.1")
     lines = [f"| {' | '.join(columns)} | KV bytes, budget 0.1 |", "|---" * (len(columns) + 1) + "|"]
     for tokens, batch in points:
-        full, tenth = rows["ours 1.0", tokens, batch], rows["ours 0.1", tokens, batch]
+        full, tenth = rows.get(("ours 1.0", tokens, batch)), rows["ours 0.1", tokens, batch]
         cells = (
             f"{tokens} x {batch}",
-            f"{full['decode_tokens_per_s_ratio']:.2f}x",
+            f"{full['decode_tokens_per_s_ratio']:.2f}x" if full else "-",
             f"**{tenth['decode_tokens_per_s_ratio']:.2f}x**",
             f"{tenth['prefill_ms_ratio']:.2f}x",
             f"{tenth['kv_bytes_per_request_ratio']:.3f}x",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    sglang, cores, command = host["packages"]["sglang"], host["cores"], result["command"]
     lines += [
         "",
-        f"Ratios to stock SGLang {host['packages']['sglang']} in the same run, medians; random-weight Qwen2.5-VL of 12",
-        f"layers, float32, {host['cores']} CPU cores, `{result['command']}`. CPU figures: for GPUs see",
-        "[docs/gpu.md](docs/gpu.md).",
+        f"Ratios to stock SGLang {sglang} in the same run, medians of {samples}; a random-weight Qwen2.5-VL of 12 layers,",
+        f"float32, {cores} CPU cores, `{command}`. CPU figures: for GPUs see [docs/gpu.md](docs/gpu.md).",
     ]
     return "\n".join(lines)
 

@@ -30,7 +30,9 @@ def add_flags(_: object, parser: argparse.ArgumentParser) -> None:
         if flag.switch:
             group.add_argument(flag.name, action="store_true", default=None, help=flag.help)
         else:
-            group.add_argument(flag.name, default=None, metavar=flag.metavar, choices=flag.choices, help=flag.help)
+            # Choices are checked by us: argparse would print SGLang's whole usage above the one line that matters.
+            metavar = flag.metavar or "|".join(flag.choices or ())
+            group.add_argument(flag.name, default=None, metavar=metavar, help=flag.help)
 
 
 def read_command_line(original: Callable[..., Any], cls: Any, args: argparse.Namespace) -> Any:
@@ -38,7 +40,7 @@ def read_command_line(original: Callable[..., Any], cls: Any, args: argparse.Nam
     server_args = original(cls, args)
     try:
         attach_config(server_args, vars(args))
-    except (ConfigError, PolicyError) as error:
+    except ConfigError as error:
         refuse(error)
     return server_args
 
@@ -53,14 +55,17 @@ def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
     """Read our flags from `values` and, when a policy is asked for, check everything that can be checked now.
 
     Raises:
-        ConfigError, PolicyError: with one line that names the flag and the reason.
+        ConfigError: with one line that names the flag and the reason.
     """
     config = config_from(values)
     if config is None:
         return
     from vlcache_sgl.runtime.requests import Choices
 
-    Choices(config)  # resolves the policy
+    try:
+        Choices(config)
+    except PolicyError as error:
+        raise ConfigError(f"--kv-policy: {error}") from error
     model = model_config_dict(server_args)
     problems = [*unsupported_arguments(server_args), *unsupported_model(model)]
     if problems:

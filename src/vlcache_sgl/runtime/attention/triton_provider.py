@@ -134,7 +134,7 @@ class TritonProvider:
         if batch.recorded:
             assert self._fixed is not None
             fixed, partial = self._fixed
-            self._decode = DecodePlan(index, parts, partial)
+            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), partial)
             return
         if self._partial[0].shape[0] < sequences:
             self._partial = self._new_partial(sequences)
