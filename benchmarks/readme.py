@@ -46,7 +46,7 @@ def block(result: dict[str, Any]) -> str:
     sglang, cores, command = host["packages"]["sglang"], host["cores"], result["command"]
     lines += [
         "",
-        f"Ratios to stock SGLang {sglang} in the same run, medians of {samples}; a random-weight Qwen2.5-VL of 12 layers,",
+        f"Ratios to stock SGLang {sglang} in the same run, medians of {samples}; random-weight Qwen2.5-VL, 12 layers,",
         f"float32, {cores} CPU cores, `{command}`. CPU figures: for GPUs see [docs/gpu.md](docs/gpu.md).",
     ]
     return "\n".join(lines)

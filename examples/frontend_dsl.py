@@ -57,7 +57,7 @@ def read_all(s: Any, picture: Image.Image, questions: list[str]) -> None:
 
 
 def main() -> None:
-    url, drawn = server_url(), draw()
+    url, drawn = server_url(), draw(9)
     questions = [question.text for question in drawn.questions]
     codes = [question.answer for question in drawn.questions]
 
@@ -71,7 +71,7 @@ def main() -> None:
     print(f"choose, snapkv at 0.2: {state['code']} of {codes} (expected {codes[1]})")
 
     # A fork compresses before any question is known: for a policy that looks at the question, that is too early.
-    for params in ({"kv_policy": "vlcache", "kv_budget": 0.1}, {"kv_budget": 1.0}):
+    for params in ({"kv_policy": "vlcache", "kv_budget": 0.2}, {"kv_budget": 1.0}):
         state = read_all.run(drawn.image, questions, backend=PolicyEndpoint(url, **params))
         print(f"read_all, {params}: {state['codes']} (expected {codes})")
 

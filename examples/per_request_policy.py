@@ -24,7 +24,7 @@ CHOICES: tuple[dict[str, Any], ...] = (
 def main() -> None:
     url = server_url()
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    drawn = draw()
+    drawn = draw(8)
     question = drawn.questions[0]
     image = {"type": "image_url", "image_url": {"url": data_url(drawn.image)}}
 
@@ -43,7 +43,7 @@ def main() -> None:
         (report,) = choice.meta_info["kv_compression"]
         print(f"{params}\n  answer: {choice.message.content}\n  {report}")
 
-    print("\nThe same through /generate:")
+    print(f"\n{CHOICES[2]} through /generate, which shares what the request above has stored:")
     prompt = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question.text}<|im_end|>\n"
     body = {
         "text": prompt + "<|im_start|>assistant\n",
@@ -51,13 +51,17 @@ def main() -> None:
         "sampling_params": {"max_new_tokens": 8, "temperature": 0, "custom_params": CHOICES[2]},
     }
     answer = httpx.post(f"{url}/generate", json=body, timeout=120).json()
-    print(f"  answer: {answer['text']}\n  {answer['meta_info']['kv_compression'][0]}")
+    meta = answer["meta_info"]
+    print(
+        f"  answer: {answer['text']}; {meta['cached_tokens']} of {meta['prompt_tokens']} prompt tokens from the cache"
+    )
+    print(f"  {meta['kv_compression'][0]}")
 
     print("\nWhat does not exist is refused:")
     try:
         ask({"kv_policy": "snapvk"})
     except openai.BadRequestError as error:
-        print(f"  {error.status_code}: {error.message}")
+        print(f"  {error.status_code}: {error.body['message']}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ class Stage:
     templates: tuple[int, ...] = ALL_TEMPLATES
     rate: float = 1.0
     """Factor on the schedule's learning rate."""
+    warm_up: int = 20
+    """Steps in which the learning rate rises from nothing."""
     anneal: bool = False
     """The learning rate falls along a cosine, nearly to nothing at the last step."""
     grounding: float = 0.0
@@ -64,7 +66,7 @@ SCHEDULES: dict[str, Schedule] = {
     "ungrounded": Schedule(
         first_character=2.0,
         stages=(
-            Stage("1x6", 128, 1, 250, 0.5, templates=(BOOTSTRAP,)),
+            Stage("1x6", 128, 1, 250, 0.5, templates=(BOOTSTRAP,), warm_up=60),
             Stage("2x6", 96, 2, 400, 0.55, templates=(BOOTSTRAP,)),
             Stage("3x6", 64, 3, 200, 0.75, templates=(BOOTSTRAP,)),
             Stage("4x6", 64, 4, 400, 0.8, templates=(BOOTSTRAP, 2)),

@@ -30,7 +30,6 @@ STEP_VARIANTS = 2
 """Of these, per step."""
 REPORT_EVERY = 25
 """Steps; the state of the run is saved as often."""
-WARM_UP = 20
 FINAL_RATE = 0.03
 """Where the cosine of an annealed stage ends, relative to its start."""
 
@@ -138,7 +137,7 @@ class Run:
         }
 
     def _update(self, stage: Stage, loss: torch.Tensor) -> None:
-        rate = self.schedule.learning_rate * stage.rate * min(1, (self.progress.step + 1) / WARM_UP)
+        rate = self.schedule.learning_rate * stage.rate * min(1, (self.progress.step + 1) / stage.warm_up)
         if stage.anneal:
             cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress.step / stage.steps)
             rate *= FINAL_RATE + (1 - FINAL_RATE) * cosine

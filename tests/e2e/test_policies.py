@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,15 @@ import pytest
 
 from vlcache_sgl.cli.client import data_url, user_says
 
+pytestmark = pytest.mark.slow
+
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 TEMPLATE = 8
 """Prompt tokens before the picture, which all prompts share."""
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
-TOKENS = 64
+TOKENS = 128
 """Long enough that requests which arrive together also decode together."""
+ROUNDS = 5
 
 FIVE: dict[str, dict[str, Any]] = {
     "post-vision rows, density": {},  # the server's own
@@ -61,6 +65,12 @@ def generate_together(server: Any, requests: Sequence[Mapping[str, Any]]) -> lis
         return list(pool.map(send, requests))
 
 
+def most_running(log: str) -> int:
+    """The largest batch that was decoded, or that a prefilled request joined."""
+    batches = re.findall(r"(Prefill|Decode) batch.*?#running-req: (\d+)", log)
+    return max(int(count) + (kind == "Prefill") for kind, count in batches)
+
+
 def report_of(answer: Mapping[str, Any]) -> dict[str, Any]:
     """What the metadata says was done to the prompt."""
     (report,) = answer["meta_info"]["kv_compression"]
@@ -95,17 +105,19 @@ def test_five_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: An
     specs = [report_of(answer)["policy"] for answer in alone]
     assert len(set(specs)) == len(FIVE)
     before = server.settled()
-    for _ in range(2):
+    met = []
+    while len(met) < 2 or max(met) < len(FIVE):  # a busy machine may let the first one end before the last begins
+        assert len(met) < ROUNDS, f"they never met in one batch: {met}"
         server.flush()
         seen = len(server.log)
         together = generate_together(server, requests)
-        assert f"#running-req: {len(FIVE)}" in server.log[seen:], "they did not meet in one batch"
+        met.append(most_running(server.log[seen:]))
         for name, one, other in zip(FIVE, alone, together, strict=True):
             assert len(one["output_ids"]) == TOKENS
             assert other["output_ids"] == one["output_ids"], name
             assert report_of(other) == report_of(one), name
     after = server.settled()
-    assert after["requests_compressed"] - before["requests_compressed"] == 2 * len(FIVE)
+    assert after["requests_compressed"] - before["requests_compressed"] == len(met) * len(FIVE)
     assert after["policy_failures"] == before["policy_failures"]
     server.flush()
     assert server.settled()["cells_used"] == 0
@@ -303,7 +315,7 @@ def test_other_custom_params_are_not_ours(ours_tenth: Any, picture: Any) -> None
 
 def test_the_server_outlives_all_refusals(ours_tenth: Any, picture: Any) -> None:
     """Sent together with requests that are fine."""
-    server, drawn = ours_tenth, [picture(7550 + i) for i in range(4)]
+    server, drawn = ours_tenth, [picture(7550 + i, 24, 24) for i in range(4)]
     server.flush()
     with ThreadPoolExecutor(8) as pool:
         bad = [pool.submit(refused, server, "/generate", body(drawn[0], params=p), w) for p, w in REFUSED.values()]

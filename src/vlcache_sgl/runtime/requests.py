@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 REQUEST_KEYS = ("kv_policy", "kv_budget")
 """What a request may set in `custom_params`."""
+MOST_CHOICES = 1024
+"""Resolved choices that are remembered; clients can think of any number."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,27 @@ class Choices:
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
             self._require(policy)
+            if len(self._known) >= MOST_CHOICES:
+                del self._known[next(iter(self._known))]
             self._known[key] = Choice(policy, budget)
         return self._known[key]
 
-    def select(self, custom_params: Mapping[str, Any] | None) -> Choice:
+    def select(self, custom_params: object, length: int) -> Choice:
         """The choice of one request.
+
+        Args:
+            custom_params: as the client sent them, which may be anything.
+            length: tokens of the prompt.
 
         Raises:
             ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
             PolicyError: for an unknown policy or parameter.
         """
-        asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params} if custom_params else {}
+        if custom_params is None:
+            return self.default
+        if not isinstance(custom_params, Mapping):
+            raise ConfigError(f"custom_params must be an object with names and values, got {custom_params!r}")
+        asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params}
         if not asked:
             return self.default
         spec = asked.get("kv_policy", self._config.policy)
@@ -85,7 +97,7 @@ class Choices:
             raise ConfigError(f"kv_policy must be a text, got {spec!r}")
         self._check_allowed(spec)
         budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
-        self._check_bounds(budget)
+        self._check_bounds(budget, length)
         return self._choice(spec, budget, from_request=spec != self._config.policy)
 
     def _check_allowed(self, spec: str) -> None:
@@ -96,10 +108,14 @@ class Choices:
             names = ", ".join(dict.fromkeys((self._config.policy, *allowed)))
             raise ConfigError(f"kv_policy {spec!r} is not allowed on this server; choose one of: {names}")
 
-    def _check_bounds(self, budget: KVBudget) -> None:
+    def _check_bounds(self, budget: KVBudget, length: int) -> None:
+        if budget == self._config.budget:
+            return
         low, high = self._config.budget_min, self._config.budget_max
-        if budget.fraction is not None and budget != self._config.budget and not low <= budget.fraction <= high:
-            raise ConfigError(f"kv_budget {budget} is out of this server's bounds {low:g} to {high:g}")
+        share = budget.fraction if budget.fraction is not None else min(1.0, (budget.tokens or 1) / max(1, length))
+        if not low <= share <= high:
+            meant = "" if budget.fraction is not None else f", {share:.3g} of this prompt,"
+            raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
 
 
 @dataclass

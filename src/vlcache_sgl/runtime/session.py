@@ -205,7 +205,8 @@ class Session:
             req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
             return
         try:
-            choice = self.choices.select(getattr(req.sampling_params, "custom_params", None))
+            params = getattr(req.sampling_params, "custom_params", None)
+            choice = self.choices.select(params, len(req.origin_input_ids))
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
