@@ -72,7 +72,6 @@ def test_frontend_dsl(ours_tenth: Any) -> None:
     assert after["policy_failures"] == before["policy_failures"]
 
 
-@pytest.mark.slow
 def test_engine() -> None:
     """In process: compressed, then shared."""
     lines = run("engine.py").splitlines()

@@ -352,7 +352,6 @@ BEYOND: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", BEYOND)
 def test_refuses_what_the_operator_does_not_allow(limited: Any, picture: Any, case: str) -> None:
     params, words = BEYOND[case]
@@ -360,7 +359,6 @@ def test_refuses_what_the_operator_does_not_allow(limited: Any, picture: Any, ca
     limited.assert_alive()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
