@@ -22,7 +22,7 @@ help: ## Show this list
 setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' hatchling
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # A Python without ensurepip (Debian's without python3-venv) still makes an empty environment, which its pip can fill.

@@ -89,6 +89,8 @@ def test_a_real_launch_refuses_too() -> None:
 BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "not a picture": {"image": "data:image/png;base64,bm90IGEgcGljdHVyZQ=="},
     "cut off": {"image": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAoAAAAK"},
+    "no such file": {"image": "file:///nowhere/picture.png"},
+    "a folder": {"image": "file:///"},
     "unknown policy": {"custom_params": {"kv_policy": "nope"}},
     "policy of the wrong type": {"custom_params": {"kv_policy": 3}},
     "budget out of range": {"custom_params": {"kv_budget": 2.5}},

@@ -10,7 +10,7 @@ import pytest
 
 from vlcache_sgl.config import config_from
 from vlcache_sgl.runtime.flags import FLAG_POINTS
-from vlcache_sgl.runtime.patch_points import runtime_points
+from vlcache_sgl.runtime.patch_points import TOKENIZER_POINTS, runtime_points
 from vlcache_sgl.runtime.patching import PatchError, Patches, PatchPoint, locate
 from vlcache_sgl.runtime.session import Session
 
@@ -97,7 +97,7 @@ def test_verify_notices_somebody_elses_patch(victim: types.ModuleType) -> None:
 def test_every_target_exists_in_sglang() -> None:
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
-    points = [*FLAG_POINTS, *runtime_points(Session(config))]
+    points = [*FLAG_POINTS, *TOKENIZER_POINTS, *runtime_points(Session(config))]
     for one in points:
         locate(one.target)
     assert len({one.target for one in points}) == len(points)

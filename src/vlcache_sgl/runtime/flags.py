@@ -101,6 +101,18 @@ def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: 
     session.check_started(scheduler)
 
 
+def start_tokenizer(
+    original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Around ``TokenizerManager.__init__``, in the process that reads requests."""
+    if config_of(server_args) is not None:
+        from vlcache_sgl.runtime.patch_points import TOKENIZER_POINTS
+        from vlcache_sgl.runtime.patching import Patches
+
+        Patches(TOKENIZER_POINTS).install()
+    original(manager, server_args, *args, **kwargs)
+
+
 FLAG_POINTS = (
     PatchPoint("sglang.srt.server_args:ServerArgs.add_cli_args", "after", add_flags, "flags in --help"),
     PatchPoint("sglang.srt.server_args:ServerArgs.from_cli_args", "around", read_command_line, "reading flags"),
@@ -108,5 +120,11 @@ FLAG_POINTS = (
         "sglang.srt.entrypoints.engine:Engine.server_args_class", "replace", engine_arguments, "sgl.Engine(kv_policy=)"
     ),
     PatchPoint("sglang.srt.managers.scheduler:Scheduler.__init__", "around", start_scheduler, "starting compression"),
+    PatchPoint(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.__init__",
+        "around",
+        start_tokenizer,
+        "answering unreadable pictures with a 400",
+    ),
 )
 """All that is patched without --kv-policy; each of these does nothing then."""

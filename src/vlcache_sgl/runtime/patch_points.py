@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
 from vlcache_sgl.runtime.patching import PatchPoint
@@ -14,6 +17,25 @@ if TYPE_CHECKING:
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
+
+UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
+"""What opening a client's picture may raise besides SGLang's own list: no such file, cut off, absurdly large."""
+
+
+def _client_errors(known: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
+    return (*known, *UNREADABLE_MEDIA)
+
+
+TOKENIZER_POINTS = tuple(
+    PatchPoint(
+        f"sglang.srt.multimodal.processors.{module}:CLIENT_MEDIA_EXCEPTIONS",
+        "replace",
+        _client_errors,
+        "answering unreadable pictures with a 400 instead of a 500",
+    )
+    for module in ("base_processor", "llava")
+)
+"""The patch points of the process that reads requests."""
 
 
 def runtime_points(session: Session) -> list[PatchPoint]:
