@@ -62,10 +62,11 @@ class Probe:
     """A checkpoint folder, loaded with transformers in float32."""
 
     def __init__(self, folder: Path) -> None:
-        AttentionInterface.register("receipts_probe", self._attend)
+        attention = f"receipts_probe_{id(self)}"  # transformers' registry is global: a name for each probe
+        AttentionInterface.register(attention, self._attend)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="receipts_probe"
+            folder, dtype=torch.float32, attn_implementation=attention
         ).eval()
         config = self.model.config
         self.layers = config.text_config.num_hidden_layers

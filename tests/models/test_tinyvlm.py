@@ -16,8 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models" / "tinyvlm"
 CHECKPOINTS = ("grounded", "ungrounded")
-MEASURED = ("grounded",)
-"""Checkpoints whose scores are in results/; those of `ungrounded` are still to be measured."""
 STOCK_FILES = {
     "chat_template.jinja",
     "chat_template.json",
@@ -122,7 +120,7 @@ def test_checkpoints_are_small() -> None:
     assert size <= SIZE_LIMIT
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_results_are_of_these_weights(name: str) -> None:
     from models.tinyvlm.evaluate import digest
 
@@ -131,7 +129,7 @@ def test_results_are_of_these_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize(("grid", "pictures"), [("16x16", 6), ("32x32", 4)])
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_exact_match_is_what_the_results_say(name: str, grid: str, pictures: int) -> None:
     """A new sample must not be a 1-in-1000 event under the interval that the results file gives."""
     from models.tinyvlm.evaluate import exact_match
@@ -200,7 +198,6 @@ def test_post_vision_foresees_decoding_better_than_accumulated() -> None:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_card_tables_are_generated() -> None:
     from models.tinyvlm import card
 
@@ -214,6 +211,8 @@ def test_card_tables_are_generated() -> None:
 def test_training_forward_is_the_stock_forward() -> None:
     """Same weights, same tokens: the packed bf16 forward chooses what the stock float32 one does."""
     import torch
+
+    torch.manual_seed(0)
 
     from models.tinyvlm import batches, checkpoint, network
 
@@ -236,8 +235,13 @@ def test_training_forward_is_the_stock_forward() -> None:
                 pixel_values=pixels.flatten(1),
                 image_grid_thw=torch.tensor([[1, 2 * batch.rows, 2 * batch.cols]]),
             ).logits[0, -batches.ANSWER_TOKENS :]
-            torch.testing.assert_close(packed[0, question], stock, atol=0.5, rtol=0)
-            assert (packed[0, question].argmax(-1) == stock.argmax(-1)).all()
+            # Single logits differ by what bfloat16 rounds away, which depends on the processor; a wrong row, position
+            # or mask moves all of them by the spread of the logits, which is above 3.
+            assert (packed[0, question] - stock).abs().mean() < 0.15 < stock.std() / 20
+            first, second = stock.topk(2).values.unbind(-1)
+            clear = first - second > 1
+            assert clear.any()
+            assert (packed[0, question].argmax(-1) == stock.argmax(-1))[clear].all()
     assert len(observed.layer_densities) == training.layers
     assert all(0 < d < 1 for d in observed.layer_densities)
 
