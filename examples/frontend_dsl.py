@@ -49,6 +49,7 @@ def choose(s: Any, picture: Image.Image, question: str, codes: list[str]) -> Non
 def read_all(s: Any, picture: Image.Image, questions: list[str]) -> None:
     """Questions side by side: `fork` prefills the picture alone, all branches share it."""
     s += sgl.user_begin() + sgl.image(picture)
+    s.sync()  # A program runs in a thread of its own; `fork` prefills what it has got when asked.
     branches = s.fork(len(questions))
     for branch, question in zip(branches, questions, strict=True):
         branch += question + sgl.user_end()

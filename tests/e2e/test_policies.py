@@ -13,8 +13,6 @@ import pytest
 
 from vlcache_sgl.cli.client import data_url, user_says
 
-pytestmark = pytest.mark.slow
-
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 TEMPLATE = 8
 """Prompt tokens before the picture, which all prompts share."""

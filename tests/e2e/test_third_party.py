@@ -47,14 +47,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(target), *([inherited] if inherited else [])])}
 
 
-@pytest.mark.slow
 def test_the_command_line_knows_it(installed: dict[str, str]) -> None:
     text = run(sys.executable, "-m", "vlcache_sgl.cli.main", "policies", "edges", env={**os.environ, **installed})
     for word in ("policy edges", "edges x uniform", "power", "vlcache-edges 0.1.0"):
         assert word in text
 
 
-@pytest.mark.slow
 def test_a_server_compresses_with_it(servers: Any, installed: dict[str, str], picture: Any) -> None:
     """Its name is all that vlcache-sgl is told."""
     server = servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", common=COMMON, env=installed)
