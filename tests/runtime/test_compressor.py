@@ -12,6 +12,8 @@ from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import resolve
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
 from vlcache_sgl.runtime.arena import KVArena
+from vlcache_sgl.runtime.attention.decode_index import collect
+from vlcache_sgl.runtime.attention.torch_provider import Gather, prefix_keys_values
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import Choice, CompressionJob
@@ -51,7 +53,9 @@ class Bench:
     def job(self, policy: str, budget: float = 0.25, min_tokens: int = 8) -> CompressionJob:
         return CompressionJob(Choice(resolve(policy), KVBudget(fraction=budget)), VISION, LENGTH, min_tokens)
 
-    def prefill(self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None) -> torch.Tensor:
+    def prefill(
+        self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None, *, finish: bool = True
+    ) -> torch.Tensor:
         """Compute the prompt from where `row` ends, in chunks of these sizes; the request's row."""
         row = torch.zeros(0, dtype=torch.int64) if row is None else row
         for count in chunks:
@@ -65,14 +69,19 @@ class Bench:
                 planes = self.arena.planes_of(layer)
                 self.arena.write(cells[planes], self.keys[layer, part], self.values[layer, part])
                 if job.scoring is not None and job.scoring.rows_in(begin, begin + count):
-                    prefix = self.resident(layer, row) if begin else None
+                    prefix, valid = self.prefix(layer, row) if begin else (None, None)
                     self.compressor.observe(
-                        job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, SCALE
+                        job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, valid, SCALE
                     )
             row = torch.cat([row, slots])
-        if row.numel() >= job.length:
+        if row.numel() >= job.length and finish:
             self.compressor.finish(job, row.int())
         return row
+
+    def prefix(self, layer: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the provider for a CPU hands it over."""
+        cells = collect(self.arena.residency, row)
+        return prefix_keys_values(Gather(self.arena.arena), cells, self.arena.planes_of(layer))
 
     def resident(self, layer: int, row: torch.Tensor) -> torch.Tensor:
         cells = self.arena.residency.cells_of(self.arena.planes_of(layer), row)[0].long()
@@ -131,6 +140,30 @@ def test_a_shared_prefix_is_not_touched() -> None:
     assert bool(kept[:, :30].all())
     assert int(kept[:, 30:].sum()) == round(0.25 * (LENGTH - 30) * LAYERS)
     assert job.report["shared_tokens"] == 30
+
+
+@pytest.mark.parametrize("chunks", [[46], [20, 26], [1, 40, 5]], ids=str)
+def test_heads_may_have_kept_different_parts_of_a_shared_prefix(chunks: list[int]) -> None:
+    """Every KV head normalises over what it kept itself, and the owned part begins where its own prefix ends."""
+    bench = Bench(groups=KV_HEADS)
+    shared = bench.prefill(bench.job("vlcache:heads=split"), [LENGTH])[:50]
+    there = bench.kept(shared).view(LAYERS, KV_HEADS, 50)
+    assert bool((there.sum(-1).amin(1) < there.sum(-1).amax(1)).any()), "ragged, or there is nothing to see"
+    job = bench.job("vlcache")
+    bench.prefill(job, chunks, row=shared, finish=False)
+    assert job.scoring is not None
+    views, _ = job.scoring.views(lambda layer: torch.empty(0))
+    for layer, view in enumerate(views):
+        assert view.row_positions is not None
+        q = bench.queries[layer, view.row_positions].double()
+        k = bench.keys[layer].double().repeat_interleave(HEADS // KV_HEADS, 1)
+        logits = torch.einsum("rhd,nhd->hrn", q, k) * SCALE
+        visible = torch.arange(LENGTH) <= view.row_positions[:, None]
+        visible = visible.expand(HEADS, -1, -1).clone()
+        visible[..., :50] &= there[layer].repeat_interleave(HEADS // KV_HEADS, 0)[:, None]
+        p = logits.masked_fill(~visible, -torch.inf).softmax(-1)[..., 50:]
+        want = p.sum(1).view(KV_HEADS, -1, LENGTH - 50).mean(1)
+        torch.testing.assert_close(view.column_sum, want.float(), atol=1e-5, rtol=1e-4)
 
 
 def test_short_own_parts_are_left_alone() -> None:

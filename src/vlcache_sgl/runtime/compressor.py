@@ -89,6 +89,7 @@ class Compressor:
         queries: torch.Tensor,
         keys: torch.Tensor,
         prefix: torch.Tensor | None,
+        valid: torch.Tensor | None,
         scale: float,
     ) -> None:
         """Let the chunk's rows vote in one layer.
@@ -97,18 +98,18 @@ class Compressor:
             begin: position of the chunk's first token.
             queries, keys: `[t, H, D]` and `[t, K, D]` of the chunk.
             prefix: `[P, 2, K, D]`, the layer's kept keys and values of all positions before `begin`.
+            valid: `[K]`, leading entries of `prefix` that exist per KV head; None = all `P`.
         """
         scoring = job.scoring
         if scoring is None:
             return
         started = time.perf_counter()
-        earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
-        shared = 0 if prefix is None else prefix.shape[0] - earlier
-        owned = keys if prefix is None or earlier == 0 else torch.cat([prefix[shared:, 0], keys])
-        owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
-        before = prefix[:shared, 0] if prefix is not None and shared else None
         try:
-            scoring.observe(layer, begin, queries, owned, before, scale)
+            earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
+            shared, shared_valid, own = _divide(prefix, valid, earlier)
+            owned = keys if own is None else torch.cat([own, keys])
+            owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+            scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
             self.fail(job, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
@@ -172,3 +173,25 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(kept) / (seen * len(kept)), 4),
         )
+
+
+def _divide(
+    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
+
+    Returns:
+        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
+        owned keys or None.
+    """
+    if prefix is None:
+        return None, None, None
+    keys = prefix[:, 0]
+    if valid is None:
+        split = keys.shape[0] - earlier
+        return keys[:split] if split else None, None, keys[split:] if earlier else None
+    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
+    split_by_head = valid.to(torch.int64) - earlier
+    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
+    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
+    return keys[: keys.shape[0] - earlier], split_by_head, own

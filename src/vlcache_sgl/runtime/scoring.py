@@ -82,6 +82,7 @@ class Scoring:
         queries: torch.Tensor,
         owned_keys: torch.Tensor,
         prefix_keys: torch.Tensor | None,
+        prefix_valid: torch.Tensor | None,
         scale: float,
     ) -> None:
         """Count the rows of one chunk in one layer.
@@ -92,6 +93,7 @@ class Scoring:
             queries: `[t, H, D]`, the chunk's queries.
             owned_keys: `[m, K, D]`, keys of positions ``[start, begin + t)``.
             prefix_keys: `[P, K, D]`, what the layer still has of ``[0, start)``.
+            prefix_valid: `[K]`, leading entries of it that exist per KV head; None = all `P`.
             scale: factor of the logits.
         """
         start = self.prompt.start
@@ -104,7 +106,13 @@ class Scoring:
             if group.queries:
                 group.kept_queries.setdefault(layer, []).append(rows)
             stats = attention_stats(
-                rows, owned_keys, positions - start, scale, want=group.want, prefix_keys=prefix_keys
+                rows,
+                owned_keys,
+                positions - start,
+                scale,
+                want=group.want,
+                prefix_keys=prefix_keys,
+                prefix_valid=prefix_valid,
             )
             before = group.stats.get(layer)
             group.stats[layer] = stats if before is None else before.accumulate(stats, owned_keys.shape[0])
