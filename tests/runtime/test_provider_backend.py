@@ -37,19 +37,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 Make = Callable[[Memory], Provider]
 
 
-@ALL
-@GROUPS
-def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.FixtureRequest) -> None:
-    """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
+def make_arena(groups: int, tokens: int = 200) -> Any:
     from vlcache_sgl.runtime.arena import KVArena
-    from vlcache_sgl.runtime.attention.backend import ResidencyBackend
 
-    arena = KVArena(
-        num_cells=200 * LAYERS * groups,
+    return KVArena(
+        num_cells=tokens * LAYERS * groups,
         groups=groups,
-        size=200,
+        size=tokens,
         page_size=1,
         dtype=DTYPE,
         head_num=KV_HEADS,
@@ -59,15 +53,41 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
         enable_memory_saver=False,
         enable_alt_stream=False,
     )
-    table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
+
+
+def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
+    from vlcache_sgl.runtime.attention.backend import ResidencyBackend
+
     runner = SimpleNamespace(
         token_to_kv_pool=arena,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         dtype=DTYPE,
         server_args=SimpleNamespace(triton_attention_num_kv_splits=3),
     )
+    return ResidencyBackend(runner, compressor, name, HEADS)
+
+
+def layer_of_model(number: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=number,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS,
+        tp_v_head_num=KV_HEADS,
+        head_dim=DIM,
+        scaling=SCALE,
+    )
+
+
+@ALL
+@GROUPS
+def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.FixtureRequest) -> None:
+    """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    arena = make_arena(groups)
+    table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
     name = request.node.callspec.params["provider"]
-    backend = ResidencyBackend(runner, SimpleNamespace(observe=None), name, HEADS)
+    backend = make_backend(name, arena, table, SimpleNamespace(observe=None))
     world = bench.Requests(groups)
     world.memory, world.residency = backend_memory(backend, table), arena.residency
     rows, lengths, slot = [2, 4], [0, 0], itertools.count(1)
@@ -96,14 +116,7 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
         backend.rows = rows
         (backend.init_forward_metadata_out_graph if size else backend.init_forward_metadata)(batch)
         for number in range(LAYERS):
-            layer = SimpleNamespace(
-                layer_id=number,
-                tp_q_head_num=HEADS,
-                tp_k_head_num=KV_HEADS,
-                tp_v_head_num=KV_HEADS,
-                head_dim=DIM,
-                scaling=SCALE,
-            )
+            layer = layer_of_model(number)
             tokens = sum(counts) + padding
             q = torch.randn(tokens, HEADS * DIM, device=DEVICE).to(DTYPE)
             k, v = (torch.randn(tokens, KV_HEADS, DIM, device=DEVICE).to(DTYPE) for _ in range(2))

@@ -104,7 +104,7 @@ def batch_attention_stats(
     strides = (queries.stride(0), queries.stride(1))
     pointers = (row_index, batch.row_indptr, batch.owned_indptr)
 
-    if row_lse is None or density or want.entropy:
+    if density or want.entropy or (row_lse is None and want.columns):
         row_blocks = max(1, triton.cdiv(packed, by_rows.rows))
         if splits is None:
             splits = triton.cdiv(TARGET_PROGRAMS, row_blocks * size * num_kv_heads)

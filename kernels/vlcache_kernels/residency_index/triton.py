@@ -68,7 +68,7 @@ def write_kernel(
     residency,
     counts,  # [lists, Q * chunks] int32, as written by count_kernel
     indptr,  # out [lists, Q + 1] int32
-    indices,  # out [lists, capacity] int32
+    indices,  # out [lists, capacity] int32 or int64
     first_plane,
     batch,
     group,
@@ -108,12 +108,12 @@ def write_kernel(
 @triton.jit
 def append_kernel(
     old_indptr,  # [lists, G * B_old + 1] int32
-    old_indices,  # [lists, old_capacity] int32
+    old_indices,  # [lists, old_capacity] int32 or int64
     slots,  # [B] int, the new token of each request
     source,  # [B] int, which old request each one continues
     residency,  # [planes, num_slots] int32; row stride stride_plane
     indptr,  # out [lists, Q + 1] int32
-    indices,  # out [lists, capacity] int32
+    indices,  # out [lists, capacity] int32 or int64
     first_plane,
     batch,  # B
     old_batch,  # B_old

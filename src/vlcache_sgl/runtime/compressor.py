@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,8 @@ import torch
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
+from vlcache_sgl.runtime.attention.provider import ExtendRequest, Memory
+from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.scoring import Scoring
@@ -113,6 +116,32 @@ class Compressor:
         except Exception as error:
             self.fail(job, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def plan_batch(
+        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
+    ) -> BatchScoring | None:
+        """Prepare `observe_batch` for one forward; see `BatchScoring` for the arguments."""
+        try:
+            return BatchScoring(memory, requests, jobs)
+        except Exception as error:
+            self._fail_all(jobs, error)
+            return None
+
+    def observe_batch(
+        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+    ) -> None:
+        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        started = time.perf_counter()
+        try:
+            voting.observe(planes, queries, scale, lse)
+        except Exception as error:
+            self._fail_all(voting.jobs, error)
+        self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def _fail_all(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
+        for job in jobs:
+            if job is not None and job.scoring is not None:
+                self.fail(job, error)
 
     # -- at its end -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,23 @@ class RowGroup:
     kept_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Per layer, `[R_chunk, H, D]` of each chunk."""
 
+    def within(self, begin: int, end: int) -> torch.Tensor:
+        """Those of `positions` that lie in ``[begin, end)``."""
+        return self.positions[(self.positions >= begin) & (self.positions < end)]
+
+    def add(self, layer: int, queries: torch.Tensor, stats: AttentionStats, owned: int) -> None:
+        """Count the rows of one chunk.
+
+        Args:
+            queries: `[R_chunk, H, D]`.
+            stats: theirs.
+            owned: owned keys up to the end of the chunk.
+        """
+        if self.queries:
+            self.kept_queries.setdefault(layer, []).append(queries)
+        before = self.stats.get(layer)
+        self.stats[layer] = stats if before is None else before.accumulate(stats, owned)
+
 
 class Scoring:
     """The state of one request's scoring during its prefill.
@@ -73,7 +90,12 @@ class Scoring:
 
     def rows_in(self, begin: int, end: int) -> bool:
         """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
-        return any(bool(((g.positions >= begin) & (g.positions < end)).any()) for g in self._groups.values())
+        return any(group.within(begin, end).numel() for group in self._groups.values())
+
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        """What is counted, at most one group for the scorer and one for the allocator."""
+        return tuple(self._groups.values())
 
     def observe(
         self,
@@ -85,7 +107,7 @@ class Scoring:
         prefix_valid: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Count the rows of one chunk in one layer.
+        """Count the rows of one chunk in one layer, from dense keys; on a GPU see `batch_scoring`.
 
         Args:
             layer: layer number.
@@ -98,13 +120,10 @@ class Scoring:
         """
         start = self.prompt.start
         for group in self._groups.values():
-            inside = (group.positions >= begin) & (group.positions < begin + queries.shape[0])
-            positions = group.positions[inside].to(queries.device)
+            positions = group.within(begin, begin + queries.shape[0]).to(queries.device)
             if positions.numel() == 0:
                 continue
             rows = queries[positions - begin]
-            if group.queries:
-                group.kept_queries.setdefault(layer, []).append(rows)
             stats = attention_stats(
                 rows,
                 owned_keys,
@@ -114,8 +133,7 @@ class Scoring:
                 prefix_keys=prefix_keys,
                 prefix_valid=prefix_valid,
             )
-            before = group.stats.get(layer)
-            group.stats[layer] = stats if before is None else before.accumulate(stats, owned_keys.shape[0])
+            group.add(layer, rows, stats, owned_keys.shape[0])
 
     def views(self, keys_values: KeysValues) -> tuple[list[LayerView], list[LayerView]]:
         """What scorer and allocator get to see, one view per layer each."""

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.runtime.attention.device_index import DeviceIndex
-from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex, look_up
+from vlcache_sgl.runtime.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
-from vlcache_sgl.runtime.attention.torch_provider import Gather
 
 WORKSPACE_BYTES = 384 << 20
 """For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""
@@ -67,7 +66,6 @@ class FlashInferProvider:
         self._memory = memory
         self._library = _library()
         self._pages = memory.arena.unsqueeze(2)
-        self._gather = Gather(memory.arena)
         self._heads = shape.num_heads // memory.groups
         self._kv_heads, self._dim = memory.arena.shape[2:]
         self._types = {"q_data_type": shape.dtype, "kv_data_type": memory.arena.dtype}
@@ -78,7 +76,7 @@ class FlashInferProvider:
         self._decode_wrappers: list[Any] = []
         self._recorded: dict[int, list[Any]] = {}
         self._schedules: list[torch.Tensor] = []
-        self._extend: tuple[ExtendBatch, list[tuple[Planned, int]], Voters] | None = None
+        self._extend: tuple[ExtendBatch, list[tuple[Planned, int]]] | None = None
         self._decode: list[tuple[Planned, int]] = []
 
     def invalidate(self, row: int) -> None:
@@ -91,7 +89,8 @@ class FlashInferProvider:
         for request in requests:
             self._index.invalidate(request.row)
         lengths = [request.begin + request.count for request in requests]
-        index = self._index.look_up([request.row for request in requests], lengths, batch.rows, batch.seq_lens)
+        rows = [request.row for request in requests]
+        index = look_up(self._memory, torch.int32, rows, lengths, batch.rows, batch.seq_lens)
         counts = torch.tensor([request.count for request in requests] * self._memory.groups, dtype=torch.int32)
         starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -99,7 +98,7 @@ class FlashInferProvider:
             self._plan(wrapper, starts, indptr, indices, causal=True)
 
         planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
-        self._extend = (batch, planned, Voters(self._memory, self._gather, batch))
+        self._extend = (batch, planned)
 
     def extend(
         self,
@@ -109,9 +108,9 @@ class FlashInferProvider:
         values: torch.Tensor,
         scale: float,
         observe: Observe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._extend is not None
-        batch, planned, voters = self._extend
+        batch, planned = self._extend
         groups = self._memory.groups
         q = split_groups(queries[: batch.requests[-1].tokens.stop], groups).contiguous()
         group, number = planned[self._memory.layer_of(planes)]
@@ -122,8 +121,7 @@ class FlashInferProvider:
             out, lse = group.ready(number).run(q, self._pages, return_lse=True, lse_base="ln", **arguments)
         else:
             out = group.ready(number).run(q, self._pages, **arguments)
-        voters.report(observe, planes, join_lse(lse, groups))
-        return with_rows(join_groups(out, groups), queries.shape[0])
+        return with_rows(join_groups(out, groups), queries.shape[0]), join_lse(lse, groups)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
