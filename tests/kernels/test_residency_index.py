@@ -275,9 +275,9 @@ def test_refusals_name_the_argument(device: torch.device) -> None:
     narrow = ResidencyIndex(torch.zeros(3, 2, dtype=torch.int32, device=device), torch.zeros(3, 8, device=device))
     with pytest.raises(TypeError, match=r"out\.indices is torch\.float32"):
         build(inputs, 1, "naive", out=narrow)
+    turned = inputs.residency.T.contiguous().T
     with pytest.raises(ValueError, match="residency must be contiguous along its last dimension"):
-        turned = inputs.residency.T.contiguous().T
         residency_index(inputs.req_to_token, inputs.rows, inputs.lengths, turned, inputs.planes, backend="triton")
+    sliced = ResidencyIndex(index.indptr, torch.zeros(3, 8, dtype=torch.int32, device=device)[:, :4])
     with pytest.raises(ValueError, match="previous must be contiguous"):
-        sliced = ResidencyIndex(index.indptr, torch.zeros(3, 8, dtype=torch.int32, device=device)[:, :4])
         append_tokens(sliced, slots, inputs.residency, inputs.planes, backend="triton")

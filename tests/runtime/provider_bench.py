@@ -206,7 +206,10 @@ class Requests:
         for plane in range(self.residency.num_planes):
             count = max(1, int(share * len(slots) / (1 + (plane == self.residency.num_planes - 1))))
             keep[plane, torch.randperm(len(slots), device=DEVICE)[:count]] = True
-        self.residency.reclaim(self.residency.evict(slots, keep))
+        eviction = self.residency.evict(slots, keep)
+        if CUDA:
+            torch.cuda.synchronize()
+        self.residency.reclaim(eviction)
 
     def dense(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""

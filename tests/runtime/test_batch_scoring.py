@@ -194,7 +194,9 @@ def test_one_launch_per_layer_and_kind_of_statistics(provider: Make, launches: l
     lse, rows = densities[False]
     assert lse, "sums alone need one pass when attention leaves its log-sum-exp"
     assert len(rows) == 1
-    assert {row: bool(world.kept(row).all()) for row in (1, 2, 3, 4, 6)} == dict.fromkeys((1, 2, 3, 4), False) | {6: True}
+    assert {row: bool(world.kept(row).all()) for row in (1, 2, 3, 4, 6)} == dict.fromkeys((1, 2, 3, 4), False) | {
+        6: True
+    }
 
 
 @pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)

@@ -13,8 +13,8 @@ class ResidencyIndex(NamedTuple):
     indptr: torch.Tensor
     """`[lists, Q + 1]` int32: segment q of list p owns ``indices[p, indptr[p, q] : indptr[p, q + 1]]``."""
     indices: torch.Tensor
-    """`[lists, capacity]` int32 (int64 where such buffers were given): resident cells in sequence order; what lies after
-    `indptr[p, Q]` is undefined."""
+    """`[lists, capacity]` int32 (int64 where such buffers were given): resident cells in sequence order; what lies
+    after `indptr[p, Q]` is undefined."""
 
     def at(self, number: int) -> ResidencyIndex:
         """One list: `indptr` `[Q + 1]`, `indices` `[capacity]`; views."""
