@@ -233,7 +233,7 @@ def test_owned_keys_without_a_cell_read_nothing_foreign(device: torch.device) ->
     found = run_tiled(
         replace(inputs, arena=poison, index=ResidencyIndex(indptr, cells[64:])), case, StatsRequest(column_sum=True)
     )
-    assert bool(found.column_sum[:, 16:].isfinite().all())
+    assert bool(found.column_sum.isfinite().all())
     want = StatsRequest(column_sum=True)
     compare(found.request(1), inputs.expected(want).request(1), case.dtype)
 
