@@ -158,6 +158,32 @@ def test_flashinfer_takes_what_we_hand_over() -> None:
     inspect.signature(prefill.run).bind(None, none, none, lse_base="ln")
 
 
+@pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)
+def test_a_schedule_is_not_overwritten_before_it_is_fetched(provider: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are staged in pinned memory; an event of every step is waited for before the next one is planned."""
+    from vlcache_sgl.runtime.attention import flashinfer_provider
+
+    log: list[str] = []
+
+    def record(device: torch.device) -> SimpleNamespace:
+        number = sum(line.startswith("record") for line in log)
+        log.append(f"record {number}")
+        return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
+
+    monkeypatch.setattr(flashinfer_provider, "passed_event", record)
+    world = bench.Requests(1)
+    backend: Any = provider(world.memory)
+    plan = backend._plan
+    monkeypatch.setattr(backend, "_plan", lambda *a, **o: (log.append("plan"), plan(*a, **o)))
+    for row in (1, 2):
+        world.append(row, 20)
+    for _ in range(3):
+        backend.plan_decode(world.step([1, 2]))
+    steps = [line for line in log if line != "plan"]
+    assert steps == ["record 0", "wait 0", "record 1", "wait 1", "record 2"]
+    assert log.index("wait 0") < log.index("plan", log.index("record 0")) < log.index("record 1")
+
+
 def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
     return Memory(backend.arena.arena, backend.arena.residency, table, backend.arena.groups)
 

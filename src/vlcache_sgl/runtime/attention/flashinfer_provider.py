@@ -9,18 +9,21 @@ plan; then the indices, which always differ, are put into the one buffer that th
 runs.  With budgets that differ between layers there are as many plans per step as layers, about 0.1 ms each on the
 host, which overlap scheduling hides behind the device as long as a step takes longer.
 
-Lengths are counted up on the host; the host waits for the device only in a prefill and in the first step after rows
-have changed.
+Lengths are counted up on the host; the host waits for results of the device only in a prefill and in the first step
+after rows have changed.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
+from vlcache_sgl.runtime.allocator import passed_event
 from vlcache_sgl.runtime.attention.device_index import DeviceIndex, look_up
 from vlcache_sgl.runtime.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
@@ -78,6 +81,7 @@ class FlashInferProvider:
         self._schedules: list[torch.Tensor] = []
         self._extend: tuple[ExtendBatch, list[tuple[Planned, int]]] | None = None
         self._decode: list[tuple[Planned, int]] = []
+        self._fetched: Any | None = None
 
     def invalidate(self, row: int) -> None:
         self._index.invalidate(row)
@@ -97,7 +101,8 @@ class FlashInferProvider:
         def plan(wrapper: Any, indptr: torch.Tensor, indices: torch.Tensor) -> None:
             self._plan(wrapper, starts, indptr, indices, causal=True)
 
-        planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
+        with self._staging():
+            planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
         self._extend = (batch, planned)
 
     def extend(
@@ -127,6 +132,10 @@ class FlashInferProvider:
 
     def plan_decode(self, batch: DecodeBatch) -> None:
         index = self._index.step(batch)
+        with self._staging():
+            self._plan_step(batch, index)
+
+    def _plan_step(self, batch: DecodeBatch, index: ResidencyIndex) -> None:
         if not batch.recorded:
             self._decode = self._plan_layers(
                 index, self._index.host, self._decode_wrappers, self._new_decode, self._plan
@@ -179,6 +188,18 @@ class FlashInferProvider:
             for place, layer in enumerate(layers):
                 planned[layer] = (group, place)
         return [entry for entry in planned if entry is not None]
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Around planning: a wrapper's schedule goes to the device from one pinned buffer, by a copy that is queued.
+
+        Under overlap scheduling the host may be a step ahead: the schedule of the step before must have been fetched
+        before it is overwritten.  It is fetched when that step begins, so the device never runs dry for this.
+        """
+        if self._fetched is not None:
+            self._fetched.synchronize()
+        yield
+        self._fetched = passed_event(self._memory.arena.device)
 
     def _plan(self, wrapper: Any, *arguments: torch.Tensor, **options: Any) -> None:
         """Plan a wrapper; all but the indices on the host, so that nothing is read back."""
