@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,3 +227,62 @@ def test_a_broken_policy_costs_the_compression_only(broken: str, caplog: pytest.
     assert "failed" in job.report
     assert not job.holds_back(50)
     assert len([record for record in caplog.records if "full cache" in record.message]) == 1
+
+
+class Ranks:
+    """A collective of two threads, each with half of the KV heads."""
+
+    def __init__(self) -> None:
+        self._parts: list[torch.Tensor | None] = [None, None]
+        self._meet = threading.Barrier(2, timeout=60)
+
+    def of(self, rank: int) -> SimpleNamespace:
+        def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
+            self._parts[rank] = part
+            self._meet.wait()
+            assert self._parts[0] is not None
+            assert self._parts[1] is not None
+            both = torch.cat([self._parts[0], self._parts[1]], dim=dim)
+            self._meet.wait()
+            return both
+
+        return SimpleNamespace(all_gather=all_gather)
+
+    def run(self, policy: str, broken: str | None) -> list[tuple[Bench, CompressionJob, torch.Tensor]]:
+        """Both ranks prefill the same prompt; on rank 1 `broken` fails."""
+
+        benches = [Bench(), Bench()]  # one after the other: both seed the same generator
+
+        def rank(number: int) -> tuple[Bench, CompressionJob, torch.Tensor]:
+            bench = benches[number]
+            model = Prompt(0, 0, (), LAYERS, 2 * HEADS, 2 * KV_HEADS, DIM)
+            bench.compressor = Compressor(model, HeadGather(self.of(number), number, 2), bench.counters)
+            bench.compressor.allocator = bench.allocator
+            bench.queries, bench.keys = bench.queries * (1 + number), bench.keys.roll(number, 0)
+            job = bench.job(policy)
+            bench.compressor.begin_chunk(job, 0, 0)
+            if number == 1 and broken is not None:
+                assert job.scoring is not None
+                object.__setattr__(job.scoring, broken, lambda *_: 1 / 0)
+            return bench, job, bench.kept(bench.prefill(job, [50, 46]))
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "snapkv", "scorer=vlcache,allocator=cake"])
+def test_two_ranks_keep_the_same_tokens(policy: str) -> None:
+    (one, _, kept), (other, _, same) = Ranks().run(policy, None)
+    assert one.counters.requests_compressed == other.counters.requests_compressed == 1
+    assert torch.equal(kept, same)
+    assert not bool(kept.all())
+
+
+@pytest.mark.parametrize("broken", ["observe", "views"])
+@pytest.mark.parametrize("policy", ["vlcache", "snapkv", "scorer=vlcache,allocator=cake", "zipvl"])
+def test_a_failure_on_one_rank_costs_both_the_compression(policy: str, broken: str) -> None:
+    """And neither waits for the other for ever."""
+    for bench, job, kept in Ranks().run(policy, broken):
+        assert bool(kept.all())
+        assert bench.counters.policy_failures == 1
+        assert "failed" in job.report

@@ -42,7 +42,7 @@ class Voter:
     @property
     def counts(self) -> bool:
         """Whether the job has not failed meanwhile."""
-        return self.job.scoring is self.scoring
+        return self.job.scoring is self.scoring and self.scoring.failure is None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Compressor:
             valid: `[K]`, leading entries of `prefix` that exist per KV head; None = all `P`.
         """
         scoring = job.scoring
-        if scoring is None:
+        if scoring is None or scoring.failure is not None:
             return
         started = time.perf_counter()
         try:
@@ -114,7 +114,7 @@ class Compressor:
             owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
             scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
-            self.fail(job, error)
+            self._give_up([job], error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     def plan_batch(
@@ -124,7 +124,7 @@ class Compressor:
         try:
             return BatchScoring(memory, requests, jobs)
         except Exception as error:
-            self._fail_all(jobs, error)
+            self._give_up(jobs, error)
             return None
 
     def observe_batch(
@@ -135,13 +135,14 @@ class Compressor:
         try:
             voting.observe(planes, queries, scale, lse)
         except Exception as error:
-            self._fail_all(voting.jobs, error)
+            self._give_up(voting.jobs, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
-    def _fail_all(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
+    def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
+        """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
         for job in jobs:
             if job is not None and job.scoring is not None:
-                self.fail(job, error)
+                job.scoring.failure = error
 
     # -- at its end -------------------------------------------------------------------------------------------------
 
@@ -178,9 +179,16 @@ class Compressor:
             groups, tokens, two, heads, dim = both.shape
             return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
 
-        scorer_views, allocator_views = scoring.views(keys_values)
+        policy = job.choice.policy
+        try:
+            if scoring.failure is not None:
+                raise scoring.failure
+            scorer_views, allocator_views = scoring.views(keys_values)
+        except Exception:
+            self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
+            raise
         total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
-        return self._heads.decide(job.choice.policy, scorer_views, allocator_views, prompt, total)
+        return self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
 
     def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
         assert self.allocator is not None

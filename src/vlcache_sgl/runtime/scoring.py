@@ -56,6 +56,8 @@ class Scoring:
     def __init__(self, prompt: Prompt, needs: tuple[Needs, Needs]) -> None:
         self.prompt = prompt
         self.needs = needs
+        self.failure: Exception | None = None
+        """Why nothing more is counted; the decision then falls against compression."""
         self._groups: dict[Rows, RowGroup] = {}
         self._positions: list[torch.Tensor] | None = [] if any(need.rotary for need in needs) else None
         for need in needs:
@@ -90,7 +92,7 @@ class Scoring:
 
     def rows_in(self, begin: int, end: int) -> bool:
         """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
-        return any(group.within(begin, end).numel() for group in self._groups.values())
+        return self.failure is None and any(group.within(begin, end).numel() for group in self._groups.values())
 
     @property
     def groups(self) -> tuple[RowGroup, ...]:
@@ -134,6 +136,11 @@ class Scoring:
                 prefix_valid=prefix_valid,
             )
             group.add(layer, rows, stats, owned_keys.shape[0])
+
+    def count_rows(self, need: Needs) -> int:
+        """Rows that vote for a scorer or allocator with these needs."""
+        group = self._groups.get(need.rows)
+        return 0 if group is None else group.positions.numel()
 
     def views(self, keys_values: KeysValues) -> tuple[list[LayerView], list[LayerView]]:
         """What scorer and allocator get to see, one view per layer each."""
