@@ -160,7 +160,15 @@ def run_server(
 
     from vlcache_sgl.cli.server import ServerProcess
 
-    flags = [*setting.flags, "--load-format", "dummy", "--stream-interval", "1", "--skip-server-warmup"]
+    flags = [
+        *setting.flags,
+        "--load-format",
+        "dummy",
+        "--stream-interval",
+        "1",
+        "--skip-server-warmup",
+        "--enable-metrics",
+    ]
     flags += ["--max-running-requests", str(max(batch for _, batch in points)), *CONTENDERS[name]]
     samples: list[dict[str, Any]] = []
     problems: list[str] = []

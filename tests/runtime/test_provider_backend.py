@@ -188,37 +188,26 @@ def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
     return Memory(backend.arena.arena, backend.arena.residency, table, backend.arena.groups)
 
 
-def test_evicted_cells_come_back_when_their_event_has_passed() -> None:
-    """Rule 5, with an event that this test lets pass."""
+def test_evicted_cells_come_back_behind_their_event() -> None:
+    """Rule 5: handing them over does not wait; whoever needs cells does, on every rank alike."""
     from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
-    from vlcache_sgl.runtime.arena import KVArena
 
-    arena = KVArena(
-        num_cells=20,
-        groups=1,
-        size=20,
-        page_size=1,
-        dtype=torch.float32,
-        head_num=1,
-        head_dim=8,
-        layer_num=2,
-        device="cpu",
-        enable_memory_saver=False,
-        enable_alt_stream=False,
-    )
+    arena = make_arena(1, tokens=10)
     allocator = VirtualSlotAllocator(arena, physical_tokens=10, need_sort=False)
     slots = allocator.alloc(8)
     assert slots is not None
-    event = SimpleNamespace(
-        passed=False, query=lambda: event.passed, synchronize=lambda: setattr(event, "passed", True)
-    )
-    keep = torch.zeros(2, 8, dtype=torch.bool)
+    waits: list[str] = []
+    keep = torch.zeros(LAYERS, 8, dtype=torch.bool, device=DEVICE)
     keep[:, :2] = True
-    allocator.retire(arena.residency.evict(slots, keep), event)
-    assert allocator.alloc(4) is None
-    event.passed = True
-    assert allocator.alloc(4) is not None
+    eviction = arena.residency.evict(slots, keep)
+    allocator.retire(eviction, SimpleNamespace(synchronize=lambda: waits.append("waited")))
+    assert waits == []
+    assert arena.residency.free_cells == 2 * LAYERS
+    assert allocator.alloc(2) is not None
+    assert waits == ["waited"]
+    assert arena.residency.free_cells == 6 * LAYERS
     assert allocator.verify_byte_accounting() == []
+    assert waits == ["waited"], "once"
     assert passed_event(torch.device("cpu")) is None
 
 
