@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -291,6 +292,53 @@ def test_the_same_in_every_run(device: torch.device, compiled: bool) -> None:
         again = run_tiled(inputs, case)
         for name in ("column_sum", "column_square_sum", "column_max", "kept", "visible", "entropy_sum"):
             assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+@pytest.mark.parametrize(
+    ("want", "given_lse", "read"),
+    [
+        (StatsRequest(column_sum=True), False, "all and owned"),
+        (StatsRequest(column_sum=True, density=0.01), False, "all twice"),
+        (StatsRequest(column_sum=True), True, "owned"),
+        (StatsRequest(entropy=True), False, "all"),
+        (StatsRequest(), False, "nothing"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bytes_of_keys_read(
+    want, given_lse: bool, read: str, device: torch.device, compiled: bool, monkeypatch
+) -> None:
+    """One read of K per pass, and the columns' without the prefix: every element that a program loads is counted."""
+    if compiled:
+        pytest.skip("counted in the interpreter")
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    case = Case(rows=(5, 2), owned=(40, 18), prefix=(23, 0), heads=6, kv_heads=2, planes=2, head_dim=80, splits=2)
+    inputs = make(case, device)
+    inputs.row_index[[4, 6]] = torch.tensor([39, 17])  # the last row sees everything
+    lse = log_sum_exp(inputs, case) if given_lse else None
+    begin = inputs.arena.data_ptr()
+    end = begin + inputs.arena.nbytes
+    elements = 0
+    load = interpreter.interpreter_builder.create_masked_load
+
+    def count(pointers, mask, *others):
+        nonlocal elements
+        elements += int((mask.data & (pointers.data >= begin) & (pointers.data < end)).sum())
+        return load(pointers, mask, *others)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_masked_load", count)
+    tile = (16, 16) if want == StatsRequest() else (64, 16)  # all rows in one block
+    run_tiled(inputs, replace(case, blocks=tile), want, lse)
+    owned = sum(case.owned) * case.kv_heads
+    visible = inputs.index.indices.numel()
+    expected = {
+        "all and owned": visible + owned,
+        "all twice": 2 * visible,
+        "owned": owned,
+        "all": visible,
+        "nothing": 0,
+    }
+    assert elements == expected[read] * case.head_dim
 
 
 def test_large_logits_do_not_overflow(device: torch.device) -> None:
