@@ -6,7 +6,9 @@ The model has the sizes of Qwen2.5-VL-7B and dummy weights, so nothing is downlo
 uniform, which makes VL-Cache's layer budgets nearly equal.  A point is a prompt length and a batch; every request asks
 for 100 tokens.  Each server has the whole device to itself, one after the other.
 
-* **decode tokens/s**: while the whole batch decodes; empty where the pool does not hold the batch at once.
+* **decode tokens/s**: while the whole batch decodes; empty where the pool does not hold the batch at once.  Timed on
+  the request that gets its first token last.  Servers stream the first token and the last ones only: 64 streams of
+  single tokens would time the client.
 * **end to end**: from sending to the last token of the last request, waiting for memory included.
 
 ``--smoke`` runs the same program on a CPU with a tiny model; its times mean nothing.  Exit status: 0 when every check
@@ -34,6 +36,7 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
 }
 RATIOS = (("ours 0.1", "ours 1.0"), ("ours 1.0", "stock"), ("ours 0.1", "stock"))
 """What is divided by what; the first pair runs the same kernels."""
+HEADER_TOKENS = 16
 READY_S = 1200.0
 """A first start compiles kernels."""
 
@@ -88,7 +91,7 @@ def unfit(smoke: bool) -> str | None:
 
 def measure(server: Any, point: tuple[int, int], tokens: int, repeat: int) -> dict[str, Any]:
     """One sample: the batch at one moment, on prompts that this server has not seen."""
-    from load import decode_tokens_per_s, make_long_prompt, prefill_ms, send_together
+    from load import make_long_prompt, prefill_ms, send_together
 
     length, batch = point
     server.flush_cache()
@@ -97,10 +100,6 @@ def measure(server: Any, point: tuple[int, int], tokens: int, repeat: int) -> di
         server.url, [make_long_prompt(length, seed=1 + 1000 * repeat + i) for i in range(batch)], tokens
     )
     after = server.kv_policy()
-    try:
-        decode: float | None = round(decode_tokens_per_s(lines), 2)
-    except RuntimeError:  # the pool did not hold the batch at once
-        decode = None
     end_to_end = max(line.arrivals[-1][0] for line in lines) - min(line.sent for line in lines)
     counts = {
         key: float(after[key]) - float(before[key])
@@ -117,11 +116,23 @@ def measure(server: Any, point: tuple[int, int], tokens: int, repeat: int) -> di
         "retractions": sum(int(line.meta.get("num_retractions") or 0) for line in lines),
         "ttft_ms": [round(line.ttft_ms, 1) for line in lines],
         "prefill_ms": round(prefill_ms(lines), 1),
-        "decode_tokens_per_s": decode,
+        "decode_tokens_per_s": decode_speed(lines),
         "end_to_end_ms": round(end_to_end * 1e3, 1),
         "books": counts,
         "integrity": after.get("integrity", []),
     }
+
+
+def decode_speed(lines: Sequence[Any]) -> float | None:
+    """Tokens of the whole batch per second; None where its requests did not all decode at once.
+
+    From the moment when the last request has its first token, all decode in step until one has its last.
+    """
+    last = max(lines, key=lambda line: line.arrivals[0][0])
+    (begin, had), (end, has) = last.arrivals[0], last.arrivals[-1]
+    if has <= had or min(line.arrivals[-1][0] for line in lines) <= begin:
+        return None
+    return round(len(lines) * (has - had) / (end - begin), 2)
 
 
 def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]:
@@ -135,7 +146,9 @@ def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]
             problems.append(f"{where}: {what}")
 
     expect(sample["completion_tokens"] == [tokens] * sample["batch"], f"generated {sample['completion_tokens']}")
-    expect(not any(sample["cached_tokens"]), f"prefix hits {sample['cached_tokens']} on prompts that are all new")
+    # The chat template's header is the same everywhere, and the first word may be, too.
+    hits = max(sample["cached_tokens"])
+    expect(hits <= HEADER_TOKENS, f"a prefix hit of {hits} tokens on prompts that are all new")
     low, high = min(sample["prompt_tokens"]), max(sample["prompt_tokens"])
     expect(0.9 * sample["tokens"] <= low <= high <= 1.1 * sample["tokens"] + 64, f"prompts of {low} to {high} tokens")
     expect(not sample["integrity"], f"the books do not balance: {sample['integrity']}")
