@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_e2e.py` without a GPU: it refuses in a line, and a figure of a server that did something else is found.
+"""`benchmarks/gpu_e2e.py` without a GPU: it refuses in a line, and a figure of a server that did something else shows.
 
 Its smoke test starts three servers: `python benchmarks/gpu_e2e.py --smoke`.
 """

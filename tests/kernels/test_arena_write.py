@@ -66,7 +66,8 @@ def run(case: Case, backend: str, device: torch.device) -> None:
                 expected[cell, 1, head % per_cell] = values[t, head].to(case.arena)
 
     found = arena.to(device)
-    arena_write(found, keys.to(device), values.to(device), slots.to(device), residency.to(device), backend=backend)
+    spread = torch.stack((slots, torch.full_like(slots, 10**6)), dim=1).to(device)[:, 0]
+    arena_write(found, keys.to(device), values.to(device), spread, residency.to(device), backend=backend)
     assert torch.equal(found.cpu(), expected)
 
 

@@ -294,6 +294,20 @@ def test_the_same_in_every_run(device: torch.device, compiled: bool) -> None:
             assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
+def test_indexes_may_be_views(device: torch.device) -> None:
+    case = Case(rows=(5, 2), owned=(23, 9), prefix=(3, 1))
+    inputs = make(case, device)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((len(x), 3), 10**6, dtype=x.dtype, device=device)
+        wide[:, 1] = x
+        return wide[:, 1]
+
+    index = ResidencyIndex(spread(inputs.index.indptr), spread(inputs.index.indices))
+    strided = replace(inputs, row_index=spread(inputs.row_index), index=index)
+    compare_batch(run_tiled(strided, case), inputs.expected(), case)
+
+
 @pytest.mark.parametrize(
     ("want", "given_lse", "read"),
     [

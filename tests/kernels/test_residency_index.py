@@ -145,6 +145,25 @@ def test_chunks_do_not_show(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_may_be_views(backend: str, device: torch.device) -> None:
+    inputs = make(Case((33, 7, 20)), device)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((len(x), 2), 10**6, dtype=x.dtype, device=device)
+        wide[:, 0] = x
+        return wide[:, 0]
+
+    inputs.rows, inputs.lengths = spread(inputs.rows), spread(inputs.lengths)
+    index = build(inputs, 1, backend)
+    assert as_lists(index) == inputs.lists(1)
+    slots = spread(inputs.req_to_token[inputs.rows, inputs.lengths.long()])
+    inputs.lengths += 1
+    source = spread(torch.arange(3, device=device))
+    grown = append_tokens(index, slots, inputs.residency, inputs.planes, source=source, backend=backend)
+    assert as_lists(grown) == inputs.lists(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_indices_may_be_wide(backend: str, device: torch.device) -> None:
     """SGLang's Triton attention multiplies indices by strides in their own type, so its lists are int64."""
     inputs = make(Case((33, 7, 64), planes=4, group=2), device)

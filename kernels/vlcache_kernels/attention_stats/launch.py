@@ -79,6 +79,7 @@ def batch_attention_stats(
     by_rows, by_columns = tiles or (f(packed, head_dim, queries.dtype) for f in (row_tile, column_tile))
     if queries.stride(2) != 1:
         queries = queries.contiguous()
+    indptr, indices, row_index = index.indptr.contiguous(), index.indices.contiguous(), row_index.contiguous()
     device = queries.device
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> torch.Tensor:
@@ -114,8 +115,8 @@ def batch_attention_stats(
         row_kernel[(row_blocks, splits, size * num_kv_heads)](
             queries,
             arena,
-            index.indptr,
-            index.indices,
+            indptr,
+            indices,
             *pointers,
             *parts.unbind(),
             scale * LOG2E,
@@ -129,7 +130,7 @@ def batch_attention_stats(
         )
         merge_kernel[(size, num_kv_heads)](
             *parts.unbind(),
-            index.indptr,
+            indptr,
             *pointers,
             row_max,
             row_lse,
@@ -160,8 +161,8 @@ def batch_attention_stats(
         column_kernel[(triton.cdiv(columns, by_columns.keys), num_kv_heads, size)](
             queries,
             arena,
-            index.indptr,
-            index.indices,
+            indptr,
+            indices,
             *pointers,
             row_max,
             row_lse,

@@ -181,7 +181,7 @@ def residency_index(
     chunks = max(1, triton.cdiv(max_length, chunk))
     grid = (segments * chunks, lists)
     counts = torch.empty(lists, segments * chunks, dtype=torch.int32, device=residency.device)
-    inputs = (req_to_token, rows, lengths, residency, counts)
+    inputs = (req_to_token, rows.contiguous(), lengths.contiguous(), residency, counts)
     sizes = (planes.start, rows.numel(), group, chunks)
     strides = (req_to_token.stride(0), residency.stride(0))
     count_kernel[grid](*inputs, *sizes, *strides, CHUNK=chunk, num_warps=8)
@@ -206,8 +206,8 @@ def append_tokens(
     chunks = max(1, triton.cdiv(max_length, chunk))
     append_kernel[(segments * chunks, lists)](
         *previous,
-        slots,
-        source,
+        slots.contiguous(),
+        source.contiguous(),
         residency,
         *out,
         planes.start,
