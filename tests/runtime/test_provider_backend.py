@@ -197,10 +197,16 @@ def test_evicted_cells_come_back_behind_their_event() -> None:
     slots = allocator.alloc(8)
     assert slots is not None
     waits: list[str] = []
+
+    def wait() -> None:
+        waits.append("waited")
+        if bench.CUDA:
+            torch.cuda.synchronize()
+
     keep = torch.zeros(LAYERS, 8, dtype=torch.bool, device=DEVICE)
     keep[:, :2] = True
     eviction = arena.residency.evict(slots, keep)
-    allocator.retire(eviction, SimpleNamespace(synchronize=lambda: waits.append("waited")))
+    allocator.retire(eviction, SimpleNamespace(synchronize=wait))
     assert waits == []
     assert arena.residency.free_cells == 2 * LAYERS
     assert allocator.alloc(2) is not None
