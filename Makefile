@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ soak: setup ## Load one server with mixed requests for some minutes and check it
 
 gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+gpu-e2e: ## Time whole servers on a CUDA device, budget 1.0 against 0.1; GPU_PYTHON needs SGLang and this package
+	$(GPU_PYTHON) benchmarks/gpu_e2e.py $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build out

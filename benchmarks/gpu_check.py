@@ -11,6 +11,7 @@ failure.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from time import monotonic, sleep
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
+NEEDS = ("torch", "triton", "pytest")
 MINUTES = 8.0
 # What the tests may take of it, so that the benchmarks get their part.
 TEST_SHARE = 0.55
@@ -162,6 +164,23 @@ def host() -> dict:
     return block
 
 
+def unfit(dry_run: bool) -> str | None:
+    """Why this machine cannot run the check, in a line; None if it can."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{sys.executable} has no {' and no '.join(missing)}; choose another with make gpu-check GPU_PYTHON=..."
+    import torch
+
+    if dry_run and torch.cuda.is_available():
+        return "--dry-run is for machines without a CUDA device; leave it out here"
+    if not dry_run and not torch.cuda.is_available():
+        return (
+            "no CUDA device: torch.cuda.is_available() is false; nothing was checked "
+            "(without one: python -m pytest tests/kernels, or --dry-run to see that this program works)"
+        )
+    return None
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file (default: results/gpu-check-<device>.json)")
@@ -177,20 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.dry_run:  # before Triton is imported: it decides then whether it compiles
         os.environ["TRITON_INTERPRET"] = "1"
+    if problem := unfit(args.dry_run):
+        print(f"gpu_check: {problem}", file=sys.stderr)
+        return 2
     import torch
-
-    if not args.dry_run and not torch.cuda.is_available():
-        print(
-            "gpu_check: no CUDA device (torch.cuda.is_available() is false).\n"
-            "The kernels' tests run without one: python -m pytest tests/kernels\n"
-            "To see that this program works, without a result: python benchmarks/gpu_check.py --dry-run",
-            file=sys.stderr,
-        )
-        return 2
-    if args.dry_run and torch.cuda.is_available():
-        print("gpu_check: --dry-run is for machines without a CUDA device; leave it out here", file=sys.stderr)
-        return 2
-
     from gpu import decode, report
     from gpu.sizes import TINY, Sizes
     from gpu.timing import Clock

@@ -22,6 +22,8 @@ SIDE = 16
 PICTURE_TOKENS = SIDE * SIDE + 2
 TEXT_TOKENS = 48
 """About what question and chat template need."""
+WORDS = (" red", " green", " cyan", " purple", " pink", " orange", " blue", " brown")
+"""One token each in the bundled tokenizer."""
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -69,6 +71,17 @@ def make_prompt(tokens: int, seed: int) -> Prompt:
     images = [data_url(Image.fromarray(np.roll(pixels, shift, axis=(0, 1)))) for shift in shifts]
     text = f"<|im_start|>user\n{PLACE * count}{drawn.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
     return Prompt(text, tuple(images))
+
+
+def make_long_prompt(tokens: int, seed: int) -> Prompt:
+    """About `tokens` prompt tokens: words, then one picture and a question, so that few rows vote on many keys.
+
+    128k tokens of pictures would be gigabytes of pixels for a server to unpack, which is not what is measured.
+    """
+    one = make_prompt(0, seed)
+    rng = np.random.default_rng(seed)
+    words = rng.choice(WORDS, max(0, tokens - PICTURE_TOKENS - TEXT_TOKENS))
+    return Prompt(one.text.replace(PLACE, "".join(words) + PLACE), one.image_data)
 
 
 def send_together(url: str, prompts: Sequence[Prompt], tokens: int, timeout_s: float = 1800.0) -> list[Timeline]:

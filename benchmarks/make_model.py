@@ -5,6 +5,8 @@ at the speed of a model that does not.  The vision tower has one layer with smal
 would otherwise be all that is measured.
 
     python benchmarks/make_model.py out/bench-model
+
+`make_config` writes configuration and tokenizer only, for servers with ``--load-format dummy``.
 """
 
 from __future__ import annotations
@@ -42,19 +44,41 @@ VISION: dict[str, Any] = {
 }
 
 
-def bench_config() -> dict[str, Any]:
-    """The bundled model's `config.json` with larger sizes."""
+QWEN_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention"] * 28,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+"""The language model of Qwen2.5-VL-7B, with room for prompts of 128k tokens."""
+
+
+def sized_config(text: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The bundled model's `config.json` with these sizes of the language model and our vision tower."""
     config: dict[str, Any] = json.loads((BUNDLED / "config.json").read_text())
-    config["text_config"] |= TEXT
-    config["vision_config"] |= VISION
+    config["text_config"] |= text
+    config["vision_config"] |= VISION | {"out_hidden_size": text["hidden_size"]}
     for part in (config, config["text_config"], config["vision_config"]):
-        part["dtype"] = "float32"
+        part["dtype"] = dtype
     return config
+
+
+def make_config(folder: Path, text: dict[str, Any], dtype: str) -> Path:
+    """Write a model without weights to `folder`."""
+    _copy_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(sized_config(text, dtype), indent=1) + "\n")
+    return folder
 
 
 def make_model(folder: Path) -> Path:
     """Write the model to `folder` unless the same one is there already."""
-    config = bench_config()
+    config = sized_config(TEXT, "float32")
     stamp = folder / "made-from.json"
     recipe = json.dumps({"seed": SEED, "config": config}, indent=1, sort_keys=True)
     if stamp.exists() and stamp.read_text() == recipe:
@@ -62,15 +86,19 @@ def make_model(folder: Path) -> Path:
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in BUNDLED.iterdir():
-        if file.suffix != ".safetensors" and file.name not in ("config.json", "README.md"):
-            shutil.copy(file, folder / file.name)
+    _copy_tokenizer(folder)
     torch.manual_seed(SEED)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config)).to(torch.float32)
     model.save_pretrained(folder)
     stamp.write_text(recipe)
     return folder
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in BUNDLED.iterdir():
+        if file.suffix != ".safetensors" and file.name not in ("config.json", "README.md"):
+            shutil.copy(file, folder / file.name)
 
 
 if __name__ == "__main__":

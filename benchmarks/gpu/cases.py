@@ -14,7 +14,7 @@ from gpu.sizes import Model, Sizes
 from gpu.timing import Clock, Measurement, samples_of
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_kernels.residency_index import append_tokens, residency_index
-from vlcache_kernels.select import select
+from vlcache_kernels.select import free_list, select
 
 DTYPE = torch.bfloat16
 # What VL-Cache asks for, and what a scorer without layer budgets asks for where the attention has left its LSE.
@@ -231,7 +231,7 @@ def selection(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Meas
         layers = sizes.models[0].layers
         parameters = {"planes": layers, "tokens": owned, "kept": 0.1}
         if clock.left() < 4:
-            yield Measurement("d", "select", parameters, skipped="out of time")
+            yield Measurement("d", "select and free list", parameters, skipped="out of time")
             continue
         scores = torch.rand(layers, owned, device=device)
         counts = [max(1, round(share * owned)) for share in layer_budgets(layers, 0.1)]
@@ -243,7 +243,8 @@ def selection(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Meas
         def ours(
             scores: torch.Tensor = scores, k: torch.Tensor = k, tiers: torch.Tensor = tiers, cells: torch.Tensor = cells
         ) -> object:
-            return select(scores, k, tiers=tiers, cells=cells, backend="triton")
+            keep = select(scores, k, tiers=tiers, backend="triton").keep
+            return free_list(keep, cells, backend="triton")
 
         def top_k(scores: torch.Tensor = scores, most: int = max(counts)) -> object:
             return torch.topk(scores, most, sorted=False)
@@ -251,6 +252,6 @@ def selection(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Meas
         def sort(scores: torch.Tensor = scores) -> object:
             return torch.sort(scores, descending=True, stable=True)
 
-        for name, call in (("select", ours), ("torch.topk, one k", top_k), ("torch.sort, stable", sort)):
+        for name, call in (("select and free list", ours), ("torch.topk, one k", top_k), ("torch.sort, stable", sort)):
             samples, graph = samples_of([call])
             yield Measurement("d", name, parameters, samples, 4 * layers * owned, graph=graph)

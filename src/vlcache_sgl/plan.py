@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlcache_kernels.select import select
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Prompt
 
@@ -62,11 +63,13 @@ def make_plan(
         stacked = stacked.mean(1, keepdim=True) if selection.reduce == "mean" else stacked.amax(1, keepdim=True)
     if selection.span > 1:
         stacked = _mean_of_runs(stacked, prompt.start % selection.span, selection.span)
-    if owned == 0:
+    if stacked.numel() == 0:
         return EvictionPlan(torch.zeros_like(stacked, dtype=torch.bool), amounts)
     on_device = amounts.to(stacked.device)
-    order = _orderable(stacked) + (_tiers(on_device, prompt, selection, stacked.device) << 32)
-    return EvictionPlan(_first(order, on_device[:, None], int(amounts.max()) if layers else 0), amounts)
+    groups = stacked.shape[1]
+    tiers = _tiers(on_device, prompt, selection, stacked.device).expand(-1, groups, -1)
+    found = select(stacked.flatten(0, 1), on_device.repeat_interleave(groups), tiers=tiers.flatten(0, 1))
+    return EvictionPlan(found.keep.view(stacked.shape), amounts)
 
 
 def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor:
@@ -122,7 +125,7 @@ def _mean_of_runs(scores: torch.Tensor, lead: int, span: int) -> torch.Tensor:
 
 
 def _tiers(counts: torch.Tensor, prompt: Prompt, selection: Selection, device: torch.device) -> torch.Tensor:
-    """`[L, 1, m]` int64: 2 = protected, 1 = text (if protected), 0 = the rest."""
+    """`[L, 1, m]` int8: 2 = protected, 1 = text (if protected), 0 = the rest."""
     owned = prompt.owned
     position = torch.arange(owned, device=device)
     sinks = counts.clamp(max=min(max(0, selection.sink - prompt.start), owned))
@@ -134,25 +137,7 @@ def _tiers(counts: torch.Tensor, prompt: Prompt, selection: Selection, device: t
         window = window.clamp(min=1 if selection.recent > 0 else 0)
     window = torch.minimum(window, counts - sinks)
     protected = (position < sinks[:, None]) | (position >= owned - window[:, None])
-    rest = (~prompt.is_vision()).to(device).long() if selection.protect == "text" else torch.zeros_like(position)
+    rest = torch.zeros(owned, dtype=torch.int8, device=device)
+    if selection.protect == "text":
+        rest = (~prompt.is_vision()).to(device, torch.int8)
     return torch.where(protected, 2, rest)[:, None]
-
-
-def _orderable(scores: torch.Tensor) -> torch.Tensor:
-    """int64 in `[-2^31, 2^31)` in the same order as the float32 values; -0.0 and 0.0 are equal."""
-    bits = (scores + 0.0).contiguous().view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-
-
-def _first(order: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
-    """`[L, G, m]` bool: the ``counts[l]`` largest entries of `order`, ties to the lower position."""
-    if most == 0:
-        return torch.zeros_like(order, dtype=torch.bool)
-    best = order.topk(most, dim=-1).values
-    last = (counts - 1).clamp(min=0)[..., None].expand(*order.shape[:-1], 1)
-    threshold = best.gather(-1, last)
-    above = order > threshold
-    tied = order == threshold
-    room = counts[..., None] - above.sum(-1, keepdim=True)
-    # A count of 0 has room <= 0 and something above the threshold only if most > 0: mask it out.
-    return (above | (tied & (tied.cumsum(-1) <= room))) & (counts[..., None] > 0)

@@ -26,7 +26,7 @@ from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
-from vlcache_kernels.select.triton import select
+from vlcache_kernels.select.triton import free_list, select
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -34,6 +34,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -99,12 +100,17 @@ def indexes() -> None:
     residency = torch.zeros(4, 100, dtype=torch.int32)
     residency_index(torch.zeros(3, 40, dtype=torch.int32), rows, lengths, residency, range(4), 2, index, 40_000)
     append_tokens(index, rows, rows, residency, range(4), 2, index, 40_000)
+    wide = ResidencyIndex.allocate(2, 6, 100, "cpu", torch.int64)  # as SGLang's Triton attention reads them
+    residency_index(torch.zeros(3, 40, dtype=torch.int32), rows, lengths, residency, range(4), 2, wide, 40_000)
+    append_tokens(wide, rows, rows, residency, range(4), 2, wide, 40_000)
 
 
 def selections(owned: int) -> None:
     scores, k = torch.zeros(3, owned), torch.zeros(3, dtype=torch.int64)
-    select(scores, k, torch.zeros(owned, dtype=torch.int8), torch.zeros(3, owned, dtype=torch.int32))
-    select(scores, k, None, None)
+    select(scores, k, torch.zeros(owned, dtype=torch.int8))
+    select(scores, k, torch.zeros(3, owned, dtype=torch.int8))
+    select(scores, k, None)
+    free_list(torch.zeros(3, owned, dtype=torch.bool), torch.zeros(3, owned, dtype=torch.int32))
 
 
 def writes(head_dim: int, dtype: torch.dtype) -> None:

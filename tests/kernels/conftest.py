@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +71,21 @@ def device() -> torch.device:
 def compiled() -> bool:
     """False where the kernels are interpreted: then keep sizes small."""
     return COMPILED
+
+
+@pytest.fixture(scope="session")
+def vast(device: torch.device) -> Callable[..., torch.Tensor]:
+    """``vast(*shape)``: zeros in bfloat16, more than fit 32-bit offsets; on a CPU only what is touched takes memory."""
+
+    def make(*shape: int) -> torch.Tensor:
+        assert math.prod(shape) > 2**31
+        if device.type == "cpu":
+            return torch.from_numpy(np.zeros(shape, dtype=np.int16)).view(torch.bfloat16)
+        if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+            pytest.skip("needs 6 GiB of free device memory")
+        return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    return make
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -65,7 +66,8 @@ def run(case: Case, backend: str, device: torch.device) -> None:
                 expected[cell, 1, head % per_cell] = values[t, head].to(case.arena)
 
     found = arena.to(device)
-    arena_write(found, keys.to(device), values.to(device), slots.to(device), residency.to(device), backend=backend)
+    spread = torch.stack((slots, torch.full_like(slots, 10**6)), dim=1).to(device)[:, 0]
+    arena_write(found, keys.to(device), values.to(device), spread, residency.to(device), backend=backend)
     assert torch.equal(found.cpu(), expected)
 
 
@@ -79,6 +81,21 @@ def test_writes_the_cells_of_the_slots(case: Case, backend: str, device: torch.d
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large(case: Case, device: torch.device) -> None:
     run(case, "triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cells_beyond_two_to_the_31_elements(
+    backend: str, device: torch.device, vast: Callable[..., torch.Tensor]
+) -> None:
+    arena = vast(2**31 // (2 * 2 * 128) + 3, 2, 2, 128)
+    last = arena.shape[0] - 1
+    keys, values = torch.ones(2, 2, 2, 128, dtype=torch.bfloat16, device=device)
+    residency = torch.tensor([[0, last, 5]], dtype=torch.int32, device=device)
+    arena_write(arena, keys, values * 2, torch.tensor([1, 2], device=device), residency, backend=backend)
+    for cell in (last, 5):
+        assert arena[cell].unique().tolist() == [1.0, 2.0]
+    assert not bool(arena[:5].any())
+    assert not bool(arena[6:100].any())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

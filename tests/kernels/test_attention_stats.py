@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -151,11 +153,17 @@ SMALL = [
     Case(rows=(3,), owned=(35,), prefix=(4,), heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
     Case(rows=(2,), owned=(19,), prefix=(1,), heads=2, kv_heads=1, head_dim=256, dtype=torch.float16),
 ]
+HEAD_DIMS = (64, 80, 96, 128, 256)
+# Every group size; head dims and types take turns, so that 15 sizes see all their pairs.
+GROUPS = [
+    Case((3, 1), (19, 7), (2, 0), group, 1, 1, HEAD_DIMS[group % 5], list(TOLERANCES)[group % 3], splits=2)
+    for group in range(1, 17)
+]
 MATRIX = [
     Case((rows,), (rows + extra,), (prefix,), group * 2, 2, planes, head_dim, dtype, (16, 16), None)
     for rows, extra, prefix in ((1, 0, 0), (33, 95, 0), (50, 450, 131), (512, 1, 0))
     for group, planes in ((1, 1), (3, 2), (4, 1), (7, 1), (16, 2))
-    for head_dim in (64, 80, 96, 128, 256)
+    for head_dim in HEAD_DIMS
     for dtype in TOLERANCES
     # In the interpreter 512 rows take minutes for the widest cases and show nothing that the narrow ones do not.
     if rows < 512 or (group <= 4 and head_dim <= 80)
@@ -163,7 +171,7 @@ MATRIX = [
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *GROUPS], ids=str)
 def test_kernels_match_the_reference(case: Case, device: torch.device) -> None:
     inputs = make(case, device)
     compare_batch(run_tiled(inputs, case), inputs.expected(), case)
@@ -190,19 +198,45 @@ def test_long_prompts(owned: int, planes: int, device: torch.device) -> None:
     compare_batch(inputs.run(want, backend="triton"), inputs.expected(want), case)
 
 
-@pytest.mark.gpu
-def test_cells_beyond_two_to_the_31_elements(device: torch.device) -> None:
-    """Offsets into a real arena do not fit 32 bits."""
-    case = Case((5,), (200,), (30,), 4, 2, 1, 128, torch.bfloat16)
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("given_lse", [False, True], ids=["", "lse"])
+def test_128k_keys_beside_one(given_lse: bool, device: torch.device) -> None:
+    """The longest prompt and the shortest in one batch, default block sizes and splits; few rows and one head."""
+    case = Case((3, 1), (131072, 1), (77, 0), 1, 1, 1, 64, torch.bfloat16)
     inputs = make(case, device)
-    num_cells = 2**31 // (2 * 2 * 128) + 400
-    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
-        pytest.skip("needs 6 GiB of free device memory")
-    arena = torch.zeros(num_cells, 2, 2, 128, dtype=case.dtype, device=device)
-    shift = num_cells - inputs.arena.shape[0]
+    want = StatsRequest(column_sum=True) if given_lse else replace(EVERYTHING, probabilities=False)
+    lse = log_sum_exp(inputs, case) if given_lse else None
+    compare_batch(inputs.run(want, backend="triton", lse=lse), inputs.expected(want), case)
+
+
+def test_cells_beyond_two_to_the_31_elements(device: torch.device, vast: Callable[..., torch.Tensor]) -> None:
+    """Offsets into a real arena do not fit 32 bits."""
+    case = Case((5,), (20,), (30,), 4, 2, 1, 128, torch.bfloat16)
+    inputs = make(case, device)
+    arena = vast(2**31 // (2 * 2 * 128) + 400, 2, 2, 128)
+    shift = arena.shape[0] - inputs.arena.shape[0]
     arena[shift:] = inputs.arena
     far = replace(inputs, arena=arena, index=inputs.index._replace(indices=inputs.index.indices + shift))
     compare_batch(far.run(backend="triton"), inputs.expected(), case)
+
+
+def test_owned_keys_without_a_cell_read_nothing_foreign(device: torch.device) -> None:
+    """Slots may be freed while a forward of theirs is in flight: figures do not matter then, memory does."""
+    case = Case(rows=(3, 2), owned=(21, 18), prefix=(0, 0))
+    inputs = make(case, device)
+    # The first request has 5 cells for 21 owned keys.  What lies before the list must not be taken for cells.
+    cells = torch.full((64 + 23,), 7, dtype=torch.int32, device=device)
+    cells[:64] = inputs.arena.shape[0]
+    cells[64:] = inputs.index.indices[16:]
+    poison = torch.cat([inputs.arena, torch.full_like(inputs.arena[:1], torch.nan)])
+    indptr = torch.tensor([0, 5, 23], dtype=torch.int32, device=device)
+    found = run_tiled(
+        replace(inputs, arena=poison, index=ResidencyIndex(indptr, cells[64:])), case, StatsRequest(column_sum=True)
+    )
+    assert bool(found.column_sum.isfinite().all())
+    want = StatsRequest(column_sum=True)
+    compare(found.request(1), inputs.expected(want).request(1), case.dtype)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -258,6 +292,67 @@ def test_the_same_in_every_run(device: torch.device, compiled: bool) -> None:
         again = run_tiled(inputs, case)
         for name in ("column_sum", "column_square_sum", "column_max", "kept", "visible", "entropy_sum"):
             assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_indexes_may_be_views(device: torch.device) -> None:
+    case = Case(rows=(5, 2), owned=(23, 9), prefix=(3, 1))
+    inputs = make(case, device)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((len(x), 3), 10**6, dtype=x.dtype, device=device)
+        wide[:, 1] = x
+        return wide[:, 1]
+
+    index = ResidencyIndex(spread(inputs.index.indptr), spread(inputs.index.indices))
+    strided = replace(inputs, row_index=spread(inputs.row_index), index=index)
+    compare_batch(run_tiled(strided, case), inputs.expected(), case)
+
+
+@pytest.mark.parametrize(
+    ("want", "given_lse", "read"),
+    [
+        (StatsRequest(column_sum=True), False, "all and owned"),
+        (StatsRequest(column_sum=True, density=0.01), False, "all twice"),
+        (StatsRequest(column_sum=True), True, "owned"),
+        (StatsRequest(entropy=True), False, "all"),
+        (StatsRequest(), False, "nothing"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bytes_of_keys_read(
+    want, given_lse: bool, read: str, device: torch.device, compiled: bool, monkeypatch
+) -> None:
+    """One read of K per pass, and the columns' without the prefix: every element that a program loads is counted."""
+    if compiled:
+        pytest.skip("counted in the interpreter")
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    case = Case(rows=(5, 2), owned=(40, 18), prefix=(23, 0), heads=6, kv_heads=2, planes=2, head_dim=80, splits=2)
+    inputs = make(case, device)
+    inputs.row_index[[4, 6]] = torch.tensor([39, 17])  # the last row sees everything
+    lse = log_sum_exp(inputs, case) if given_lse else None
+    begin = inputs.arena.data_ptr()
+    end = begin + inputs.arena.nbytes
+    elements = 0
+    load = interpreter.interpreter_builder.create_masked_load
+
+    def count(pointers, mask, *others):
+        nonlocal elements
+        elements += int((mask.data & (pointers.data >= begin) & (pointers.data < end)).sum())
+        return load(pointers, mask, *others)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_masked_load", count)
+    tile = (16, 16) if want == StatsRequest() else (64, 16)  # all rows in one block
+    run_tiled(inputs, replace(case, blocks=tile), want, lse)
+    owned = sum(case.owned) * case.kv_heads
+    visible = inputs.index.indices.numel()
+    expected = {
+        "all and owned": visible + owned,
+        "all twice": 2 * visible,
+        "owned": owned,
+        "all": visible,
+        "nothing": 0,
+    }
+    assert elements == expected[read] * case.head_dim
 
 
 def test_large_logits_do_not_overflow(device: torch.device) -> None:

@@ -24,6 +24,7 @@ KERNELS = {
     "store_kernel",
     "append_kernel",
     "select_kernel",
+    "evicted_kernel",
     "free_kernel",
 }
 

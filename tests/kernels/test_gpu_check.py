@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -36,8 +37,35 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA devic
 def test_without_a_device_it_refuses() -> None:
     done = run()
     assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
     assert "no CUDA device" in done.stderr
     assert "--dry-run" in done.stderr
+
+
+def test_without_its_libraries_it_says_which(gpu_check: ModuleType, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu_check, "NEEDS", ("torch", "no_such_library"))
+    assert gpu_check.main([]) == 2
+    assert "has no no_such_library" in capsys.readouterr().err
+
+
+def test_it_needs_neither_sglang_nor_what_the_project_installs() -> None:
+    """A bare machine with CUDA, PyTorch, Triton and pytest is enough for the check and all kernel tests."""
+    folders = (BENCHMARKS / "gpu", Path(__file__).parent, Path(__file__).parents[2] / "kernels")
+    files = [
+        BENCHMARKS / "gpu_check.py",
+        BENCHMARKS / "host.py",
+        *(f for folder in folders for f in folder.rglob("*.py")),
+    ]
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    ours = {"gpu", "gpu_check", "host", "vlcache_kernels"}
+    assert found - set(sys.stdlib_module_names) - ours == {"torch", "triton", "pytest", "numpy", "flashinfer"}
 
 
 @no_gpu

@@ -145,6 +145,42 @@ def test_chunks_do_not_show(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_may_be_views(backend: str, device: torch.device) -> None:
+    inputs = make(Case((33, 7, 20)), device)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((len(x), 2), 10**6, dtype=x.dtype, device=device)
+        wide[:, 0] = x
+        return wide[:, 0]
+
+    inputs.rows, inputs.lengths = spread(inputs.rows), spread(inputs.lengths)
+    index = build(inputs, 1, backend)
+    assert as_lists(index) == inputs.lists(1)
+    slots = spread(inputs.req_to_token[inputs.rows, inputs.lengths.long()])
+    inputs.lengths += 1
+    source = spread(torch.arange(3, device=device))
+    grown = append_tokens(index, slots, inputs.residency, inputs.planes, source=source, backend=backend)
+    assert as_lists(grown) == inputs.lists(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_may_be_wide(backend: str, device: torch.device) -> None:
+    """SGLang's Triton attention multiplies indices by strides in their own type, so its lists are int64."""
+    inputs = make(Case((33, 7, 64), planes=4, group=2), device)
+    out, grown = (ResidencyIndex.allocate(2, 6, 300, device, torch.int64) for _ in range(2))
+    assert build(inputs, 2, backend, out=out, max_length=64) is out
+    assert as_lists(out) == inputs.lists(2)
+    slots = inputs.req_to_token[inputs.rows, inputs.lengths.long()]
+    inputs.lengths += 1
+    append_tokens(out, slots, inputs.residency, inputs.planes, group=2, out=grown, backend=backend)
+    assert grown.indices.dtype == torch.int64
+    assert as_lists(grown) == inputs.lists(2)
+    fresh = append_tokens(out, slots, inputs.residency, inputs.planes, group=2, backend=backend)
+    assert fresh.indices.dtype == torch.int64
+    assert as_lists(fresh) == inputs.lists(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fixed_buffers_serve_changing_lengths(backend: str, device: torch.device) -> None:
     """What a CUDA graph replays: same buffers and grid, other lengths; stale content does not show."""
     case = Case((40, 40, 40))
@@ -255,3 +291,12 @@ def test_refusals_name_the_argument(device: torch.device) -> None:
         append_tokens(index, slots, inputs.residency, inputs.planes, out=index)
     with pytest.raises(ValueError, match="2 slots do not continue 1 requests"):
         append_tokens(index, torch.tensor([1, 2], device=device), inputs.residency, inputs.planes)
+    narrow = ResidencyIndex(torch.zeros(3, 2, dtype=torch.int32, device=device), torch.zeros(3, 8, device=device))
+    with pytest.raises(TypeError, match=r"out\.indices is torch\.float32"):
+        build(inputs, 1, "naive", out=narrow)
+    turned = inputs.residency.T.contiguous().T
+    with pytest.raises(ValueError, match="residency must be contiguous along its last dimension"):
+        residency_index(inputs.req_to_token, inputs.rows, inputs.lengths, turned, inputs.planes, backend="triton")
+    sliced = ResidencyIndex(index.indptr, torch.zeros(3, 8, dtype=torch.int32, device=device)[:, :4])
+    with pytest.raises(ValueError, match="previous must be contiguous"):
+        append_tokens(sliced, slots, inputs.residency, inputs.planes, backend="triton")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vlcache_kernels.select import Selection, select
+from vlcache_kernels.select import FreeList, Selection, free_list, select
 
 BACKENDS = ("naive", "triton")
 
@@ -63,9 +63,8 @@ def budgets(case: Case, device: torch.device, turn: int) -> torch.Tensor:
     return torch.tensor([choices[(turn + p) % len(choices)] for p in range(case.planes)], device=device)
 
 
-def check(found: Selection, scores, tiers, cells, k) -> None:
+def check(found: Selection, scores, tiers, k) -> None:
     planes, owned = scores.shape
-    freed = []
     for p in range(planes):
         tier = [0] * owned if tiers is None else (tiers if tiers.dim() == 1 else tiers[p]).tolist()
         score = scores[p].tolist()
@@ -75,10 +74,14 @@ def check(found: Selection, scores, tiers, cells, k) -> None:
         assert found.counts[p] == count
         assert found.positions[p].tolist() == kept + [-1] * (owned - count)
         assert found.keep[p].nonzero()[:, 0].tolist() == kept
-        stays = set(kept)
-        freed += [cell for j, cell in enumerate(cells[p].tolist()) if cell >= 0 and j not in stays]
-    assert found.num_freed.tolist() == [len(freed)]
-    assert found.freed[: len(freed)].tolist() == freed
+
+
+def check_free(found: FreeList, keep: torch.Tensor, cells: torch.Tensor) -> None:
+    pairs = zip(keep.flatten().tolist(), cells.flatten().tolist(), strict=True)
+    freed = [cell for stays, cell in pairs if cell >= 0 and not stays]
+    assert found.length.dtype == found.cells.dtype == torch.int32
+    assert found.length.tolist() == [len(freed)]
+    assert found.cells[: len(freed)].tolist() == freed
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -88,7 +91,9 @@ def check(found: Selection, scores, tiers, cells, k) -> None:
 def test_keeps_the_first_of_tier_score_position(case: Case, backend: str, turn: int, device: torch.device) -> None:
     scores, tiers, cells = make(case, device)
     k = budgets(case, device, turn)
-    check(select(scores, k, tiers=tiers, cells=cells, backend=backend), scores, tiers, cells, k)
+    found = select(scores, k, tiers=tiers, backend=backend)
+    check(found, scores, tiers, k)
+    check_free(free_list(found.keep, cells, backend=backend), found.keep, cells)
 
 
 @pytest.mark.slow
@@ -97,7 +102,9 @@ def test_keeps_the_first_of_tier_score_position(case: Case, backend: str, turn: 
 def test_large(case: Case, device: torch.device) -> None:
     scores, tiers, cells = make(case, device)
     k = budgets(case, device, 2)
-    check(select(scores, k, tiers=tiers, cells=cells, backend="triton"), scores, tiers, cells, k)
+    found = select(scores, k, tiers=tiers, backend="triton")
+    check(found, scores, tiers, k)
+    check_free(free_list(found.keep, cells, backend="triton"), found.keep, cells)
 
 
 def test_blocks_do_not_show(device: torch.device) -> None:
@@ -106,16 +113,19 @@ def test_blocks_do_not_show(device: torch.device) -> None:
     case = Case(3, 77, "few_values", "shared")
     scores, tiers, cells = make(case, device)
     k = torch.tensor([5, 40, 76], device=device)
-    check(triton.select(scores, k, tiers, cells, block=16), scores, tiers, cells, k)
+    found = triton.select(scores, k, tiers, block=16)
+    check(found, scores, tiers, k)
+    check_free(triton.free_list(found.keep, cells, block=16), found.keep, cells)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_cells_there_is_no_free_list(backend: str, device: torch.device) -> None:
-    scores = torch.tensor([[1.0, 3.0, 2.0]], device=device)
-    found = select(scores, torch.tensor([2], device=device), backend=backend)
-    assert found.positions.tolist() == [[1, 2, -1]]
-    assert found.freed is None
-    assert found.num_freed is None
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_nothing_to_select_from(backend: str, shape: tuple[int, int], device: torch.device) -> None:
+    found = select(torch.zeros(shape, device=device), torch.full(shape[:1], 2, device=device), backend=backend)
+    assert found.keep.shape == found.positions.shape == shape
+    assert found.counts.tolist() == [0] * shape[0]
+    cells = torch.zeros(shape, dtype=torch.int32, device=device)
+    assert free_list(found.keep, cells, backend=backend).length.tolist() == [0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,14 +144,21 @@ def test_inputs_may_be_views(backend: str, device: torch.device) -> None:
     wide_cells = torch.full((20, 3), 9, dtype=torch.int32, device=device)
     wide_cells[:] = cells.T
     k = torch.tensor([3, 7, 19], device=device)
-    check(select(wide_scores[:, 4:24], k, cells=wide_cells.T, backend=backend), scores, None, cells, k)
+    wide_k = torch.tensor([3, -9, 7, -9, 19, -9], device=device)
+    found = select(wide_scores[:, 4:24], wide_k[::2], backend=backend)
+    check(found, scores, None, k)
+    wide_keep = torch.zeros(3, 29, dtype=torch.bool, device=device)
+    wide_keep[:, 4:24] = found.keep
+    check_free(free_list(wide_keep[:, 4:24], wide_cells.T, backend=backend), found.keep, cells)
 
 
 def test_the_same_in_every_run(device: torch.device, compiled: bool) -> None:
     scores, tiers, cells = make(Case(4, 63, "few_values", "shared"), device)
     k = torch.tensor([5, 30, 62, 1], device=device)
     for _ in range(50 if compiled else 2):
-        check(select(scores, k, tiers=tiers, cells=cells, backend="triton"), scores, tiers, cells, k)
+        found = select(scores, k, tiers=tiers, backend="triton")
+        check(found, scores, tiers, k)
+        check_free(free_list(found.keep, cells, backend="triton"), found.keep, cells)
 
 
 def test_refusals_name_the_argument(device: torch.device) -> None:
@@ -155,3 +172,8 @@ def test_refusals_name_the_argument(device: torch.device) -> None:
     if device.type == "cpu":
         with pytest.raises(ValueError, match=r"tiers span \[0, 16\]"):
             select(scores, k, tiers=torch.tensor([0, 1, 16], dtype=torch.int8))
+    keep = torch.ones(2, 3, dtype=torch.bool, device=device)
+    with pytest.raises(TypeError, match=r"keep is torch\.int8"):
+        free_list(keep.to(torch.int8), torch.zeros(2, 3, dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match=r"cells has shape \[2, 2\], expected \[2, 3\]"):
+        free_list(keep, torch.zeros(2, 2, dtype=torch.int32, device=device))

@@ -1,7 +1,8 @@
 """What the provider tests share: libraries that run here, and a memory with requests in it.
 
 Without a GPU SGLang's Triton kernels run in Triton's interpreter, and FlashInfer is a stand-in that keeps the contract
-of its documentation: what is tested then is what our code plans and hands over.  On a GPU the same tests run compiled.
+of its documentation: what is tested then is what our code plans and hands over.  Our own kernels are interpreted beside
+SGLang's and in plain torch beside the stand-in.  On a GPU the same tests run compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +75,22 @@ def interpreted_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
         else:
             os.environ["TRITON_INTERPRET"] = before
     return extend, decode
+
+
+def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runtime launch our Triton kernels whatever the device: interpreted on a CPU."""
+    if not CUDA:
+        _module(Path(__file__).parents[1] / "kernels/conftest.py")  # imports them in interpreter mode
+    for place, names in {
+        "vlcache_sgl.plan": ["select"],
+        "vlcache_sgl.runtime.residency": ["free_list"],
+        "vlcache_sgl.runtime.batch_scoring": ["batch_attention_stats"],
+        "vlcache_sgl.runtime.attention.backend": ["arena_write"],
+        "vlcache_sgl.runtime.attention.device_index": ["residency_index", "append_tokens"],
+    }.items():
+        module = importlib.import_module(place)
+        for name in names:
+            monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))
 
 
 class StandIn:
@@ -156,6 +174,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if name == "triton" and not CUDA:
         functions = request.getfixturevalue("kernels")
         monkeypatch.setattr(triton_provider, "_kernels", lambda: functions)
+        use_our_kernels(monkeypatch)
     monkeypatch.setattr(triton_provider, "MIN_PART", 32)  # so that short sequences are cut, too
     monkeypatch.setattr(triton_provider, "PROGRAMS_PER_CORE", 1000)
     if name == "flashinfer" and CUDA:
@@ -206,7 +225,10 @@ class Requests:
         for plane in range(self.residency.num_planes):
             count = max(1, int(share * len(slots) / (1 + (plane == self.residency.num_planes - 1))))
             keep[plane, torch.randperm(len(slots), device=DEVICE)[:count]] = True
-        self.residency.reclaim(self.residency.evict(slots, keep))
+        eviction = self.residency.evict(slots, keep)
+        if CUDA:
+            torch.cuda.synchronize()
+        self.residency.reclaim(eviction)
 
     def dense(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import resolve
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
 from vlcache_sgl.runtime.arena import KVArena
+from vlcache_sgl.runtime.attention.decode_index import collect
+from vlcache_sgl.runtime.attention.torch_provider import Gather, prefix_keys_values
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import Choice, CompressionJob
@@ -51,7 +56,9 @@ class Bench:
     def job(self, policy: str, budget: float = 0.25, min_tokens: int = 8) -> CompressionJob:
         return CompressionJob(Choice(resolve(policy), KVBudget(fraction=budget)), VISION, LENGTH, min_tokens)
 
-    def prefill(self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None) -> torch.Tensor:
+    def prefill(
+        self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None, *, finish: bool = True
+    ) -> torch.Tensor:
         """Compute the prompt from where `row` ends, in chunks of these sizes; the request's row."""
         row = torch.zeros(0, dtype=torch.int64) if row is None else row
         for count in chunks:
@@ -65,14 +72,19 @@ class Bench:
                 planes = self.arena.planes_of(layer)
                 self.arena.write(cells[planes], self.keys[layer, part], self.values[layer, part])
                 if job.scoring is not None and job.scoring.rows_in(begin, begin + count):
-                    prefix = self.resident(layer, row) if begin else None
+                    prefix, valid = self.prefix(layer, row) if begin else (None, None)
                     self.compressor.observe(
-                        job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, SCALE
+                        job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, valid, SCALE
                     )
             row = torch.cat([row, slots])
-        if row.numel() >= job.length:
+        if row.numel() >= job.length and finish:
             self.compressor.finish(job, row.int())
         return row
+
+    def prefix(self, layer: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the provider for a CPU hands it over."""
+        cells = collect(self.arena.residency, row)
+        return prefix_keys_values(Gather(self.arena.arena), cells, self.arena.planes_of(layer))
 
     def resident(self, layer: int, row: torch.Tensor) -> torch.Tensor:
         cells = self.arena.residency.cells_of(self.arena.planes_of(layer), row)[0].long()
@@ -133,6 +145,30 @@ def test_a_shared_prefix_is_not_touched() -> None:
     assert job.report["shared_tokens"] == 30
 
 
+@pytest.mark.parametrize("chunks", [[46], [20, 26], [1, 40, 5]], ids=str)
+def test_heads_may_have_kept_different_parts_of_a_shared_prefix(chunks: list[int]) -> None:
+    """Every KV head normalises over what it kept itself, and the owned part begins where its own prefix ends."""
+    bench = Bench(groups=KV_HEADS)
+    shared = bench.prefill(bench.job("vlcache:heads=split"), [LENGTH])[:50]
+    there = bench.kept(shared).view(LAYERS, KV_HEADS, 50)
+    assert bool((there.sum(-1).amin(1) < there.sum(-1).amax(1)).any()), "ragged, or there is nothing to see"
+    job = bench.job("vlcache")
+    bench.prefill(job, chunks, row=shared, finish=False)
+    assert job.scoring is not None
+    views, _ = job.scoring.views(lambda layer: torch.empty(0))
+    for layer, view in enumerate(views):
+        assert view.row_positions is not None
+        q = bench.queries[layer, view.row_positions].double()
+        k = bench.keys[layer].double().repeat_interleave(HEADS // KV_HEADS, 1)
+        logits = torch.einsum("rhd,nhd->hrn", q, k) * SCALE
+        visible = torch.arange(LENGTH) <= view.row_positions[:, None]
+        visible = visible.expand(HEADS, -1, -1).clone()
+        visible[..., :50] &= there[layer].repeat_interleave(HEADS // KV_HEADS, 0)[:, None]
+        p = logits.masked_fill(~visible, -torch.inf).softmax(-1)[..., 50:]
+        want = p.sum(1).view(KV_HEADS, -1, LENGTH - 50).mean(1)
+        torch.testing.assert_close(view.column_sum, want.float(), atol=1e-5, rtol=1e-4)
+
+
 def test_short_own_parts_are_left_alone() -> None:
     bench = Bench()
     prefix = bench.prefill(bench.job("vlcache", min_tokens=1000), [90])
@@ -191,3 +227,62 @@ def test_a_broken_policy_costs_the_compression_only(broken: str, caplog: pytest.
     assert "failed" in job.report
     assert not job.holds_back(50)
     assert len([record for record in caplog.records if "full cache" in record.message]) == 1
+
+
+class Ranks:
+    """A collective of two threads, each with half of the KV heads."""
+
+    def __init__(self) -> None:
+        self._parts: list[torch.Tensor | None] = [None, None]
+        self._meet = threading.Barrier(2, timeout=60)
+
+    def of(self, rank: int) -> SimpleNamespace:
+        def all_gather(part: torch.Tensor, dim: int) -> torch.Tensor:
+            self._parts[rank] = part
+            self._meet.wait()
+            assert self._parts[0] is not None
+            assert self._parts[1] is not None
+            both = torch.cat([self._parts[0], self._parts[1]], dim=dim)
+            self._meet.wait()
+            return both
+
+        return SimpleNamespace(all_gather=all_gather)
+
+    def run(self, policy: str, broken: str | None) -> list[tuple[Bench, CompressionJob, torch.Tensor]]:
+        """Both ranks prefill the same prompt; on rank 1 `broken` fails."""
+
+        benches = [Bench(), Bench()]  # one after the other: both seed the same generator
+
+        def rank(number: int) -> tuple[Bench, CompressionJob, torch.Tensor]:
+            bench = benches[number]
+            model = Prompt(0, 0, (), LAYERS, 2 * HEADS, 2 * KV_HEADS, DIM)
+            bench.compressor = Compressor(model, HeadGather(self.of(number), number, 2), bench.counters)
+            bench.compressor.allocator = bench.allocator
+            bench.queries, bench.keys = bench.queries * (1 + number), bench.keys.roll(number, 0)
+            job = bench.job(policy)
+            bench.compressor.begin_chunk(job, 0, 0)
+            if number == 1 and broken is not None:
+                assert job.scoring is not None
+                object.__setattr__(job.scoring, broken, lambda *_: 1 / 0)
+            return bench, job, bench.kept(bench.prefill(job, [50, 46]))
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(rank, range(2)))
+
+
+@pytest.mark.parametrize("policy", ["vlcache", "snapkv", "scorer=vlcache,allocator=cake"])
+def test_two_ranks_keep_the_same_tokens(policy: str) -> None:
+    (one, _, kept), (other, _, same) = Ranks().run(policy, None)
+    assert one.counters.requests_compressed == other.counters.requests_compressed == 1
+    assert torch.equal(kept, same)
+    assert not bool(kept.all())
+
+
+@pytest.mark.parametrize("broken", ["observe", "views"])
+@pytest.mark.parametrize("policy", ["vlcache", "snapkv", "scorer=vlcache,allocator=cake", "zipvl"])
+def test_a_failure_on_one_rank_costs_both_the_compression(policy: str, broken: str) -> None:
+    """And neither waits for the other for ever."""
+    for bench, job, kept in Ranks().run(policy, broken):
+        assert bool(kept.all())
+        assert bench.counters.policy_failures == 1
+        assert "failed" in job.report

@@ -37,19 +37,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 Make = Callable[[Memory], Provider]
 
 
-@ALL
-@GROUPS
-def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.FixtureRequest) -> None:
-    """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
+def make_arena(groups: int, tokens: int = 200) -> Any:
     from vlcache_sgl.runtime.arena import KVArena
-    from vlcache_sgl.runtime.attention.backend import ResidencyBackend
 
-    arena = KVArena(
-        num_cells=200 * LAYERS * groups,
+    return KVArena(
+        num_cells=tokens * LAYERS * groups,
         groups=groups,
-        size=200,
+        size=tokens,
         page_size=1,
         dtype=DTYPE,
         head_num=KV_HEADS,
@@ -59,15 +53,41 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
         enable_memory_saver=False,
         enable_alt_stream=False,
     )
-    table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
+
+
+def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
+    from vlcache_sgl.runtime.attention.backend import ResidencyBackend
+
     runner = SimpleNamespace(
         token_to_kv_pool=arena,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         dtype=DTYPE,
         server_args=SimpleNamespace(triton_attention_num_kv_splits=3),
     )
+    return ResidencyBackend(runner, compressor, name, HEADS)
+
+
+def layer_of_model(number: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=number,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS,
+        tp_v_head_num=KV_HEADS,
+        head_dim=DIM,
+        scaling=SCALE,
+    )
+
+
+@ALL
+@GROUPS
+def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.FixtureRequest) -> None:
+    """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    arena = make_arena(groups)
+    table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
     name = request.node.callspec.params["provider"]
-    backend = ResidencyBackend(runner, SimpleNamespace(observe=None), name, HEADS)
+    backend = make_backend(name, arena, table, SimpleNamespace(observe=None))
     world = bench.Requests(groups)
     world.memory, world.residency = backend_memory(backend, table), arena.residency
     rows, lengths, slot = [2, 4], [0, 0], itertools.count(1)
@@ -96,14 +116,7 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
         backend.rows = rows
         (backend.init_forward_metadata_out_graph if size else backend.init_forward_metadata)(batch)
         for number in range(LAYERS):
-            layer = SimpleNamespace(
-                layer_id=number,
-                tp_q_head_num=HEADS,
-                tp_k_head_num=KV_HEADS,
-                tp_v_head_num=KV_HEADS,
-                head_dim=DIM,
-                scaling=SCALE,
-            )
+            layer = layer_of_model(number)
             tokens = sum(counts) + padding
             q = torch.randn(tokens, HEADS * DIM, device=DEVICE).to(DTYPE)
             k, v = (torch.randn(tokens, KV_HEADS, DIM, device=DEVICE).to(DTYPE) for _ in range(2))
@@ -145,41 +158,62 @@ def test_flashinfer_takes_what_we_hand_over() -> None:
     inspect.signature(prefill.run).bind(None, none, none, lse_base="ln")
 
 
+@pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)
+def test_a_schedule_is_not_overwritten_before_it_is_fetched(provider: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are staged in pinned memory; an event of every step is waited for before the next one is planned."""
+    from vlcache_sgl.runtime.attention import flashinfer_provider
+
+    log: list[str] = []
+
+    def record(device: torch.device) -> SimpleNamespace:
+        number = sum(line.startswith("record") for line in log)
+        log.append(f"record {number}")
+        return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
+
+    monkeypatch.setattr(flashinfer_provider, "passed_event", record)
+    world = bench.Requests(1)
+    backend: Any = provider(world.memory)
+    plan = backend._plan
+    monkeypatch.setattr(backend, "_plan", lambda *a, **o: (log.append("plan"), plan(*a, **o)))
+    for row in (1, 2):
+        world.append(row, 20)
+    for _ in range(3):
+        backend.plan_decode(world.step([1, 2]))
+    steps = [line for line in log if line != "plan"]
+    assert steps == ["record 0", "wait 0", "record 1", "wait 1", "record 2"]
+    assert log.index("wait 0") < log.index("plan", log.index("record 0")) < log.index("record 1")
+
+
 def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
     return Memory(backend.arena.arena, backend.arena.residency, table, backend.arena.groups)
 
 
-def test_evicted_cells_come_back_when_their_event_has_passed() -> None:
-    """Rule 5, with an event that this test lets pass."""
+def test_evicted_cells_come_back_behind_their_event() -> None:
+    """Rule 5: handing them over does not wait; whoever needs cells does, on every rank alike."""
     from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
-    from vlcache_sgl.runtime.arena import KVArena
 
-    arena = KVArena(
-        num_cells=20,
-        groups=1,
-        size=20,
-        page_size=1,
-        dtype=torch.float32,
-        head_num=1,
-        head_dim=8,
-        layer_num=2,
-        device="cpu",
-        enable_memory_saver=False,
-        enable_alt_stream=False,
-    )
+    arena = make_arena(1, tokens=10)
     allocator = VirtualSlotAllocator(arena, physical_tokens=10, need_sort=False)
     slots = allocator.alloc(8)
     assert slots is not None
-    event = SimpleNamespace(
-        passed=False, query=lambda: event.passed, synchronize=lambda: setattr(event, "passed", True)
-    )
-    keep = torch.zeros(2, 8, dtype=torch.bool)
+    waits: list[str] = []
+
+    def wait() -> None:
+        waits.append("waited")
+        if bench.CUDA:
+            torch.cuda.synchronize()
+
+    keep = torch.zeros(LAYERS, 8, dtype=torch.bool, device=DEVICE)
     keep[:, :2] = True
-    allocator.retire(arena.residency.evict(slots, keep), event)
-    assert allocator.alloc(4) is None
-    event.passed = True
-    assert allocator.alloc(4) is not None
+    eviction = arena.residency.evict(slots, keep)
+    allocator.retire(eviction, SimpleNamespace(synchronize=wait))
+    assert waits == []
+    assert arena.residency.free_cells == 2 * LAYERS
+    assert allocator.alloc(2) is not None
+    assert waits == ["waited"]
+    assert arena.residency.free_cells == 6 * LAYERS
     assert allocator.verify_byte_accounting() == []
+    assert waits == ["waited"], "once"
     assert passed_event(torch.device("cpu")) is None
 
 

@@ -63,19 +63,20 @@ def test_extend(provider: Make, groups: int, want_lse: bool) -> None:
         q = torch.randn(first, HEADS, DIM, device=DEVICE).to(DTYPE)
         new = [world.dense(layer, row)[:2] for row in plan]
         k, v = (torch.cat([both[n][-r.count :] for both, r in zip(new, requests, strict=True)]) for n in range(2))
-        seen: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
         def observe(
             number: int,
             prefix: torch.Tensor | None,
-            lse: torch.Tensor | None,
+            valid: torch.Tensor | None,
             seen: dict[int, Any] = seen,
         ) -> None:
             assert prefix is not None
-            seen[number] = prefix.clone(), None if lse is None else lse.clone()
+            seen[number] = prefix.clone(), valid
 
-        got = backend.extend(world.planes(layer), q, k, v, SCALE, observe)
-        assert list(seen) == [1, 2]
+        got, lse = backend.extend(world.planes(layer), q, k, v, SCALE, observe)
+        assert list(seen) == ([] if backend.on_device else [1, 2])
+        assert (lse is not None) == want_lse
         for number, (row, request) in enumerate(zip(plan, requests, strict=True)):
             keys, values, there = world.dense(layer, row)
             own = torch.ones(request.count, request.count, dtype=torch.bool, device=DEVICE).tril()
@@ -84,13 +85,15 @@ def test_extend(provider: Make, groups: int, want_lse: bool) -> None:
             part = q[request.tokens]
             want = bench.reference(part, keys, values, SCALE, visible)
             assert (got[request.tokens].double() - want).abs().max() < TOLERANCE
+            if lse is not None:
+                log_sum = bench.log_sum(part, keys, SCALE, visible)
+                assert (lse[request.tokens].double() - log_sum).abs().max() < TOLERANCE
             if number in seen:
-                prefix, lse = seen[number]
-                assert prefix is not None
-                assert prefix.shape[0] == int(there[:, : request.begin].sum(1).max())
-                assert (lse is not None) == want_lse
-                if lse is not None:
-                    assert (lse.double() - bench.log_sum(part, keys, SCALE, visible)).abs().max() < TOLERANCE
+                prefix, valid = seen[number]
+                counts = there[:, : request.begin].sum(1)
+                assert prefix.shape[0] == int(counts.max())
+                assert (valid is None) == (int(counts.min()) == int(counts.max()))
+                assert valid is None or torch.equal(valid, counts)
 
 
 @ALL

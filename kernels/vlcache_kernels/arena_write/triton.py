@@ -64,7 +64,7 @@ def arena_write(
         arena,
         keys,
         values,
-        slots,
+        slots.contiguous(),
         residency,
         tokens,
         keys.stride(0),

@@ -81,7 +81,9 @@ def batch_attention_stats(
 
     Bytes (Triton): one read of K, ``n * K * D`` elements plus 4 bytes of index per key and plane, for the normaliser,
     and one more for the columns, which leaves out the prefix unless the density is wanted.  With `lse` and neither
-    density nor entropy: one read.  Nothing of size rows x keys is written unless `probabilities` are wanted.
+    density nor entropy: one read.  A read of 32k keys with 8 heads of 128 in bfloat16 is 67 MB and 0.13 MB of index.
+    Rows beyond a row block (128 packed, fewer in float32) read the keys again, from the L2 cache if it holds them.
+    Nothing of size rows x keys is written unless `probabilities` are wanted.
 
     Args:
         queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE rows that vote, request after request.

@@ -79,6 +79,7 @@ def batch_attention_stats(
     by_rows, by_columns = tiles or (f(packed, head_dim, queries.dtype) for f in (row_tile, column_tile))
     if queries.stride(2) != 1:
         queries = queries.contiguous()
+    indptr, indices, row_index = index.indptr.contiguous(), index.indices.contiguous(), row_index.contiguous()
     device = queries.device
 
     def new(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> torch.Tensor:
@@ -104,7 +105,7 @@ def batch_attention_stats(
     strides = (queries.stride(0), queries.stride(1))
     pointers = (row_index, batch.row_indptr, batch.owned_indptr)
 
-    if row_lse is None or density or want.entropy:
+    if density or want.entropy or (row_lse is None and want.columns):
         row_blocks = max(1, triton.cdiv(packed, by_rows.rows))
         if splits is None:
             splits = triton.cdiv(TARGET_PROGRAMS, row_blocks * size * num_kv_heads)
@@ -114,8 +115,8 @@ def batch_attention_stats(
         row_kernel[(row_blocks, splits, size * num_kv_heads)](
             queries,
             arena,
-            index.indptr,
-            index.indices,
+            indptr,
+            indices,
             *pointers,
             *parts.unbind(),
             scale * LOG2E,
@@ -129,7 +130,7 @@ def batch_attention_stats(
         )
         merge_kernel[(size, num_kv_heads)](
             *parts.unbind(),
-            index.indptr,
+            indptr,
             *pointers,
             row_max,
             row_lse,
@@ -160,8 +161,8 @@ def batch_attention_stats(
         column_kernel[(triton.cdiv(columns, by_columns.keys), num_kv_heads, size)](
             queries,
             arena,
-            index.indptr,
-            index.indices,
+            indptr,
+            indices,
             *pointers,
             row_max,
             row_lse,

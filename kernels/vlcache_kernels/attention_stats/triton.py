@@ -254,11 +254,13 @@ def column_kernel(
     rows = tl.load(row_indptr + b + 1) - row_begin
 
     pos = start + tl.arange(0, BLOCK_N)
+    # Negative where owned keys have no cell: slots may be freed while a forward of theirs is in flight.
+    there = (pos >= 0) & (pos < n)
     d = tl.arange(0, BLOCK_D)
-    cell = tl.load(indices + first + pos, mask=pos < n, other=0).to(tl.int64)
+    cell = tl.load(indices + first + pos, mask=there, other=0).to(tl.int64)
     k = tl.load(
         arena + cell[:, None] * (2 * HEADS_PER_CELL * D) + (kv_head % HEADS_PER_CELL) * D + d[None, :],
-        mask=(pos < n)[:, None] & (d < D)[None, :],
+        mask=there[:, None] & (d < D)[None, :],
         other=0.0,
     )
     if UPCAST:
@@ -290,7 +292,7 @@ def column_kernel(
         if UPCAST:
             q = q.to(tl.float32)
         logit = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2  # [BLOCK_N, BLOCK_M]
-        visible = (pos[:, None] <= limit[None, :]) & (pos < n)[:, None]
+        visible = (pos[:, None] <= limit[None, :]) & there[:, None]
         logit = tl.where(visible, logit, float("-inf"))
         at = head.to(tl.int64) * total_rows + row
         lse = tl.load(row_lse + at, mask=inside, other=float("inf"))
@@ -314,10 +316,10 @@ def column_kernel(
             tl.store(
                 probabilities + base[None, :] + (pos - prefix)[:, None],
                 weight,
-                mask=inside[None, :] & ((pos >= prefix) & (pos < n))[:, None],
+                mask=inside[None, :] & ((pos >= prefix) & there)[:, None],
             )
     out = kv_head.to(tl.int64) * total_owned + owned_begin + pos - prefix
-    mine = (pos >= prefix) & (pos < n)
+    mine = (pos >= prefix) & there
     if SUM:
         tl.store(column_sum + out, acc_sum / GROUP, mask=mine)
     if SQUARE:

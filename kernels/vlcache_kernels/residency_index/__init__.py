@@ -39,8 +39,9 @@ def residency_index(
             the joined list is request b in the layer's plane g, so that one attention call with `G * B` requests of
             `heads_per_cell` heads covers the layer.
         out: buffers to fill instead of new ones: fixed shapes and addresses and, with Triton, no host
-            synchronisation, as a CUDA graph needs.  Cells beyond the capacity are dropped (`indptr` still counts
-            them): give ``group * sum(lengths)`` at least.
+            synchronisation, as a CUDA graph needs.  `indices` may be int64, for kernels that multiply indices by
+            strides in the type of the index.  Cells beyond the capacity are dropped (`indptr` still counts them): give
+            ``group * sum(lengths)`` at least.
         max_length: bound on `lengths`, known on the host; ``req_to_token.shape[1]`` by default.  It sizes the grid: a
             close bound saves programs that find nothing to do.
         backend: "auto" takes Triton on a GPU and the reference elsewhere.
@@ -65,8 +66,7 @@ def residency_index(
         return _copy(naive.residency_index(req_to_token, rows, lengths, residency, planes, group), out)
     from vlcache_kernels.residency_index import triton
 
-    if req_to_token.stride(1) != 1 or residency.stride(1) != 1:
-        raise ValueError("req_to_token and residency must be contiguous along their last dimension")
+    _check_rows(req_to_token=req_to_token, residency=residency)
     if out is None:
         total = int(lengths.sum())
         out = ResidencyIndex(
@@ -124,7 +124,7 @@ def append_tokens(
     check_index("source", source)
     if out is not None:
         _check_out(out, lists, segments)
-        if out.indices.data_ptr() == previous.indices.data_ptr():
+        if out.indices.numel() and out.indices.data_ptr() == previous.indices.data_ptr():
             raise ValueError("out must not share memory with previous: segments move")
     if not lists * segments:
         return _copy(ResidencyIndex.allocate(lists, segments, 0, residency.device), out)
@@ -132,11 +132,14 @@ def append_tokens(
         return _copy(naive.append_tokens(previous, slots, source, residency, planes, group), out)
     from vlcache_kernels.residency_index import triton
 
+    _check_rows(residency=residency)
+    if not (previous.indptr.is_contiguous() and previous.indices.is_contiguous()):
+        raise ValueError("previous must be contiguous")
     if out is None:
         capacity = previous.indices.shape[1] + segments
         out = ResidencyIndex(
             torch.empty(lists, segments + 1, dtype=torch.int32, device=slots.device),
-            torch.empty(lists, capacity, dtype=torch.int32, device=slots.device),
+            torch.empty(lists, capacity, dtype=previous.indices.dtype, device=slots.device),
         )
     bound = out.indices.shape[1] if max_length is None else max_length
     triton.append_tokens(previous, slots, source, residency, planes, group, out, bound)
@@ -155,12 +158,22 @@ def _check_planes(residency: torch.Tensor, planes: range | None, group: int) -> 
     return planes
 
 
+def _check_rows(**tensors: torch.Tensor) -> None:
+    """The kernels step through the last dimension one by one."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"{name} must be contiguous along its last dimension")
+
+
 def _check_out(out: ResidencyIndex, lists: int, segments: int) -> None:
     check_shape("out.indptr", out.indptr, (lists, segments + 1))
     check_shape("out.indices", out.indices, (lists, None))
+    if out.indptr.dtype != torch.int32:
+        raise TypeError(f"out.indptr is {out.indptr.dtype}, expected int32")
+    check_index("out.indices", out.indices)
     for name, tensor in (("out.indptr", out.indptr), ("out.indices", out.indices)):
-        if tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be int32 and contiguous")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
 
 
 def _copy(found: ResidencyIndex, out: ResidencyIndex | None) -> ResidencyIndex:

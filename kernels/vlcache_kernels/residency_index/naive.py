@@ -62,7 +62,8 @@ def append_tokens(
             segments.append(torch.cat([previous.indices[number, begin:end], added]))
         found.append(segments)
     sizes = torch.tensor([[segment.numel() for segment in segments] for segments in found])
-    out = ResidencyIndex.allocate(lists, group * batch, int(sizes.sum(1).max()), slots.device)
+    capacity = int(sizes.sum(1).max())
+    out = ResidencyIndex.allocate(lists, group * batch, capacity, slots.device, previous.indices.dtype)
     out.indptr[:, 1:] = sizes.cumsum(1)
     for number, segments in enumerate(found):
         joined = torch.cat(segments)

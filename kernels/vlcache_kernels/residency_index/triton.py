@@ -68,7 +68,7 @@ def write_kernel(
     residency,
     counts,  # [lists, Q * chunks] int32, as written by count_kernel
     indptr,  # out [lists, Q + 1] int32
-    indices,  # out [lists, capacity] int32
+    indices,  # out [lists, capacity] int32 or int64
     first_plane,
     batch,
     group,
@@ -108,12 +108,12 @@ def write_kernel(
 @triton.jit
 def append_kernel(
     old_indptr,  # [lists, G * B_old + 1] int32
-    old_indices,  # [lists, old_capacity] int32
+    old_indices,  # [lists, old_capacity] int32 or int64
     slots,  # [B] int, the new token of each request
     source,  # [B] int, which old request each one continues
     residency,  # [planes, num_slots] int32; row stride stride_plane
     indptr,  # out [lists, Q + 1] int32
-    indices,  # out [lists, capacity] int32
+    indices,  # out [lists, capacity] int32 or int64
     first_plane,
     batch,  # B
     old_batch,  # B_old
@@ -181,7 +181,7 @@ def residency_index(
     chunks = max(1, triton.cdiv(max_length, chunk))
     grid = (segments * chunks, lists)
     counts = torch.empty(lists, segments * chunks, dtype=torch.int32, device=residency.device)
-    inputs = (req_to_token, rows, lengths, residency, counts)
+    inputs = (req_to_token, rows.contiguous(), lengths.contiguous(), residency, counts)
     sizes = (planes.start, rows.numel(), group, chunks)
     strides = (req_to_token.stride(0), residency.stride(0))
     count_kernel[grid](*inputs, *sizes, *strides, CHUNK=chunk, num_warps=8)
@@ -206,8 +206,8 @@ def append_tokens(
     chunks = max(1, triton.cdiv(max_length, chunk))
     append_kernel[(segments * chunks, lists)](
         *previous,
-        slots,
-        source,
+        slots.contiguous(),
+        source.contiguous(),
         residency,
         *out,
         planes.start,

@@ -1,4 +1,4 @@
-"""What `select` returns."""
+"""What `select` and `free_list` return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Selection(NamedTuple):
     """`[planes, m]` int32: kept positions ascending, then -1; the first ``counts[p]`` of row p are valid."""
     counts: torch.Tensor
     """`[planes]` int32: tokens kept, `k` clamped to `[0, m]`."""
-    freed: torch.Tensor | None = None
-    """`[planes * m]` int32: cells of evicted tokens, by plane, in sequence order.  None without `cells`."""
-    num_freed: torch.Tensor | None = None
-    """`[1]` int32: valid entries of `freed`; the rest is undefined."""
+
+
+class FreeList(NamedTuple):
+    """Cells that an eviction frees, by plane, in sequence order."""
+
+    cells: torch.Tensor
+    """`[capacity]` int32, at most ``planes * m``; what lies behind the valid ones is undefined."""
+    length: torch.Tensor
+    """`[1]` int32: valid entries of `cells`."""

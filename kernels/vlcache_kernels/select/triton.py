@@ -3,7 +3,8 @@
 
 The k-th largest key is found two bits at a time, by counting keys at or above three candidates per pass: 16 passes
 over the scores of a plane, 18 with tiers.  They are in the L2 cache after the first (128k scores are 512 kB).  Device
-memory sees each score once, ``4 * m`` bytes per plane, and ``1 + 4`` bytes of result per token, 8 more with cells.
+memory sees each score once, ``4 * m`` bytes per plane, and ``1 + 4`` bytes of result per token.  The free list takes
+two launches over ``1 + 4`` bytes per token, the second time from the cache, and writes 4 per evicted one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlcache_kernels.select.records import Selection
+from vlcache_kernels.select.records import FreeList, Selection
 
 # Tokens per step of a program: 4 per thread at 32 warps; one program per plane, so a multiprocessor has nothing else.
 BLOCK = 4096
@@ -39,17 +40,13 @@ def select_kernel(
     scores,  # [planes, m] float32, row stride stride_scores
     k,  # [planes] int
     tiers,  # [m] or [planes, m] int8, row stride stride_tiers (0 if shared); only with HAS_TIERS
-    cells,  # [planes, m] int, row stride stride_cells; only with HAS_CELLS
     keep,  # out [planes, m] bool as int8
     positions,  # out [planes, m] int32
     counts,  # out [planes] int32
-    evicted,  # out [planes] int32, cells that become free; only with HAS_CELLS
     owned,  # m
     stride_scores,
     stride_tiers,
-    stride_cells,
     HAS_TIERS: tl.constexpr,
-    HAS_CELLS: tl.constexpr,
     KEY_BITS: tl.constexpr,  # even
     BLOCK: tl.constexpr,
 ):
@@ -86,7 +83,6 @@ def select_kernel(
 
     equal_before = tl.full([], 0, tl.int32)
     kept_before = tl.full([], 0, tl.int32)
-    free = tl.zeros([BLOCK], tl.int32)
     for start in range(0, owned, BLOCK):
         i = start + tl.arange(0, BLOCK)
         key = _sort_keys(scores, tiers, i, owned, HAS_TIERS, BLOCK)
@@ -99,23 +95,40 @@ def select_kernel(
         tl.store(positions + plane * owned + i, -1, mask=(i >= wanted) & (i < owned))
         equal_before += tl.sum(equal, 0)
         kept_before += tl.sum(stays.to(tl.int32), 0)
-        if HAS_CELLS:
-            cell = tl.load(cells + plane * stride_cells + i, mask=i < owned, other=-1)
-            free += ((stays == 0) & (cell >= 0)).to(tl.int32)
     tl.store(counts + plane, wanted)
-    if HAS_CELLS:
-        tl.store(evicted + plane, tl.sum(free, 0))
+
+
+@triton.jit
+def evicted_kernel(
+    keep,  # [planes, m] bool as int8, row stride stride_keep
+    cells,  # [planes, m] int, row stride stride_cells
+    evicted,  # out [planes] int32, cells that become free
+    owned,
+    stride_keep,
+    stride_cells,
+    BLOCK: tl.constexpr,
+):
+    """One program: how many cells of one plane become free."""
+    plane = tl.program_id(0).to(tl.int64)
+    free = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, owned, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        cell = tl.load(cells + plane * stride_cells + i, mask=i < owned, other=-1)
+        stays = tl.load(keep + plane * stride_keep + i, mask=i < owned, other=1)
+        free += ((stays == 0) & (cell >= 0)).to(tl.int32)
+    tl.store(evicted + plane, tl.sum(free, 0))
 
 
 @triton.jit
 def free_kernel(
-    keep,  # [planes, m] bool as int8
+    keep,  # [planes, m] bool as int8, row stride stride_keep
     cells,  # [planes, m] int, row stride stride_cells
     evicted,  # [planes] int32
     freed,  # out [planes * m] int32
     num_freed,  # out [1] int32
     owned,
     planes,
+    stride_keep,
     stride_cells,
     BLOCK_PLANES: tl.constexpr,  # planes rounded up to a power of two
     BLOCK: tl.constexpr,
@@ -127,7 +140,7 @@ def free_kernel(
     for start in range(0, owned, BLOCK):
         i = start + tl.arange(0, BLOCK)
         cell = tl.load(cells + plane * stride_cells + i, mask=i < owned, other=-1).to(tl.int32)
-        stays = tl.load(keep + plane * owned + i, mask=i < owned, other=1)
+        stays = tl.load(keep + plane * stride_keep + i, mask=i < owned, other=1)
         free = ((stays == 0) & (cell >= 0)).to(tl.int32)
         tl.store(freed + base + tl.cumsum(free, 0) - 1, cell, mask=free == 1)
         base += tl.sum(free, 0)
@@ -135,60 +148,60 @@ def free_kernel(
         tl.store(num_freed, base)
 
 
-def select(
-    scores: torch.Tensor,
-    k: torch.Tensor,
-    tiers: torch.Tensor | None,
-    cells: torch.Tensor | None,
-    *,
-    block: int = BLOCK,
-) -> Selection:
-    """See `vlcache_kernels.select.select`: one launch, a second one for the free list."""
+def select(scores: torch.Tensor, k: torch.Tensor, tiers: torch.Tensor | None, *, block: int = BLOCK) -> Selection:
+    """See `vlcache_kernels.select.select`: one launch."""
     planes, owned = scores.shape
     device = scores.device
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     keep = torch.empty(planes, owned, dtype=torch.int8, device=device)
     positions = torch.empty(planes, owned, dtype=torch.int32, device=device)
     counts = torch.empty(planes, dtype=torch.int32, device=device)
-    evicted = torch.empty(planes, dtype=torch.int32, device=device)
-    block = min(block, max(16, triton.next_power_of_2(owned)))
-    warps = 4 if block <= 1024 else 32
-    # A kernel argument must be a tensor: `scores` stands in for one that is not read.
-    tiers_, cells_ = (scores if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (tiers, cells))
+    # A kernel argument must be a tensor: `scores` stands in for tiers that are not read.
+    tiers_ = scores if tiers is None else tiers if tiers.stride(-1) == 1 else tiers.contiguous()
     select_kernel[(planes,)](
         scores,
-        k,
+        k.contiguous(),
         tiers_,
-        cells_,
         keep,
         positions,
         counts,
-        evicted,
         owned,
         scores.stride(0),
         tiers_.stride(0) if tiers_.dim() == 2 else 0,
-        cells_.stride(0),
         HAS_TIERS=tiers is not None,
-        HAS_CELLS=cells is not None,
         KEY_BITS=32 if tiers is None else 32 + TIER_BITS,
-        BLOCK=block,
-        num_warps=warps,
+        **_block(block, owned),
     )
-    if cells is None:
-        return Selection(keep.view(torch.bool), positions, counts)
-    freed = torch.empty(planes * owned, dtype=torch.int32, device=device)
-    num_freed = torch.empty(1, dtype=torch.int32, device=device)
+    return Selection(keep.view(torch.bool), positions, counts)
+
+
+def free_list(keep: torch.Tensor, cells: torch.Tensor, *, block: int = BLOCK) -> FreeList:
+    """See `vlcache_kernels.select.free_list`: two launches."""
+    planes, owned = keep.shape
+    keep, cells = (x if x.stride(1) == 1 else x.contiguous() for x in (keep, cells))
+    keep = keep.view(torch.int8)
+    evicted = torch.empty(planes, dtype=torch.int32, device=keep.device)
+    freed = torch.empty(planes * owned, dtype=torch.int32, device=keep.device)
+    count = torch.empty(1, dtype=torch.int32, device=keep.device)
+    strides = (keep.stride(0), cells.stride(0))
+    options = _block(block, owned)
+    evicted_kernel[(planes,)](keep, cells, evicted, owned, *strides, **options)
     free_kernel[(planes,)](
         keep,
-        cells_,
+        cells,
         evicted,
         freed,
-        num_freed,
+        count,
         owned,
         planes,
-        cells_.stride(0),
+        *strides,
         BLOCK_PLANES=max(16, triton.next_power_of_2(planes)),
-        BLOCK=block,
-        num_warps=warps,
+        **options,
     )
-    return Selection(keep.view(torch.bool), positions, counts, freed, num_freed)
+    return FreeList(freed, count)
+
+
+def _block(most: int, owned: int) -> dict[str, int]:
+    """Tokens per step, and the warps for it."""
+    block = min(most, max(16, triton.next_power_of_2(owned)))
+    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 32}

@@ -1,9 +1,10 @@
 """Virtual slots for SGLang, cells for us: every capacity question is answered by what is physically there.
 
 Streams.  On a GPU this object lives on the scheduler's stream, evictions happen on the stream of the forward.  What an
-eviction has freed is handed over with an event of the forward's stream (`retire`); the host reclaims it when the event
-has passed (`settle`), so that no cell is allocated while the forward that read it may still run, and marks the handed
-over tensors as used on its own stream, so that their memory is not given to the forward's stream too early.
+eviction has freed is handed over with an event of the forward's stream (`retire`); when the host next needs cells, it
+reclaims it behind the event (`settle`), so that no cell is allocated while the forward that read it may still run, and
+marks the handed over tensors as used on its own stream, so that their memory is not given to the forward's stream too
+early.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
 
     def free(self, free_index: torch.Tensor) -> None:
         if free_index.numel() and self.free_group is None:
-            self.settle(wait=True)
+            self.settle()
             slots = free_index.to(torch.int64)
             self.residency.detach(slots)
             self._in_tree[slots] = False
@@ -72,17 +73,20 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
     def retire(self, eviction: Eviction, done: Any | None) -> None:
         """Take note of evicted cells; `done` is the event after which they are really unused (None: now)."""
         self._pending.append((done, eviction))
-        self.settle()
+        if done is None:
+            self.settle()
 
-    def settle(self, *, wait: bool = False) -> None:
-        """Reclaim evicted cells whose event has passed (`wait`: wait for all)."""
+    def settle(self) -> None:
+        """Reclaim evicted cells, each after its event.
+
+        Waits for events: tensor-parallel ranks must find the same number of free cells whenever they are asked, and an
+        event may have passed on one of them only.  The wait is short, because the host has read the scores that the
+        eviction followed from.
+        """
         while self._pending:
-            done, eviction = self._pending[0]
-            if done is not None and not done.query():
-                if not wait:
-                    return
+            done, eviction = self._pending.pop(0)
+            if done is not None:
                 done.synchronize()
-            self._pending.pop(0)
             if eviction.cells.device.type != "cpu":
                 stream = torch.get_device_module(eviction.cells.device).current_stream()
                 for tensor in (eviction.cells, eviction.slots, eviction.kept_planes):
@@ -168,7 +172,7 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return max(0, min(max_new_tokens, capacity - input_tokens - 2))
 
     def verify_byte_accounting(self) -> list[str]:
-        self.settle(wait=True)
+        self.settle()
         residency = self.residency
         counted = int(residency.slot_cells.sum())
         problems = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,8 @@ import torch
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
+from vlcache_sgl.runtime.attention.provider import ExtendRequest, Memory
+from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.scoring import Scoring
@@ -89,6 +92,7 @@ class Compressor:
         queries: torch.Tensor,
         keys: torch.Tensor,
         prefix: torch.Tensor | None,
+        valid: torch.Tensor | None,
         scale: float,
     ) -> None:
         """Let the chunk's rows vote in one layer.
@@ -97,21 +101,48 @@ class Compressor:
             begin: position of the chunk's first token.
             queries, keys: `[t, H, D]` and `[t, K, D]` of the chunk.
             prefix: `[P, 2, K, D]`, the layer's kept keys and values of all positions before `begin`.
+            valid: `[K]`, leading entries of `prefix` that exist per KV head; None = all `P`.
         """
         scoring = job.scoring
-        if scoring is None:
+        if scoring is None or scoring.failure is not None:
             return
         started = time.perf_counter()
-        earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
-        shared = 0 if prefix is None else prefix.shape[0] - earlier
-        owned = keys if prefix is None or earlier == 0 else torch.cat([prefix[shared:, 0], keys])
-        owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
-        before = prefix[:shared, 0] if prefix is not None and shared else None
         try:
-            scoring.observe(layer, begin, queries, owned, before, scale)
+            earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
+            shared, shared_valid, own = _divide(prefix, valid, earlier)
+            owned = keys if own is None else torch.cat([own, keys])
+            owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+            scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
-            self.fail(job, error)
+            self._give_up([job], error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def plan_batch(
+        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
+    ) -> BatchScoring | None:
+        """Prepare `observe_batch` for one forward; see `BatchScoring` for the arguments."""
+        try:
+            return BatchScoring(memory, requests, jobs)
+        except Exception as error:
+            self._give_up(jobs, error)
+            return None
+
+    def observe_batch(
+        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+    ) -> None:
+        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        started = time.perf_counter()
+        try:
+            voting.observe(planes, queries, scale, lse)
+        except Exception as error:
+            self._give_up(voting.jobs, error)
+        self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
+        """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
+        for job in jobs:
+            if job is not None and job.scoring is not None:
+                job.scoring.failure = error
 
     # -- at its end -------------------------------------------------------------------------------------------------
 
@@ -148,9 +179,16 @@ class Compressor:
             groups, tokens, two, heads, dim = both.shape
             return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
 
-        scorer_views, allocator_views = scoring.views(keys_values)
+        policy = job.choice.policy
+        try:
+            if scoring.failure is not None:
+                raise scoring.failure
+            scorer_views, allocator_views = scoring.views(keys_values)
+        except Exception:
+            self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
+            raise
         total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
-        return self._heads.decide(job.choice.policy, scorer_views, allocator_views, prompt, total)
+        return self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
 
     def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
         assert self.allocator is not None
@@ -172,3 +210,25 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(kept) / (seen * len(kept)), 4),
         )
+
+
+def _divide(
+    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
+
+    Returns:
+        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
+        owned keys or None.
+    """
+    if prefix is None:
+        return None, None, None
+    keys = prefix[:, 0]
+    if valid is None:
+        split = keys.shape[0] - earlier
+        return keys[:split] if split else None, None, keys[split:] if earlier else None
+    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
+    split_by_head = valid.to(torch.int64) - earlier
+    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
+    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
+    return keys[: keys.shape[0] - earlier], split_by_head, own

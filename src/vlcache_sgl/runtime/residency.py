@@ -2,7 +2,7 @@
 
 A *cell* stores one token's K and V of one *plane*; a plane is a layer, or one KV head of a layer when heads have
 cells of their own (plane = layer * groups + group).  A *virtual slot* names a token; `Residency.table` says in which
-cell a plane keeps it.  Pure torch: nothing here knows SGLang.
+cell a plane keeps it.  Nothing here knows SGLang.
 
 Invariants, checked by `Residency.check_integrity`:
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from vlcache_kernels.select import free_list
 
 EVICTED = -1
 """Entry of the residency table for a token that a plane does not keep."""
@@ -36,13 +38,13 @@ class Eviction:
     """
 
     cells: torch.Tensor
-    """`[freed]` int32, the cells that no plane maps to any more."""
+    """`[capacity]` int32, of which the first `count` are cells that no plane maps to any more."""
+    count: torch.Tensor
+    """`[1]` int32 on the host; on its way there until the device has evicted."""
     slots: torch.Tensor
     """`[tokens]` int64, the slots of the evicted range."""
     kept_planes: torch.Tensor
     """`[tokens]` int32, planes in which each slot still resides."""
-    kept_by_plane: torch.Tensor
-    """`[planes]` int64, tokens of the range that each plane kept."""
 
 
 class Residency:
@@ -109,28 +111,26 @@ class Residency:
         return cells.numel()
 
     def evict(self, slots: torch.Tensor, keep: torch.Tensor) -> Eviction:
-        """Unmap what `keep` does not keep; the cells become free by `reclaim`.
+        """Unmap what `keep` does not keep; the cells become free by `reclaim`.  Does not wait for the device.
 
         Args:
             slots: `[tokens]` int64, resident in all planes.
             keep: `[planes, tokens]` bool.
         """
         cells = self.table[:, slots]
-        gone = ~keep & (cells >= 0)
-        self.table[:, slots] = torch.where(gone, EVICTED, cells)
-        stay = keep & (cells >= 0)
-        return Eviction(
-            cells=cells[gone],
-            slots=slots,
-            kept_planes=stay.sum(0, dtype=torch.int32),
-            kept_by_plane=stay.sum(1),
-        )
+        freed = free_list(keep, cells)
+        self.table[:, slots] = torch.where(keep, cells, EVICTED)
+        count = freed.length
+        if count.device.type != "cpu":  # pinned, or the host would wait
+            count = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(count, non_blocking=True)
+        return Eviction(freed.cells, count, slots, (keep & (cells >= 0)).sum(0, dtype=torch.int32))
 
     def reclaim(self, eviction: Eviction) -> int:
-        """Make evicted cells allocatable; returns how many."""
+        """Make evicted cells allocatable, after the device has evicted them; returns how many."""
+        count = int(eviction.count)
         self.slot_cells[eviction.slots] = eviction.kept_planes
-        self._push(eviction.cells)
-        return eviction.cells.numel()
+        self._push(eviction.cells[:count])
+        return count
 
     def _push(self, cells: torch.Tensor) -> None:
         count = cells.numel()

@@ -27,6 +27,23 @@ class RowGroup:
     kept_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Per layer, `[R_chunk, H, D]` of each chunk."""
 
+    def within(self, begin: int, end: int) -> torch.Tensor:
+        """Those of `positions` that lie in ``[begin, end)``."""
+        return self.positions[(self.positions >= begin) & (self.positions < end)]
+
+    def add(self, layer: int, queries: torch.Tensor, stats: AttentionStats, owned: int) -> None:
+        """Count the rows of one chunk.
+
+        Args:
+            queries: `[R_chunk, H, D]`.
+            stats: theirs.
+            owned: owned keys up to the end of the chunk.
+        """
+        if self.queries:
+            self.kept_queries.setdefault(layer, []).append(queries)
+        before = self.stats.get(layer)
+        self.stats[layer] = stats if before is None else before.accumulate(stats, owned)
+
 
 class Scoring:
     """The state of one request's scoring during its prefill.
@@ -39,6 +56,8 @@ class Scoring:
     def __init__(self, prompt: Prompt, needs: tuple[Needs, Needs]) -> None:
         self.prompt = prompt
         self.needs = needs
+        self.failure: Exception | None = None
+        """Why nothing more is counted; the decision then falls against compression."""
         self._groups: dict[Rows, RowGroup] = {}
         self._positions: list[torch.Tensor] | None = [] if any(need.rotary for need in needs) else None
         for need in needs:
@@ -73,7 +92,12 @@ class Scoring:
 
     def rows_in(self, begin: int, end: int) -> bool:
         """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
-        return any(bool(((g.positions >= begin) & (g.positions < end)).any()) for g in self._groups.values())
+        return self.failure is None and any(group.within(begin, end).numel() for group in self._groups.values())
+
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        """What is counted, at most one group for the scorer and one for the allocator."""
+        return tuple(self._groups.values())
 
     def observe(
         self,
@@ -82,9 +106,10 @@ class Scoring:
         queries: torch.Tensor,
         owned_keys: torch.Tensor,
         prefix_keys: torch.Tensor | None,
+        prefix_valid: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Count the rows of one chunk in one layer.
+        """Count the rows of one chunk in one layer, from dense keys; on a GPU see `batch_scoring`.
 
         Args:
             layer: layer number.
@@ -92,22 +117,30 @@ class Scoring:
             queries: `[t, H, D]`, the chunk's queries.
             owned_keys: `[m, K, D]`, keys of positions ``[start, begin + t)``.
             prefix_keys: `[P, K, D]`, what the layer still has of ``[0, start)``.
+            prefix_valid: `[K]`, leading entries of it that exist per KV head; None = all `P`.
             scale: factor of the logits.
         """
         start = self.prompt.start
         for group in self._groups.values():
-            inside = (group.positions >= begin) & (group.positions < begin + queries.shape[0])
-            positions = group.positions[inside].to(queries.device)
+            positions = group.within(begin, begin + queries.shape[0]).to(queries.device)
             if positions.numel() == 0:
                 continue
             rows = queries[positions - begin]
-            if group.queries:
-                group.kept_queries.setdefault(layer, []).append(rows)
             stats = attention_stats(
-                rows, owned_keys, positions - start, scale, want=group.want, prefix_keys=prefix_keys
+                rows,
+                owned_keys,
+                positions - start,
+                scale,
+                want=group.want,
+                prefix_keys=prefix_keys,
+                prefix_valid=prefix_valid,
             )
-            before = group.stats.get(layer)
-            group.stats[layer] = stats if before is None else before.accumulate(stats, owned_keys.shape[0])
+            group.add(layer, rows, stats, owned_keys.shape[0])
+
+    def count_rows(self, need: Needs) -> int:
+        """Rows that vote for a scorer or allocator with these needs."""
+        group = self._groups.get(need.rows)
+        return 0 if group is None else group.positions.numel()
 
     def views(self, keys_values: KeysValues) -> tuple[list[LayerView], list[LayerView]]:
         """What scorer and allocator get to see, one view per layer each."""

@@ -284,7 +284,7 @@ class Session:
         """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
         assert self._tree is not None
         allocator = self._tree.token_to_kv_pool_allocator
-        allocator.settle(wait=True)
+        allocator.settle()
         residency, arena = allocator.residency, allocator.arena
         return {
             "version": __version__,

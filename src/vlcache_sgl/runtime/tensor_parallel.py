@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlcache_sgl.api import LayerView, Prompt
+from vlcache_sgl.api import LayerView, Needs, Prompt
 from vlcache_sgl.plan import PolicyFault
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class HeadGather:
         if self._size == 1 or self._group is None:
             return policy.decide(scorer_views, allocator_views, prompt, total)
         # Policies see the own heads first, then everybody's: a rank's prompt has fewer KV heads.
-        local = replace(prompt, num_kv_heads=max(1, prompt.num_kv_heads // self._size))
+        local = self._local(prompt)
         failure: Exception | None = None
         try:
             scores = policy.score(scorer_views, local)
@@ -70,6 +70,34 @@ class HeadGather:
             setattr(allocator_views[number], name, value)
         together = replace(prompt, num_kv_heads=everyone.shape[0])
         return policy.plan(everyone.transpose(0, 1), allocator_views, together, total)
+
+    def refuse(self, prompt: Prompt, needs: Needs, rows: int) -> None:
+        """Instead of `decide` on a rank that has nothing to decide with: the others wait for it in their gather.
+
+        They see NaN and leave the request whole, too.
+
+        Args:
+            needs: what the allocator declares.
+            rows: how many rows vote for it.
+        """
+        if self._size == 1 or self._group is None:
+            return
+        local = self._local(prompt)
+        per_head = {
+            "column_sum": prompt.owned * needs.column_sum,
+            "column_square_sum": prompt.owned * needs.column_square_sum,
+            "column_max": prompt.owned * needs.column_max,
+            "density": int(needs.density is not None),
+            "entropy": int(needs.entropy),
+            "probabilities": prompt.num_heads // prompt.num_kv_heads * rows * prompt.owned * needs.probabilities,
+        }
+        assert tuple(per_head) == _PER_HEAD
+        per_layer = local.num_kv_heads * (prompt.owned + (sum(per_head.values()) if rows else 0))
+        self._gather([torch.full((prompt.num_layers * per_layer,), torch.nan, device=prompt.device)])
+
+    def _local(self, prompt: Prompt) -> Prompt:
+        """The prompt as this rank's heads see it."""
+        return replace(prompt, num_kv_heads=max(1, prompt.num_kv_heads // self._size))
 
     def _gather(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Concatenates each tensor over ranks along its first dimension (heads), in one collective."""

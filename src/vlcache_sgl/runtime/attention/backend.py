@@ -24,6 +24,7 @@ from vlcache_sgl.runtime.attention.provider import (
     Provider,
     make_provider,
 )
+from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.requests import CompressionJob
 
@@ -44,10 +45,12 @@ class ResidencyBackend(AttentionBackend):
         self.token_to_kv_pool = self.arena
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.compressor = compressor
-        memory = Memory(self.arena.arena, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups)
+        self._memory = Memory(
+            self.arena.arena, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
+        )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
-        self.provider: Provider = make_provider(provider, memory, shape, kv_splits=splits)
+        self.provider: Provider = make_provider(provider, self._memory, shape, kv_splits=splits)
         # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
         self._cells = torch.empty(0)
         self._numbers = torch.empty(0, dtype=torch.int64)
@@ -55,6 +58,7 @@ class ResidencyBackend(AttentionBackend):
         self._graph_cells = self._graph_numbers = torch.empty(0)
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
+        self._voting: BatchScoring | None = None
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -82,6 +86,7 @@ class ResidencyBackend(AttentionBackend):
         if self.provider.on_device:
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
+        self._voting = None
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
         else:
@@ -114,9 +119,15 @@ class ResidencyBackend(AttentionBackend):
             self._observed.append(job if votes else None)
             first += count
         self._requests = tuple(requests)
+        if self.provider.on_device and any(request.votes for request in requests):
+            self._voting = self.compressor.plan_batch(self._memory, self._requests, self._observed)
         self.provider.plan_extend(
             ExtendBatch(
-                self._requests, forward_batch.req_pool_indices, forward_batch.extend_prefix_lens, forward_batch.seq_lens
+                self._requests,
+                forward_batch.req_pool_indices,
+                forward_batch.extend_prefix_lens,
+                forward_batch.seq_lens,
+                want_lse=self._voting is not None and self._voting.takes_lse,
             )
         )
 
@@ -163,15 +174,17 @@ class ResidencyBackend(AttentionBackend):
         if save_kv_cache:
             self._write(planes, keys, values)
 
-        def observe(number: int, prefix: torch.Tensor | None, _: torch.Tensor | None) -> None:
+        def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
             assert job is not None
             part = request.tokens
             self.compressor.observe(
-                job, layer.layer_id, request.begin, queries[part], keys[part], prefix, layer.scaling
+                job, layer.layer_id, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
             )
 
-        output = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
+        output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
+        if self._voting is not None:
+            self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
         return output.view(q.shape[0], -1)
 
     def forward_decode(

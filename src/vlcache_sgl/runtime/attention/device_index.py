@@ -11,9 +11,11 @@ once per request whose row has changed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from vlcache_kernels.residency_index import ResidencyIndex
+from vlcache_kernels.residency_index import ResidencyIndex, append_tokens, residency_index
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, Memory
 
 LOOSE_ENTRIES = 1 << 24
@@ -129,11 +131,14 @@ class DeviceIndex:
         out = target if direct else ResidencyIndex(torch.empty_like(target.indptr), self._spare(room))
         numbers = self._arange(len(source))
         same = source == list(range(len(self._rows) + self._padding))
-        origin = numbers if same else _copy_to(source, self._device)
-        _append(self.current, origin, batch.new_cells, numbers, groups, out, longest)
+        origin = numbers if same else copy_to(torch.tensor(source), self._device)
+        # A table of its own: the kernel looks new tokens up by number, here those of this step.
+        options: dict[str, Any] = {"group": groups, "max_length": longest}
+        append_tokens(self.current, numbers, batch.new_cells, source=origin, out=out, **options)
         if not direct:
             # Extended by nothing: the lists are only moved to where graphs read them.
-            _append(out, numbers, self._nothing, torch.zeros_like(numbers), groups, target, longest)
+            nothing = torch.zeros_like(numbers)
+            append_tokens(out, nothing, self._nothing, source=numbers, out=target, **options)
         if self._exact:
             self.host = self._longer(source, len(batch.rows))
         return target
@@ -146,23 +151,6 @@ class DeviceIndex:
         host = torch.zeros(self._memory.num_layers, groups * len(source) + 1, dtype=torch.int32)
         host[:, 1:] = sizes.flatten(1).cumsum(1)
         return host
-
-    # -- prefill ----------------------------------------------------------------------------------------------------
-
-    def look_up(
-        self, rows: list[int], lengths: list[int], row_tensor: torch.Tensor, length_tensor: torch.Tensor
-    ) -> ResidencyIndex:
-        """The lists of the first `lengths` positions of `rows`, in memory of their own; `step` is not concerned.
-
-        Args:
-            row_tensor, length_tensor: `rows` and `lengths` on the device.
-        """
-        room = self._memory.groups * sum(lengths)
-        if room * self._memory.num_layers > LOOSE_ENTRIES:
-            room = sum(self._count_row(row, length) for row, length in zip(rows, lengths, strict=True))
-        out = ResidencyIndex(self._new_indptr(len(rows)), self._new_indices(max(1, room)))
-        _look_up(self._memory, row_tensor, length_tensor, out, max(1, *lengths))
-        return out
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 
@@ -198,16 +186,10 @@ class DeviceIndex:
         total = 0
         for row, length in zip(rows, lengths, strict=True):
             if row not in self._kept:
-                self._kept[row] = (length, self._count_row(row, length))
+                self._kept[row] = (length, _count_row(self._memory, row, length))
             at, kept = self._kept[row]
             total += kept + self._memory.groups * max(0, length - at)
         return total
-
-    def _count_row(self, row: int, length: int) -> int:
-        residency = self._memory.residency
-        cells = residency.table[:, self._memory.req_to_token[row, :length].to(torch.int64)]
-        kept = (cells >= 0).sum(1).view(-1, self._memory.groups).sum(1)
-        return int(kept.max()) if length else 0
 
     def _arange(self, count: int) -> torch.Tensor:
         if self._numbers.numel() < count:
@@ -227,48 +209,46 @@ def _with_padding(batch: DecodeBatch) -> list[int]:
     return batch.lengths + [1] * batch.padding
 
 
-def _copy_to(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """`numbers` as int64 on `device`, without waiting for it."""
-    host = torch.tensor(numbers, dtype=torch.int64)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+def copy_to(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`numbers` of the host on `device`, without waiting for it."""
+    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+
+
+def look_up(
+    memory: Memory,
+    dtype: torch.dtype,
+    rows: list[int],
+    lengths: list[int],
+    row_tensor: torch.Tensor,
+    length_tensor: torch.Tensor,
+) -> ResidencyIndex:
+    """The lists of the first `lengths` positions of `rows`, of all layers, in memory of their own.
+
+    Args:
+        dtype: of `indices`.
+        row_tensor, length_tensor: `rows` and `lengths` on the device.
+    """
+    layers, device = memory.num_layers, memory.arena.device
+    room = memory.groups * sum(lengths)
+    if room * layers > LOOSE_ENTRIES:
+        room = sum(_count_row(memory, row, length) for row, length in zip(rows, lengths, strict=True))
+    out = ResidencyIndex(
+        torch.empty(layers, memory.groups * len(rows) + 1, dtype=torch.int32, device=device),
+        torch.zeros(layers, max(1, room), dtype=dtype, device=device),  # zeros: see `DeviceIndex._new_indices`
+    )
+    _look_up(memory, row_tensor, length_tensor, out, max(1, *lengths))
+    return out
+
+
+def _count_row(memory: Memory, row: int, length: int) -> int:
+    """Cells that the layer with most keeps of the first `length` positions; waits for the device."""
+    cells = memory.residency.table[:, memory.req_to_token[row, :length].to(torch.int64)]
+    kept = (cells >= 0).sum(1).view(-1, memory.groups).sum(1)
+    return int(kept.max()) if length else 0
 
 
 def _look_up(memory: Memory, rows: torch.Tensor, lengths: torch.Tensor, out: ResidencyIndex, longest: int) -> None:
     """Fill `out` with the kept cells of the first `lengths` positions of `rows`."""
-    table, planes = memory.residency.table, range(memory.residency.num_planes)
-    # Not through the dispatcher of these operations: it takes 32-bit `indices` only.
-    if table.device.type == "cpu":
-        from vlcache_kernels.residency_index import naive
-
-        _put(naive.residency_index(memory.req_to_token, rows, lengths, table, planes, memory.groups), out)
-    else:
-        from vlcache_kernels.residency_index import triton
-
-        triton.residency_index(memory.req_to_token, rows, lengths, table, planes, memory.groups, out, longest)
-
-
-def _append(
-    previous: ResidencyIndex,
-    source: torch.Tensor,
-    cells: torch.Tensor,
-    columns: torch.Tensor,
-    groups: int,
-    out: ResidencyIndex,
-    longest: int,
-) -> None:
-    """Fill `out` with the lists `source` of `previous`, each extended by ``cells[:, columns[b]]`` unless that is -1."""
-    planes = range(cells.shape[0])
-    if cells.device.type == "cpu":
-        from vlcache_kernels.residency_index import naive
-
-        _put(naive.append_tokens(previous, columns, source, cells, planes, groups), out)
-    else:
-        from vlcache_kernels.residency_index import triton
-
-        triton.append_tokens(previous, columns, source, cells, planes, groups, out, longest)
-
-
-def _put(found: ResidencyIndex, out: ResidencyIndex) -> None:
-    width = min(found.indices.shape[1], out.indices.shape[1])
-    out.indptr.copy_(found.indptr)
-    out.indices[:, :width] = found.indices[:, :width]
+    residency_index(
+        memory.req_to_token, rows, lengths, memory.residency.table, group=memory.groups, out=out, max_length=longest
+    )

@@ -9,22 +9,24 @@ plan; then the indices, which always differ, are put into the one buffer that th
 runs.  With budgets that differ between layers there are as many plans per step as layers, about 0.1 ms each on the
 host, which overlap scheduling hides behind the device as long as a step takes longer.
 
-Lengths are counted up on the host; the host waits for the device only in a prefill and in the first step after rows
-have changed.
+Lengths are counted up on the host; the host waits for results of the device only in a prefill and in the first step
+after rows have changed.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.runtime.attention.device_index import DeviceIndex
-from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.runtime.allocator import passed_event
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex, look_up
+from vlcache_sgl.runtime.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
-from vlcache_sgl.runtime.attention.torch_provider import Gather
 
 WORKSPACE_BYTES = 384 << 20
 """For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""
@@ -67,7 +69,6 @@ class FlashInferProvider:
         self._memory = memory
         self._library = _library()
         self._pages = memory.arena.unsqueeze(2)
-        self._gather = Gather(memory.arena)
         self._heads = shape.num_heads // memory.groups
         self._kv_heads, self._dim = memory.arena.shape[2:]
         self._types = {"q_data_type": shape.dtype, "kv_data_type": memory.arena.dtype}
@@ -78,8 +79,9 @@ class FlashInferProvider:
         self._decode_wrappers: list[Any] = []
         self._recorded: dict[int, list[Any]] = {}
         self._schedules: list[torch.Tensor] = []
-        self._extend: tuple[ExtendBatch, list[tuple[Planned, int]], Voters] | None = None
+        self._extend: tuple[ExtendBatch, list[tuple[Planned, int]]] | None = None
         self._decode: list[tuple[Planned, int]] = []
+        self._fetched: Any | None = None
 
     def invalidate(self, row: int) -> None:
         self._index.invalidate(row)
@@ -91,15 +93,17 @@ class FlashInferProvider:
         for request in requests:
             self._index.invalidate(request.row)
         lengths = [request.begin + request.count for request in requests]
-        index = self._index.look_up([request.row for request in requests], lengths, batch.rows, batch.seq_lens)
+        rows = [request.row for request in requests]
+        index = look_up(self._memory, torch.int32, rows, lengths, batch.rows, batch.seq_lens)
         counts = torch.tensor([request.count for request in requests] * self._memory.groups, dtype=torch.int32)
         starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
         def plan(wrapper: Any, indptr: torch.Tensor, indices: torch.Tensor) -> None:
             self._plan(wrapper, starts, indptr, indices, causal=True)
 
-        planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
-        self._extend = (batch, planned, Voters(self._memory, self._gather, batch))
+        with self._staging():
+            planned = self._plan_layers(index, index.indptr.cpu(), self._prefill_wrappers, self._new_prefill, plan)
+        self._extend = (batch, planned)
 
     def extend(
         self,
@@ -109,9 +113,9 @@ class FlashInferProvider:
         values: torch.Tensor,
         scale: float,
         observe: Observe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._extend is not None
-        batch, planned, voters = self._extend
+        batch, planned = self._extend
         groups = self._memory.groups
         q = split_groups(queries[: batch.requests[-1].tokens.stop], groups).contiguous()
         group, number = planned[self._memory.layer_of(planes)]
@@ -122,13 +126,16 @@ class FlashInferProvider:
             out, lse = group.ready(number).run(q, self._pages, return_lse=True, lse_base="ln", **arguments)
         else:
             out = group.ready(number).run(q, self._pages, **arguments)
-        voters.report(observe, planes, join_lse(lse, groups))
-        return with_rows(join_groups(out, groups), queries.shape[0])
+        return with_rows(join_groups(out, groups), queries.shape[0]), join_lse(lse, groups)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
     def plan_decode(self, batch: DecodeBatch) -> None:
         index = self._index.step(batch)
+        with self._staging():
+            self._plan_step(batch, index)
+
+    def _plan_step(self, batch: DecodeBatch, index: ResidencyIndex) -> None:
         if not batch.recorded:
             self._decode = self._plan_layers(
                 index, self._index.host, self._decode_wrappers, self._new_decode, self._plan
@@ -181,6 +188,18 @@ class FlashInferProvider:
             for place, layer in enumerate(layers):
                 planned[layer] = (group, place)
         return [entry for entry in planned if entry is not None]
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Around planning: a wrapper's schedule goes to the device from one pinned buffer, by a copy that is queued.
+
+        Under overlap scheduling the host may be a step ahead: the schedule of the step before must have been fetched
+        before it is overwritten.  It is fetched when that step begins, so the device never runs dry for this.
+        """
+        if self._fetched is not None:
+            self._fetched.synchronize()
+        yield
+        self._fetched = passed_event(self._memory.arena.device)
 
     def _plan(self, wrapper: Any, *arguments: torch.Tensor, **options: Any) -> None:
         """Plan a wrapper; all but the indices on the host, so that nothing is read back."""

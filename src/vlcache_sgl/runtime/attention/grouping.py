@@ -1,4 +1,4 @@
-"""Shapes that GPU kernels see when KV heads have cells of their own, and what voting is told after they ran.
+"""Shapes that GPU kernels see when KV heads have cells of their own.
 
 Kernels know sequences with a number of heads.  With a cell per KV head, every (plane, request) is a sequence of its
 own, number ``g * B + b``, with the query heads of that KV head.
@@ -6,14 +6,8 @@ own, number ``g * B + b``, with the query heads of that KV head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn.functional import pad
-
-from vlcache_sgl.runtime.attention.decode_index import RowCells
-from vlcache_sgl.runtime.attention.provider import ExtendBatch, Memory, Observe
-from vlcache_sgl.runtime.attention.torch_provider import Gather, kept_prefix, prefix_keys_values
 
 
 def split_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -40,21 +34,3 @@ def join_lse(lse: torch.Tensor | None, groups: int) -> torch.Tensor | None:
 def with_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
     """`x` `[T, H, D]` with zeros up to `rows` rows: batches may be padded."""
     return x if x.shape[0] == rows else pad(x, (0, 0, 0, 0, 0, rows - x.shape[0]))
-
-
-class Voters:
-    """The requests of a prefill batch that vote, with the kept cells of their earlier tokens."""
-
-    def __init__(self, memory: Memory, gather: Gather, batch: ExtendBatch) -> None:
-        self._gather = gather
-        self._voting: Sequence[tuple[int, slice, RowCells | None]] = [
-            (number, request.tokens, kept_prefix(memory, request.row, request.begin))
-            for number, request in enumerate(batch.requests)
-            if request.votes
-        ]
-
-    def report(self, observe: Observe, planes: slice, lse: torch.Tensor | None) -> None:
-        """Call `observe` for each of them after a layer; `lse` is `[T, H]` of the batch."""
-        for number, tokens, cells in self._voting:
-            prefix = None if cells is None else prefix_keys_values(self._gather, cells, planes)[0]
-            observe(number, prefix, None if lse is None else lse[tokens])

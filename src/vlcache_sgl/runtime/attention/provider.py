@@ -15,12 +15,11 @@ import torch
 from vlcache_sgl.runtime.residency import Residency
 
 Observe = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
-"""``observe(number, prefix, lse)``: what voting needs to know of the `number`-th request in the layer that was just
+"""``observe(number, prefix, valid)``: what voting needs to know of the `number`-th request in the layer that was just
 attended to.
 
-`prefix` is `[P, 2, K, D]`, the kept keys and values of its earlier tokens, None when it has none; `lse` `[t, H]`
-float32 is the natural logarithm of the sum of exponentials over all that its new tokens see, None when the batch did
-not ask for it (`ExtendBatch.want_lse`).  Both are valid until `observe` returns.
+`prefix` is `[P, 2, K, D]`, the kept keys and values of its earlier tokens, None when it has none; `valid` `[K]` says
+how many leading entries of it exist per KV head, None: all.  Both are valid until `observe` returns.
 """
 
 
@@ -124,7 +123,7 @@ class Provider(Protocol):
         values: torch.Tensor,
         scale: float,
         observe: Observe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One layer of the planned prefill.
 
         Args:
@@ -132,10 +131,12 @@ class Provider(Protocol):
             queries: `[T, H, D]`.
             keys, values: `[T, K, D]`, of the new tokens, also in the arena.
             scale: factor of the logits.
-            observe: called for each request that votes, in order.
+            observe: called for each request that votes, in order; not by a provider with `on_device`, where
+                `batch_scoring` reads the keys of the whole batch from the arena.
 
         Returns:
-            `[T, H, D]`.
+            `[T, H, D]`, and with `ExtendBatch.want_lse` `[T, H]` float32, the natural logarithm of the sum of
+            exponentials over all that each new token sees.
         """
 
     def plan_decode(self, batch: DecodeBatch) -> None:

@@ -42,22 +42,23 @@ class TorchProvider:
         values: torch.Tensor,
         scale: float,
         observe: Observe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._batch is not None
         output = torch.empty_like(queries)
+        lse = queries.new_empty(queries.shape[:2], dtype=torch.float32) if self._batch.want_lse else None
         for number, (request, cells) in enumerate(zip(self._batch.requests, self._prefixes, strict=True)):
             part = request.tokens
-            prefix = valid = lse = None
+            prefix = valid = None
             if cells is not None:
                 prefix, valid = prefix_keys_values(self._gather, cells, planes)
             arguments = (queries[part], keys[part], values[part], prefix, valid, scale)
-            if self._batch.want_lse:
-                output[part], lse = extend_with_lse(*arguments)
+            if lse is not None:
+                output[part], lse[part] = extend_with_lse(*arguments)
             else:
                 output[part] = extend(*arguments)
             if request.votes:
-                observe(number, prefix, lse)
-        return output
+                observe(number, prefix, valid)
+        return output, lse
 
     def plan_decode(self, batch: DecodeBatch) -> None:
         self.index.step(batch.rows, batch.lengths, batch.new_cells)

@@ -4,8 +4,7 @@ Both kernels take ragged lists of rows of a key and a value buffer; here the row
 of the arena, and every layer has lists of its own.  With a cell per KV head, every (plane, request) is a sequence of
 its own with the query heads of that KV head: queries are regrouped from `[T, H, D]` to `[G * T, H / G, D]`.
 
-The host never waits for the device in decode, and after a change of rows only as `device_index` says.  In a prefill it
-does where a voting request has an earlier part, whose keys are then gathered.
+The host never waits for the device, and after a change of rows only as `device_index` says.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.runtime.attention.device_index import DeviceIndex
-from vlcache_sgl.runtime.attention.grouping import Voters, join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.runtime.attention.device_index import DeviceIndex, look_up
+from vlcache_sgl.runtime.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.runtime.attention.provider import DecodeBatch, ExtendBatch, HeadShape, Memory, Observe
-from vlcache_sgl.runtime.attention.torch_provider import Gather
 
 PROGRAMS_PER_CORE = 2
 """Decode programs per multiprocessor to aim at when keys are cut into parts: the kernel runs 4 warps, two hide each
@@ -56,13 +54,12 @@ class TritonProvider:
     def __init__(self, memory: Memory, shape: HeadShape, *, kv_splits: int = 8) -> None:
         self._memory = memory
         self._keys, self._values = memory.arena[:, 0], memory.arena[:, 1]
-        self._gather = Gather(memory.arena)
         self._heads = shape.num_heads // memory.groups
         self._kv_splits = kv_splits
         device = memory.arena.device
         self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._index = DeviceIndex(memory, torch.int64, exact=False)
-        self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor, Voters] | None = None
+        self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
         self._decode: DecodePlan | None = None
         self._partial = self._new_partial(0)
         self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -77,13 +74,13 @@ class TritonProvider:
         for request in batch.requests:
             self._index.invalidate(request.row)
         rows, begins = [r.row for r in batch.requests], [r.begin for r in batch.requests]
-        index = self._index.look_up(rows, begins, batch.rows, batch.prefix_lens)
+        index = look_up(self._memory, torch.int64, rows, begins, batch.rows, batch.prefix_lens)
         # Sequence g * B + b has its queries at g * T + first row of b.
         total = batch.requests[-1].tokens.stop
         starts = (batch.seq_lens - batch.prefix_lens).cumsum(0)
         groups = torch.arange(self._memory.groups, device=starts.device)[:, None] * total
         starts = torch.nn.functional.pad((groups + starts).flatten(), (1, 0))
-        self._extend = (batch, index, starts, Voters(self._memory, self._gather, batch))
+        self._extend = (batch, index, starts)
 
     def extend(
         self,
@@ -93,9 +90,9 @@ class TritonProvider:
         values: torch.Tensor,
         scale: float,
         observe: Observe,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._extend is not None
-        batch, index, starts, voters = self._extend
+        batch, index, starts = self._extend
         lists, groups = index.at(self._memory.layer_of(planes)), self._memory.groups
         total = batch.requests[-1].tokens.stop
         q, k, v = (split_groups(x[:total], groups) for x in (queries, keys, values))
@@ -120,8 +117,7 @@ class TritonProvider:
             sm_scale=scale,
             lse_extend=lse,
         )
-        voters.report(observe, planes, join_lse(lse, groups))
-        return with_rows(join_groups(out, groups), queries.shape[0])
+        return with_rows(join_groups(out, groups), queries.shape[0]), join_lse(lse, groups)
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
