@@ -14,10 +14,10 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity soak gpu-check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
 
@@ -68,6 +68,9 @@ bench: setup ## Measure speed against stock SGLang; writes benchmarks/results/
 
 bench-quick: setup ## The same in a few minutes, to see that it runs; writes to out/
 	$(BIN)/python benchmarks/run.py speed --quick $(ARGS)
+
+bench-capacity: setup ## Measure how many users fit beside stock SGLang in equal memory; writes benchmarks/results/
+	$(BIN)/python benchmarks/run.py capacity $(ARGS)
 
 soak: setup ## Load one server with mixed requests for some minutes and check its books
 	$(BIN)/python benchmarks/run.py soak $(ARGS)
