@@ -231,7 +231,7 @@ async def _warm_working_set(send: Send, prepared: tuple[list[Ask], list[Ask]]) -
 
 
 async def _ask_working_set(send: Send, prepared: tuple[list[Ask], list[Ask]]) -> list[Outcome]:
-    return await closed_loop(send, prepared[1], 4)
+    return await closed_loop(send, prepared[1], 8)
 
 
 CHATS, TURNS = 20, 6
@@ -289,7 +289,7 @@ LOADS = (
     Load("in-flight", "72 requests at once, each about its own picture, 32 tokens each", _in_flight, _all_at_once),
     Load(
         "working-set",
-        f"120 questions about {WORKING_SET} pictures, Zipf {ZIPF:g}, 4 users; each picture was asked about once before",
+        f"120 questions about {WORKING_SET} pictures, Zipf {ZIPF:g}, 8 users; each picture was asked about once before",
         _working_set,
         _ask_working_set,
         _warm_working_set,

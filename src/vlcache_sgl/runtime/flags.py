@@ -101,9 +101,7 @@ def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: 
     session.check_started(scheduler)
 
 
-def start_tokenizer(
-    original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any
-) -> None:
+def start_tokenizer(original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``TokenizerManager.__init__``, in the process that reads requests."""
     if config_of(server_args) is not None:
         from vlcache_sgl.runtime.patch_points import TOKENIZER_POINTS
