@@ -29,15 +29,20 @@ from typing import Any, NamedTuple
 
 import openai
 from host import ROOT, command_line, device_name, host_block
+from make_model import make_model
 from rich.console import Console
 from rich.table import Table
+from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import Message, model_says, user_says
 from vlcache_sgl.cli.server import ServerProcess, interruptible
 from vlcache_sgl.tasks.receipts import Picture, make_picture
 
-MODEL = "models/tinyvlm/grounded"
-MODEL_NAME = "tinyvlm"
+MODELS: dict[str, Callable[[], Path]] = {
+    "tinyvlm": lambda: ROOT / "models/tinyvlm/grounded",
+    MODEL_NAME: lambda: make_model(ROOT / "out/bench-model"),
+}
+"""The bundled model, which answers; and one of random weights, whose prefill is dear beside reading a picture."""
 SIDE = 32
 REQUEST_TOKENS = SIDE * SIDE + 48 + 32
 """Of one uncompressed request: picture, template and question, answer."""
@@ -203,7 +208,7 @@ class Load:
 
 
 def _in_flight(quick: bool) -> list[Ask]:
-    return [about(i, max_tokens=32, ignore_eos=True) for i in range(16 if quick else 72)]
+    return [about(i, max_tokens=32, ignore_eos=True) for i in range(16 if quick else 64)]
 
 
 async def _all_at_once(send: Send, asks: list[Ask]) -> list[Outcome]:
@@ -212,7 +217,7 @@ async def _all_at_once(send: Send, asks: list[Ask]) -> list[Outcome]:
 
 WORKING_SET = 40
 QUESTIONS = 6
-ZIPF = 1.0
+ZIPF = 0.8
 
 
 def _working_set(quick: bool) -> tuple[list[Ask], list[Ask]]:
@@ -286,7 +291,7 @@ async def _mixed_users(send: Send, asks: list[Ask]) -> list[Outcome]:
 
 
 LOADS = (
-    Load("in-flight", "72 requests at once, each about its own picture, 32 tokens each", _in_flight, _all_at_once),
+    Load("in-flight", "64 requests at once, each about its own picture, 32 tokens each", _in_flight, _all_at_once),
     Load(
         "working-set",
         f"120 questions about {WORKING_SET} pictures, Zipf {ZIPF:g}, 8 users; each picture was asked about once before",
@@ -448,6 +453,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few requests: does it run?")
     names = [load.name for load in LOADS]
     parser.add_argument("--loads", nargs="+", choices=names, default=names, metavar="LOAD", help=", ".join(names))
+    parser.add_argument("--model", choices=MODELS, default="tinyvlm", help=", ".join(MODELS) + "; default tinyvlm")
     parser.add_argument("--only", nargs="+", metavar="SERVER", help="some of: " + ", ".join(c.name for c in CONTENDERS))
     parser.add_argument("--flags", default="", help="further flags for all servers, as one text")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for anything but a whole run")
@@ -459,13 +465,14 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     contenders = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
     flags = [*FLAGS, *arguments.flags.split()]
     host = host_block()
+    model = MODELS[arguments.model]()
     with console.status("drawing pictures"):
         prepared = {load.name: load.prepare(arguments.quick) for load in loads}
     rows: dict[str, list[dict[str, Any]]] = {load.name: [] for load in loads}
     with interruptible():
         for contender in contenders:
             with ServerProcess(
-                ROOT / MODEL, [*flags, *contender.flags], title=contender.name, env=ENVIRONMENT, console=console
+                model, [*flags, *contender.flags], title=contender.name, env=ENVIRONMENT, console=console
             ) as server:
                 # The first request of a process pays for lazy imports and first allocations.
                 asyncio.run(_one(server, about(900)))
@@ -480,7 +487,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for load in loads:
         add_ratios(rows[load.name])
-        write(load, rows[load.name], folder, flags, host, console)
+        write(load, arguments.model, rows[load.name], folder, flags, host, console)
     return 0
 
 
@@ -491,7 +498,13 @@ async def _one(server: ServerProcess, ask: Ask) -> None:
 
 
 def write(
-    load: Load, rows: list[dict[str, Any]], folder: Path, flags: list[str], host: dict[str, Any], console: Console
+    load: Load,
+    model: str,
+    rows: list[dict[str, Any]],
+    folder: Path,
+    flags: list[str],
+    host: dict[str, Any],
+    console: Console,
 ) -> None:
     """Table on the console, JSON and PNG in `folder`."""
     result = {
@@ -500,14 +513,14 @@ def write(
         "about": load.about,
         "command": command_line(),
         "host": host,
-        "model": {"name": MODEL_NAME, "path": MODEL},
+        "model": model,
         "server_flags": flags,
         "servers": {c.name: list(c.flags) for c in CONTENDERS if any(row["server"] == c.name for row in rows)},
         "load_average_at_end": round(os.getloadavg()[0], 2),
         "targets": check_targets(load.name, rows),
         "rows": rows,
     }
-    stem = f"{device_name()}-{MODEL_NAME}-capacity-{load.name}-sglang{host['packages']['sglang']}"
+    stem = f"{device_name()}-{model}-capacity-{load.name}-sglang{host['packages']['sglang']}"
     path = folder / f"{stem}.json"
     text = json.dumps(result, indent=1)
     # Long lists of numbers on one line each.

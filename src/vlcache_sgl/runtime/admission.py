@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import retract_all
+from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 MOST_OVERTAKEN = 32
 """Passes in which others may go before the first request of the queue."""
+MOST_MATCHED = 32
+"""Waiting requests whose prefix is looked up in one pass."""
 OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
 
@@ -69,24 +72,26 @@ def reopen(scheduler: Any, running_batch: Any) -> None:
 def spare_waiting_prefixes(_: None, policy: Any, waiting_queue: list[Any], *__: Any, **___: Any) -> None:
     """After SGLang has ordered the queue: requests whose prefix may be pushed out go before the prompt that would.
 
-    Once admitted they lock what they need, mostly in the same pass.  The first prompt is overtaken in `MOST_OVERTAKEN`
-    passes at most.
+    Once admitted they lock what they need, mostly in the same pass; those that are not have their prefixes marked as
+    just used.  The first prompt is overtaken in `MOST_OVERTAKEN` passes at most.
     """
     tree = policy.tree_cache
     if len(waiting_queue) < 2 or tree.disable:
         return
     first = waiting_queue[0]
     overtaken = getattr(first, OVERTAKEN_ATTRIBUTE, 0)
-    if overtaken >= MOST_OVERTAKEN or _own_tokens(first) <= tree.token_to_kv_pool_allocator.free_physical_tokens():
+    free = tree.token_to_kv_pool_allocator.free_physical_tokens()
+    if overtaken >= MOST_OVERTAKEN or _own_tokens(first, tree) <= free:
         return
-    hits = {id(req) for req in waiting_queue[1:] if _own_tokens(req) < req.num_matched_prefix_tokens}
-    if hits and _own_tokens(first) >= first.num_matched_prefix_tokens:
+    hits = {id(req) for req in waiting_queue[:MOST_MATCHED] if _own_tokens(req, tree) < req.num_matched_prefix_tokens}
+    if hits and id(first) not in hits:
         setattr(first, OVERTAKEN_ATTRIBUTE, overtaken + 1)
         waiting_queue.sort(key=lambda req: id(req) not in hits)
 
 
-def _own_tokens(req: Any) -> int:
-    """Tokens that a waiting request has to compute."""
+def _own_tokens(req: Any, tree: Any) -> int:
+    """Tokens that a waiting request has to compute, as things are."""
+    match_kv_cache(req, tree)
     return len(req.origin_input_ids) + len(req.output_ids) - int(req.num_matched_prefix_tokens)
 
 
