@@ -72,7 +72,7 @@ bench-quick: setup ## The same in a few minutes, to see that it runs; writes to 
 bench-capacity: setup ## Measure how many users fit beside stock SGLang in equal memory; writes benchmarks/results/
 	$(BIN)/python benchmarks/run.py capacity $(ARGS)
 
-soak: setup ## Load one server with mixed requests for some minutes and check its books
+soak: setup ## Abuse one server for 20 minutes, then check its books, answers and memory
 	$(BIN)/python benchmarks/run.py soak $(ARGS)
 
 gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network
