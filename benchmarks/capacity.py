@@ -56,6 +56,9 @@ ENVIRONMENT = {
     # glibc would keep each request's pixels (10 MB) in fragments of its heap: gigabytes over this run, stock or not.
     "MALLOC_MMAP_THRESHOLD_": "4194304",
 }
+PAGE = ROOT / "docs/capacity.md"
+BEGIN = "<!-- results:begin (written by benchmarks/capacity.py from benchmarks/results) -->"
+END = "<!-- results:end -->"
 TIMEOUT_S = 900.0
 FIRST_SEED = 40_000
 
@@ -445,6 +448,61 @@ def plot(load: Load, rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def result_paths() -> list[Path]:
+    """The committed results, the loads in the order of `LOADS`."""
+    found = (ROOT / "benchmarks/results").glob("*-capacity-*.json")
+    names = [load.name for load in LOADS]
+    return sorted(found, key=lambda path: (MODEL_NAME in path.name, [n in path.name for n in names].index(True)))
+
+
+def block(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The Markdown between the markers, from (path of the picture, result)."""
+    parts = []
+    for picture_path, result in results:
+        host = result["host"]
+        parts += [
+            f"### {result['load']}, {result['model']}",
+            "",
+            f"{result['about'].capitalize()}.",
+            "",
+            "| server | decode together: most, mean while others wait | tokens/s | prefix hit rate "
+            "| first token ms: mean, p95 | latency ms: p50, p95 | right |",
+            "|---" * 7 + "|",
+        ]
+        for row in result["rows"]:
+            first = f"{row['ttft_mean_ms']:.0f}, {row['ttft_p95_ms']:.0f}"
+            latency = f"{row['latency_p50_ms']:.0f}, {row['latency_p95_ms']:.0f}"
+            parts.append(
+                f"| {row['server']} | {row['running_peak']}, {row['running_mean_while_others_wait']:.1f} "
+                f"| {row['tokens_per_s']:.1f} | {row['hit_rate']:.3f} | {first} | {latency} "
+                f"| {row['right']} of {row['judged']} |"
+            )
+        parts.append("")
+        for name, check in result["targets"].items():
+            reached = "reached" if check["reached"] else "**not reached**"
+            parts.append(f"* {name}: {check['value']:.2f}; wanted {check['target']}: {reached}")
+        parts += [
+            "",
+            f"`{result['command']}`; SGLang {host['packages']['sglang']}, {host['cores']} CPU cores, float32.",
+            "",
+            f"![{result['load']}]({picture_path})",
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def rendered(page: str) -> str:
+    """The page with the table of the committed results."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{PAGE.name} lacks the markers {BEGIN} and {END}")
+    results = [
+        (f"../{path.with_suffix('.png').relative_to(ROOT)}", json.loads(path.read_text())) for path in result_paths()
+    ]
+    return f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
+
+
 # -- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -456,11 +514,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, default="tinyvlm", help=", ".join(MODELS) + "; default tinyvlm")
     parser.add_argument("--only", nargs="+", metavar="SERVER", help="some of: " + ", ".join(c.name for c in CONTENDERS))
     parser.add_argument("--flags", default="", help="further flags for all servers, as one text")
+    parser.add_argument("--page", action="store_true", help="only rewrite the tables of docs/capacity.md")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for anything but a whole run")
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Measure and write a JSON file and a picture per load; the exit code says whether it could be measured."""
+    if arguments.page:
+        PAGE.write_text(rendered(PAGE.read_text()))
+        return 0
     loads = [load for load in LOADS if load.name in arguments.loads]
     contenders = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
     flags = [*FLAGS, *arguments.flags.split()]
@@ -488,6 +550,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     for load in loads:
         add_ratios(rows[load.name])
         write(load, arguments.model, rows[load.name], folder, flags, host, console)
+    if whole and arguments.output is None:
+        PAGE.write_text(rendered(PAGE.read_text()))
     return 0
 
 

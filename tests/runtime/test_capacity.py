@@ -80,7 +80,9 @@ class Batch:
 class World:
     """One scheduler over real parts.  Names as on SGLang's `Scheduler`, because the hooks are given this."""
 
-    def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru") -> None:
+    def __init__(
+        self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru", lockstep: bool = False
+    ) -> None:
         """`physical`: uncompressed tokens that the arena holds."""
         self.arena = KVArena(
             num_cells=physical * PLANES,
@@ -98,7 +100,7 @@ class World:
             end_layer=PLANES - 1,
             enable_alt_stream=False,
         )
-        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=physical, need_sort=False)
+        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=physical, need_sort=False, lockstep=lockstep)
         self.rows = ReqToTokenPool(size=16, max_context_len=2 * physical, device="cpu", enable_memory_saver=False)
         self.tree = CompressedPrefixTree(
             CacheInitParams(
@@ -419,11 +421,14 @@ class CapacityMachine(RuleBasedStateMachine):
         physical=st.sampled_from([64, 96, 144]),
         chunk=st.sampled_from([8, 24, 64]),
         eviction_policy=st.sampled_from(["slru", "lru"]),
+        lockstep=st.booleans(),
         expected=st.sampled_from([0.0, 0.3, 1.0]),
     )
-    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float) -> None:
+    def begin(
+        self, seed: int, physical: int, chunk: int, eviction_policy: str, lockstep: bool, expected: float
+    ) -> None:
         """`expected`: share of an answer's limit that admission reckons with."""
-        self.world = World(physical, chunk, eviction_policy)
+        self.world = World(physical, chunk, eviction_policy, lockstep)
         self.world.new_token_ratio_tracker = NewTokenRatioTracker(init=expected, min=0.0, decay=0.01, current=expected)
         self.world.random = random.Random(seed)
         self.world.late_share = 0.5
@@ -611,6 +616,20 @@ def test_waiting_hits_go_before_the_prefill_that_would_evict_them() -> None:
     assert all(hit is not None and hit.cached_tokens_seen >= 30 for hit in hits)
     world.run_dry()
     assert world.served == 9
+
+
+def test_ranks_decide_alike_whichever_device_is_ahead() -> None:
+    """Of two ranks in lockstep one asks before its device has finished, the other after."""
+    free = []
+    for ahead in (False, True):
+        world = World(physical=64, chunk=64, lockstep=True)
+        world.late_share = 1.0
+        world.submit(large(40), tokens=4)
+        world.prefill()
+        if ahead:
+            world.catch_up()
+        free.append(world.allocator.evictable_physical_tokens())
+    assert free[0] == free[1] > 40
 
 
 def test_nobody_is_overtaken_for_ever() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import retract_all
+from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
@@ -76,8 +77,9 @@ def spare_waiting_prefixes(_: None, policy: Any, waiting_queue: list[Any], *__: 
     just used.  The first prompt is overtaken in `MOST_OVERTAKEN` passes at most.
     """
     tree = policy.tree_cache
-    if len(waiting_queue) < 2 or tree.disable:
-        return
+    first_come = policy.policy == CacheAgnosticPolicy.FCFS and not policy.enable_priority_scheduling
+    if len(waiting_queue) < 2 or tree.disable or not first_come:
+        return  # any other order was asked for
     first = waiting_queue[0]
     overtaken = getattr(first, OVERTAKEN_ATTRIBUTE, 0)
     free = tree.token_to_kv_pool_allocator.free_physical_tokens()

@@ -4,6 +4,9 @@ Streams.  On a GPU this object lives on the scheduler's stream, evictions happen
 eviction has freed is handed over with an event of the forward's stream (`retire`); the host reclaims it when the event
 has passed (`settle`), so that no cell is allocated while the forward that read it may still run, and marks the handed
 over tensors as used on its own stream, so that their memory is not given to the forward's stream too early.
+
+Ranks.  Tensor-parallel schedulers must admit alike, and whether an event has passed is not the same on all of them:
+with `lockstep` the host waits for the events instead of asking.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
     the capacity hooks that SGLang has for byte-accounted pools.
     """
 
-    def __init__(self, arena: KVArena, *, physical_tokens: int, need_sort: bool) -> None:
+    def __init__(self, arena: KVArena, *, physical_tokens: int, need_sort: bool, lockstep: bool = False) -> None:
+        self._lockstep = lockstep
         self.arena = arena
         self.residency = arena.residency
         self.physical_tokens = physical_tokens
@@ -73,14 +77,15 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
     def retire(self, eviction: Eviction, done: Any | None) -> None:
         """Take note of evicted cells; `done` is the event after which they are really unused (None: now)."""
         self._pending.append((done, eviction))
-        self.settle()
+        if done is None:
+            self.settle()
 
     def settle(self, *, wait: bool = False) -> None:
         """Reclaim evicted cells whose event has passed (`wait`: wait for all)."""
         while self._pending:
             done, eviction = self._pending[0]
             if done is not None and not done.query():
-                if not wait:
+                if not wait and not self._lockstep:
                     return
                 done.synchronize()
             self._pending.pop(0)

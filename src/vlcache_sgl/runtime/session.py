@@ -150,9 +150,14 @@ class Session:
 
     def build_allocator(self, _: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **__: Any) -> Any:
         """Instead of SGLang's slot allocator: ours, which also hands out cells."""
+        from sglang.srt.runtime_context import get_parallel
+
         from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
 
-        return VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
+        lockstep = int(get_parallel().attn_tp_size) > 1
+        return VirtualSlotAllocator(
+            token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False, lockstep=lockstep
+        )
 
     def build_tree(self, original: Callable[..., Any], ctx: Any, *, cache_class: Any = None) -> Any:
         """SGLang's tree with our class."""
