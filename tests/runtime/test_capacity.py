@@ -618,6 +618,22 @@ def test_waiting_hits_go_before_the_prefill_that_would_evict_them() -> None:
     assert world.served == 9
 
 
+def test_waits_for_compressed_memory_before_it_evicts() -> None:
+    world = World(physical=80, chunk=80)
+    world.submit(large(20), tokens=1)
+    world.run_dry()
+    world.late_share = 1.0
+    world.submit(large(40, 2000), tokens=8)
+    assert world.prefill()
+    assert world.arena.residency.free_cells < 35 * PLANES  # what it gave back is not reclaimed yet
+    world.submit(large(35, 3000), tokens=1)
+    assert world.prefill()
+    again = world.submit((*large(20), 7), tokens=1)
+    world.run_dry()
+    assert again is not None
+    assert again.cached_tokens_seen == 20
+
+
 def test_ranks_decide_alike_whichever_device_is_ahead() -> None:
     """Of two ranks in lockstep one asks before its device has finished, the other after."""
     free = []

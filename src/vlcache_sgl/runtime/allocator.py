@@ -155,8 +155,10 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return CellPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool:
+        if not self.can_allocate(num_tokens):
+            # What compression is about to give back goes before what somebody may still use.
+            self.settle(wait=True)
         super().evict_to_free_tokens(tree_cache, num_tokens)
-        self.settle()
         planes = self.residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
             # A compressed token gives back fewer cells than planes, so it may take several rounds.
