@@ -620,7 +620,7 @@ def test_waiting_hits_go_before_the_prefill_that_would_evict_them() -> None:
 
 def test_waits_for_compressed_memory_before_it_evicts() -> None:
     world = World(physical=80, chunk=80)
-    world.submit(large(20), tokens=1)
+    world.submit(large(20), compress=False, tokens=1)
     world.run_dry()
     world.late_share = 1.0
     world.submit(large(40, 2000), tokens=8)
@@ -628,7 +628,7 @@ def test_waits_for_compressed_memory_before_it_evicts() -> None:
     assert world.arena.residency.free_cells < 35 * PLANES  # what it gave back is not reclaimed yet
     world.submit(large(35, 3000), tokens=1)
     assert world.prefill()
-    again = world.submit((*large(20), 7), tokens=1)
+    again = world.submit((*large(20), 7), compress=False, tokens=1)
     world.run_dry()
     assert again is not None
     assert again.cached_tokens_seen == 20
