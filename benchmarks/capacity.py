@@ -420,7 +420,7 @@ def table_of(load: Load, rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def plot(load: Load, rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(load: str, about: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Requests that decode together over the run, and the figures beside each other, as a PNG."""
     import matplotlib
 
@@ -429,21 +429,25 @@ def plot(load: Load, rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, (left, *right) = pyplot.subplots(1, 4, figsize=(14, 3.6), width_ratios=(2.2, 1, 1, 1), layout="constrained")
     names = [row["server"] for row in rows]
-    colours = [f"C{CONTENDERS.index(next(c for c in CONTENDERS if c.name == name))}" for name in names]
+    colours = [f"C{[c.name for c in CONTENDERS].index(name)}" for name in names]
     for row, colour in zip(rows, colours, strict=True):
-        running = [running for running, _ in row["decode_steps"]]
+        running = sorted((running for running, _ in row["decode_steps"]), reverse=True)
         share = [(i + 1) / len(running) for i in range(len(running))]
-        left.step(share, sorted(running, reverse=True), label=row["server"], color=colour, where="pre")
-    left.set(xlabel="share of decode steps", ylabel="requests decoding together, at least", ylim=(0, None))
+        style = "--" if row["server"] == STOCK else "-"
+        left.step(share, running, style, label=row["server"], color=colour, where="pre", zorder=3 - len(style))
+    left.set(
+        xlabel="decode steps, most crowded first", ylabel="requests decoding together", ylim=(0, None), xlim=(0, 1)
+    )
     left.legend()
-    panels = {"tokens / s": "tokens_per_s", "prefix hit rate": "hit_rate", "first token, mean ms": "ttft_mean_ms"}
-    for axis, (title, key) in zip(right, panels.items(), strict=True):
-        bars = axis.bar(names, [row[key] for row in rows], color=colours)
+    middle = ("most together", "running_peak", 1.0) if load == "in-flight" else ("prefix hit rate", "hit_rate", 1.0)
+    panels = (("tokens / s", "tokens_per_s", 1.0), middle, ("first token, mean s", "ttft_mean_ms", 1e-3))
+    for axis, (title, key, scale) in zip(right, panels, strict=True):
+        bars = axis.bar(names, [row[key] * scale for row in rows], color=colours)
         axis.bar_label(bars, fmt="%.3g")
         axis.set(title=title)
         axis.tick_params(axis="x", rotation=30)
         axis.margins(y=0.15)
-    figure.suptitle(f"{load.name}: {load.about}", fontsize=10)
+    figure.suptitle(f"{load}: {about}", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -514,13 +518,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, default="tinyvlm", help=", ".join(MODELS) + "; default tinyvlm")
     parser.add_argument("--only", nargs="+", metavar="SERVER", help="some of: " + ", ".join(c.name for c in CONTENDERS))
     parser.add_argument("--flags", default="", help="further flags for all servers, as one text")
-    parser.add_argument("--page", action="store_true", help="only rewrite the tables of docs/capacity.md")
+    parser.add_argument("--page", action="store_true", help="only draw the results again and rewrite docs/capacity.md")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for anything but a whole run")
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Measure and write a JSON file and a picture per load; the exit code says whether it could be measured."""
     if arguments.page:
+        for path in result_paths():
+            result = json.loads(path.read_text())
+            plot(result["load"], result["about"], result["rows"], path.with_suffix(".png"))
         PAGE.write_text(rendered(PAGE.read_text()))
         return 0
     loads = [load for load in LOADS if load.name in arguments.loads]
@@ -590,7 +597,7 @@ def write(
     # Long lists of numbers on one line each.
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
     path.write_text(text + "\n")
-    plot(load, rows, path.with_suffix(".png"))
+    plot(load.name, load.about, rows, path.with_suffix(".png"))
     console.print(table_of(load, rows))
     for name, check in result["targets"].items():
         console.print(f"{name}: {check['value']:.3f}, {check['target']}: {'' if check['reached'] else 'not '}reached")
