@@ -214,6 +214,10 @@ def test_default_on_a_cuda_machine(
     untouched = SimpleNamespace(attention_backend=None, device=None, radix_eviction_policy="lru")
     compat.choose_defaults(untouched, {})
     assert untouched.attention_backend is None
+    assert untouched.radix_eviction_policy == "slru"
+    asked = SimpleNamespace(radix_eviction_policy="lru", _radix_eviction_policy_explicitly_set=True, device=None)
+    compat.choose_defaults(asked, {})
+    assert asked.radix_eviction_policy == "lru"
     problems = list(compat.unsupported_arguments(SimpleNamespace(attention_backend="triton")))
     assert len(problems) == 1
     assert "torch_native" in problems[0]
