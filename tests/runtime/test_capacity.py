@@ -649,13 +649,13 @@ def test_ranks_decide_alike_whichever_device_is_ahead() -> None:
 
 
 def test_nobody_is_overtaken_for_ever() -> None:
-    world = World(physical=64, chunk=16)
-    world.submit(large(30), tokens=1)
+    """A prompt that needs nearly everything, behind hits that never end and need what it would evict."""
+    world = World(physical=64, chunk=64)
+    world.submit(large(30), compress=False, tokens=1)
     world.run_dry()
     big = world.submit(large(50, 9000), compress=False, tokens=4)
-    assert big is not None
-    for number in range(200):
-        world.submit((*large(30), number), tokens=8)
+    for number in range(400):
+        world.submit((*large(30), number), compress=False, tokens=8)
         world.step()
         if big not in world.waiting:
             break

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_OVERTAKEN = 32
+MOST_OVERTAKEN = 4
 """Passes in which others may go before the first request of the queue."""
 MOST_MATCHED = 32
 """Waiting requests whose prefix is looked up in one pass."""
