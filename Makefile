@@ -14,10 +14,10 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-policies soak gpu-check gpu-e2e clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
 
@@ -69,7 +69,13 @@ bench: setup ## Measure speed against stock SGLang; writes benchmarks/results/
 bench-quick: setup ## The same in a few minutes, to see that it runs; writes to out/
 	$(BIN)/python benchmarks/run.py speed --quick $(ARGS)
 
-soak: setup ## Load one server with mixed requests for some minutes and check its books
+bench-capacity: setup ## Measure how many users fit beside stock SGLang in equal memory; writes benchmarks/results/
+	$(BIN)/python benchmarks/run.py capacity $(ARGS)
+
+bench-policies: setup ## Ask one question per picture under every policy; writes docs/policies-measured.md
+	$(BIN)/python benchmarks/policies.py $(ARGS)
+
+soak: setup ## Abuse one server for 20 minutes, then check its books, answers and memory
 	$(BIN)/python benchmarks/run.py soak $(ARGS)
 
 gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+import capacity
 import soak
 import speed
 from rich.console import Console
 
-TASKS = {"speed": speed, "soak": soak}
+TASKS = {"speed": speed, "capacity": capacity, "soak": soak}
 
 
 def main() -> int:

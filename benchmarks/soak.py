@@ -1,8 +1,12 @@
-"""For some minutes: mixed requests to one compressed server, half of them cut short; then its books must balance.
+"""For some minutes: everything clients do, and what they should not, to one compressing server on a small pool.
 
-What is sent is drawn from a seed: pictures that recur and pictures that do not, texts, streams, long and short
-answers, requests that are aborted or whose client goes away.  The small pool makes requests wait, evict and retract
-each other.  The exit code is 0 when every answered request had a sound answer, no cell was lost and the server lives.
+Drawn from a seed: pictures that recur and pictures that do not, in several sizes, texts, streams, long and short
+answers, policies and budgets per request, requests that are aborted or whose client goes away, requests that are wrong,
+and flushes under load.  The pool makes requests wait, evict and retract each other.  Questions whose answers stock
+SGLang gave before are asked again and again at budget 1.0.
+
+The exit code is 0 when every request was answered as it should be (wrong ones with a 4xx), the answers at budget 1.0
+are stock's, requests were retracted, no cell was lost, the processes' memory stayed bounded and the server lives.
 """
 
 from __future__ import annotations
@@ -14,61 +18,182 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from host import ROOT
-from load import make_prompt
+from load import PLACE, make_prompt
 from rich.console import Console
 
+from vlcache_sgl.cli.client import data_url
 from vlcache_sgl.cli.server import ServerProcess, interruptible
+from vlcache_sgl.tasks.receipts import make_picture
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 FLAGS = (
-    *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "6144"),
-    *("--max-running-requests", "16", "--schedule-conservativeness", "0.3", "--skip-server-warmup"),
+    *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "4096"),
+    *("--max-running-requests", "16", "--schedule-conservativeness", "0.1", "--skip-server-warmup"),
 )
+ENVIRONMENT = {
+    # glibc would keep each request's pixels in fragments of its heap, stock or not: that is not what is watched here.
+    "MALLOC_MMAP_THRESHOLD_": "4194304",
+    # So that memory has levelled off after a minute: a full cache of picture embeddings is no leak.
+    "SGLANG_VLM_CACHE_SIZE_MB": "16",
+}
 TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
+RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
+GRIDS = ((6, 10), (12, 12), (16, 16), (20, 24), (24, 32))
+CHOICES: tuple[dict[str, Any] | None, ...] = (
+    None,
+    None,
+    {"kv_budget": 0.02},
+    {"kv_budget": 0.5},
+    {"kv_policy": "snapkv", "kv_budget": 0.2},
+    {"kv_policy": "scorer=knorm,allocator=uniform"},
+    {"kv_budget": 1.0},
+)
+GROWTH_ALLOWED = 0.15
+"""Of resident memory, from the first third of the time to the last."""
+KNOWN = 16
+ANSWER_TOKENS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `run.py soak`."""
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--clients", type=int, default=8, help="requests in flight; default 8")
+    parser.add_argument("--minutes", type=float, default=20.0, help="default 20")
+    parser.add_argument("--clients", type=int, default=10, help="requests in flight; default 10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "models/tinyvlm/grounded"))
+
+
+def known_questions(seed: int) -> list[dict[str, Any]]:
+    """Requests whose answers end by themselves: pictures of all sizes, and texts."""
+    bodies = []
+    for number in range(KNOWN):
+        if number % 4 == 3:
+            text, images = f"Number {number}?", []
+        else:
+            rows, cols = GRIDS[number % len(GRIDS)]
+            drawn = make_picture(70_000 + 1000 * seed + number, rows, cols, num_questions=1)
+            text, images = drawn.questions[0].text, [data_url(drawn.image)]
+        bodies.append(
+            {
+                "text": f"<|im_start|>user\n{PLACE * len(images)}{text}<|im_end|>\n<|im_start|>assistant\n",
+                "image_data": images,
+                "sampling_params": {"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS},
+            }
+        )
+    return bodies
+
+
+def with_choice(body: dict[str, Any], choice: dict[str, Any] | None) -> dict[str, Any]:
+    """The request under another policy or budget."""
+    if choice is None:
+        return body
+    return {**body, "sampling_params": {**body["sampling_params"], "custom_params": choice}}
+
+
+def wrong_requests() -> list[Any]:
+    """Bodies that must be answered with a 4xx; a text is sent as it is."""
+    good = {"text": "red K?", "sampling_params": {"temperature": 0.0, "max_new_tokens": 2}}
+    choices: list[Any] = [{"kv_budget": bad} for bad in ("much", 0, -1, 1.5, [0.1], True, 1e300)]
+    choices += [{"kv_policy": bad} for bad in ("no-such-policy", "os.system:x=1", "snapkv:window=many", 7, "")]
+    choices += [["kv_budget", 0.1]]
+    return [
+        *(with_choice(good, choice) for choice in choices),
+        {**good, "text": f"<|im_start|>user\n{PLACE}red K?", "image_data": ["data:image/png;base64,AAAA"]},
+        {**good, "text": "K " * 20_000},
+        "{not json",
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all clients draw from."""
+
+    url: str
+    deadline: float
+    known: Sequence[dict[str, Any]]
+    answers: Sequence[str]
+    """Of stock SGLang, to `known`."""
+    wrong: Sequence[Any]
 
 
 class Client(threading.Thread):
     """One user after another, until the deadline."""
 
-    def __init__(self, url: str, seed: int, deadline: float) -> None:
+    def __init__(self, plan: Plan, seed: int) -> None:
         super().__init__(daemon=True)
-        self._url = url
+        self._plan = plan
         self._random = random.Random(seed)
-        self._deadline = deadline
         self.outcomes: Counter[str] = Counter()
 
     def run(self) -> None:
-        while time.monotonic() < self._deadline:
+        deeds = [self._converse, self._check_known, self._send_wrong, self._flush]
+        while time.monotonic() < self._plan.deadline:
+            deed = self._random.choices(deeds, [60, 25, 10, 2])[0]
             try:
-                self.outcomes[self._one()] += 1
+                self.outcomes[deed()] += 1
             except (httpx.HTTPError, ValueError, KeyError) as error:
-                self.outcomes[f"failed: {type(error).__name__}"] += 1
+                self.outcomes[f"failed: {deed.__name__}: {type(error).__name__}"] += 1
 
-    def _one(self) -> str:
+    def _post(self, path: str, body: Any) -> httpx.Response:
+        content = body if isinstance(body, str) else json.dumps(body)
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{self._plan.url}{path}", content=content, headers=headers, timeout=600)
+
+    def _check_known(self) -> str:
+        """A question that stock was asked: in full it must have stock's answer, compressed it must have one."""
+        number = self._random.randrange(len(self._plan.known))
+        choice = self._random.choice([{"kv_budget": 1.0}, {"kv_budget": 1.0}, None])
+        reply = self._post("/generate", with_choice(self._plan.known[number], choice))
+        if reply.status_code != 200:
+            return f"failed: a known question: status {reply.status_code}: {reply.text[:200]}"
+        text = reply.json()["text"]
+        if choice is None:
+            return "compressed, as stock" if text == self._plan.answers[number] else "compressed, not as stock"
+        if text != self._plan.answers[number]:
+            return f"failed: question {number} in full: {text!r}, stock said {self._plan.answers[number]!r}"
+        return "in full, as stock"
+
+    def _send_wrong(self) -> str:
+        body = self._random.choice(self._plan.wrong)
+        reply = self._post("/generate", body)
+        if 400 <= reply.status_code < 500:
+            return "refused"
+        return f"failed: status {reply.status_code} for {str(body)[:200]}"
+
+    def _flush(self) -> str:
+        """SGLang refuses while requests run, and that is fine."""
+        return f"flush: {self._post('/flush_cache', {}).status_code}"
+
+    def _request(self) -> dict[str, Any]:
         draw = self._random
         # One in two pictures recurs: 20 popular ones, shared by all clients.
         seed = draw.randrange(20) if draw.random() < 0.5 else draw.randrange(10**6)
-        prompt = make_prompt(draw.choice([300, 600, 1200, 2400]), seed)
-        body = prompt.body(draw.choice([1, 8, 64, 256]))
-        if draw.random() < 0.2:
-            body["image_data"] = []
-            body["text"] = f"<|im_start|>user\nNumber {seed}?<|im_end|>\n<|im_start|>assistant\n"
-        body["rid"] = f"soak-{draw.getrandbits(64):x}"
-        fate = draw.choice(["read", "read", "leave", "abort"])
+        kind = draw.random()
+        if kind < 0.2:
+            body: dict[str, Any] = {"text": f"<|im_start|>user\nNumber {seed}?<|im_end|>\n<|im_start|>assistant\n"}
+        elif kind < 0.5:
+            rows, cols = draw.choice(GRIDS)
+            drawn = make_picture(seed, rows, cols, num_questions=1)
+            text = f"<|im_start|>user\n{PLACE}{drawn.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
+            body = {"text": text, "image_data": [data_url(drawn.image)]}
+        else:
+            body = make_prompt(draw.choice([300, 600, 1200, 2400]), seed).body(1)
+        tokens = draw.choice([1, 8, 64, 256])
+        # Not `ignore_eos`: SGLang would reserve such answers in full, and nobody would ever be retracted.
+        body["sampling_params"] = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        body |= {"stream": True, "rid": f"soak-{draw.getrandbits(64):x}"}
+        return with_choice(body, draw.choice(CHOICES))
+
+    def _converse(self) -> str:
+        body = self._request()
+        fate = self._random.choice(["read", "read", "leave", "abort"])
         count = 0
-        with httpx.stream("POST", f"{self._url}/generate", json=body, timeout=300) as reply:
+        with httpx.stream("POST", f"{self._plan.url}/generate", json=body, timeout=600) as reply:
             if reply.status_code != 200:
                 return f"failed: status {reply.status_code}"
             for line in reply.iter_lines():
@@ -76,56 +201,103 @@ class Client(threading.Thread):
                     continue
                 message = json.loads(line.removeprefix("data: "))
                 if "error" in message:
-                    return "failed: error in stream"
+                    return f"failed: error in stream: {str(message['error'])[:200]}"
                 count = int(message["meta_info"]["completion_tokens"])
                 if fate == "leave":
                     return "left"
                 if fate == "abort":
-                    httpx.post(f"{self._url}/abort_request", json={"rid": body["rid"]}, timeout=60)
+                    self._post("/abort_request", {"rid": body["rid"]})
                     fate = "aborted"
         if fate != "read":
             return "aborted"
         return "answered" if count == body["sampling_params"]["max_new_tokens"] else f"failed: {count} tokens"
 
 
+def ask_stock(model: str, known: Sequence[dict[str, Any]], console: Console) -> list[str]:
+    """What SGLang without a policy answers, one by one."""
+    with ServerProcess(model, FLAGS, title="stock", env=ENVIRONMENT, console=console) as server:
+        replies = [httpx.post(f"{server.url}/generate", json=body, timeout=300) for body in known]
+    return [reply.raise_for_status().json()["text"] for reply in replies]
+
+
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run for the given minutes; returns the exit code."""
+    known = known_questions(arguments.seed)
     with interruptible():
-        server = ServerProcess(arguments.model, [*FLAGS, *POLICY], title="soak", console=console)
-        with server:
-            deadline = time.monotonic() + 60 * arguments.minutes
-            clients = [Client(server.url, 1000 * arguments.seed + i, deadline) for i in range(arguments.clients)]
-            for client in clients:
-                client.start()
-            problems = []
-            with console.status("soaking") as status:
-                while any(client.is_alive() for client in clients):
-                    time.sleep(2)
-                    if not server.running:
-                        problems.append("the server died")
-                        break
-                    state = server.kv_policy()
-                    problems += unbalanced(state)
-                    sent = sum((client.outcomes for client in clients), Counter())
-                    status.update(f"{sent.total()} requests, {state['cells_used']} of {state['cells_total']} cells")
+        answers = ask_stock(arguments.model, known, console)
+        with ServerProcess(
+            arguments.model, [*FLAGS, *POLICY], title="soak", env=ENVIRONMENT, console=console
+        ) as server:
+            plan = Plan(server.url, time.monotonic() + 60 * arguments.minutes, known, answers, wrong_requests())
+            clients = [Client(plan, 1000 * arguments.seed + number) for number in range(arguments.clients)]
+            problems, memory = watch(server, clients, console)
             outcomes = sum((client.outcomes for client in clients), Counter())
-            if server.running:
-                server.flush_cache()
-                time.sleep(1)
-                state = server.kv_policy()
-                problems += unbalanced(state)
-                if state["cells_used"]:
-                    problems.append(f"{state['cells_used']} cells are still used after the flush")
-                if state["policy_failures"]:
-                    problems.append(f"the policy failed {state['policy_failures']} times")
-            problems += [outcome for outcome in outcomes if outcome.startswith("failed")]
-            if found := TROUBLE.search(log := server.log_tail(100_000)):
-                problems.append(f"the log says: {log[found.start() : found.start() + 300]}")
+            problems += aftermath(server, outcomes)
+            problems += grown(memory)
+            retracted = sum(map(int, RETRACTED.findall(server.log_tail(10**6))))
+            if not retracted:
+                problems.append("nobody was retracted: the pool is too large to show anything")
             console.print(dict(sorted(outcomes.items())))
+            console.print(
+                f"{retracted} requests were retracted; resident memory at most {max(memory, default=0) / 1e9:.2f} GB"
+            )
             for problem in dict.fromkeys(problems):
                 console.print(problem, style="red", markup=False)
             console.print("[red]failed[/red]" if problems else "[green]passed[/green]: nothing lost")
             return 1 if problems else 0
+
+
+def watch(server: ServerProcess, clients: Sequence[Client], console: Console) -> tuple[list[str], list[int]]:
+    """Let the clients run; problems seen meanwhile, and the server's resident bytes over time."""
+    problems: list[str] = []
+    memory: list[int] = []
+    for client in clients:
+        client.start()
+    with console.status("soaking") as status:
+        while any(client.is_alive() for client in clients):
+            time.sleep(3)
+            if not server.running:
+                return [*problems, "the server died"], memory
+            state = server.kv_policy()
+            problems += unbalanced(state)
+            memory.append(server.memory_bytes())
+            sent = sum((client.outcomes for client in clients), Counter())
+            status.update(
+                f"{sent.total()} requests, {state['cells_used']} of {state['cells_total']} cells, "
+                f"{memory[-1] / 1e9:.2f} GB"
+            )
+    return problems, memory
+
+
+def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
+    """What is wrong when all clients have gone."""
+    problems = [outcome for outcome in outcomes if outcome.startswith("failed")]
+    if not outcomes["in full, as stock"]:
+        problems.append("no answer at budget 1.0 was compared")
+    if server.running:
+        server.flush_cache()
+        time.sleep(1)
+        state = server.kv_policy()
+        problems += unbalanced(state)
+        problems += state["integrity"]
+        if state["cells_used"]:
+            problems.append(f"{state['cells_used']} cells are still used after the flush")
+        if state["policy_failures"]:
+            problems.append(f"the policy failed {state['policy_failures']} times")
+    if found := TROUBLE.search(log := server.log_tail(10**6)):
+        problems.append(f"the log says: {log[found.start() : found.start() + 300]}")
+    return problems
+
+
+def grown(memory: Sequence[int]) -> list[str]:
+    """A line when resident memory went on growing after the first third of the time."""
+    third = len(memory) // 3
+    if third == 0:
+        return []
+    early, late = max(memory[:third]), max(memory[-third:])
+    if late <= early * (1 + GROWTH_ALLOWED):
+        return []
+    return [f"resident memory grew from {early / 1e9:.2f} to {late / 1e9:.2f} GB"]
 
 
 def unbalanced(state: dict[str, Any]) -> list[str]:

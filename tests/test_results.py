@@ -25,6 +25,35 @@ def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:
     assert page == policies.rendered(page, json.loads(policies.result_path().read_text()))
 
 
+@pytest.fixture
+def capacity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import capacity
+
+    return capacity
+
+
+def test_the_page_of_capacity_is_current(capacity: ModuleType) -> None:
+    """After a new result: `python benchmarks/run.py capacity --page`."""
+    page = capacity.PAGE.read_text()
+    assert page == capacity.rendered(page)
+
+
+def test_figures_of_capacity_are_those_of_their_samples(capacity: ModuleType) -> None:
+    paths = capacity.result_paths()
+    assert {load.name for load in capacity.LOADS} <= {json.loads(path.read_text())["load"] for path in paths}
+    for path in paths:
+        result = json.loads(path.read_text())
+        assert path.with_suffix(".png").exists()
+        assert result["targets"] == capacity.check_targets(result["load"], result["rows"])
+        for row in result["rows"]:
+            assert row["requests"] == len(row["outcomes"])
+            assert row["running_peak"] == max(running for running, _ in row["decode_steps"])
+            assert row["right"] == sum(outcome["right"] is True for outcome in row["outcomes"])
+            cached, prompt = (sum(o[key] for o in row["outcomes"]) for key in ("cached_tokens", "prompt_tokens"))
+            assert row["hit_rate"] == pytest.approx(cached / prompt, abs=1e-4)
+
+
 def test_every_built_in_policy_was_measured_and_served(policies: ModuleType) -> None:
     result = json.loads(policies.result_path().read_text())
     rows = {row["policy"]: row for row in result["summary"]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import httpx
 import pytest
 
 from vlcache_sgl.cli.client import model_says, user_says
@@ -54,6 +56,29 @@ def test_state_names_policy_budget_and_sizes(ours_tenth: Any) -> None:
     # Two KV heads of 32, key and value, float32.
     assert state["bytes_per_cell"] == 2 * 32 * 2 * 4
     assert state["virtual_slots_total"] * num_layers(state) >= state["cells_total"]
+
+
+def test_statistics_count_memory(ours_tenth: Any, picture: Any) -> None:
+    """Ours say who holds what; SGLang's own, in log and load report, count physical tokens and not slots."""
+    server = ours_tenth
+    server.flush()
+    drawn = picture(6050, 32, 32)
+    seen = len(server.log)
+    answer = server.ask("red K?", drawn.image, max_tokens=100, ignore_eos=True)
+    state = server.settled()
+    assert state["cells_requests"] == 0
+    assert state["cells_tree"] == state["cells_evictable"] == state["cells_used"] > 0
+    held = BUDGET * answer.prompt_tokens + answer.completion_tokens
+    slots = state["virtual_slots_total"] - state["virtual_slots_free"]
+    assert state["realised_ratio"] == pytest.approx(held / slots, rel=0.03)
+    assert state["cells_fragmented"] < num_layers(state)
+    # While it ran, its own tokens were in use: a tenth of the prompt and the answer so far.
+    used = [int(n) for n in re.findall(r"Decode batch, .*?#token: (\d+)", server.log[seen:])]
+    assert used
+    assert all(0.09 * answer.prompt_tokens < n < held + 8 for n in used), used
+    load = httpx.get(f"{server.url}/v1/loads", timeout=30).json()["loads"][0]
+    assert load["max_total_num_tokens"] == state["physical_tokens_total"]
+    assert load["num_used_tokens"] == 0
 
 
 def test_leaves_short_and_imageless_prompts_alone(ours_tenth: Any, picture: Any) -> None:

@@ -234,14 +234,24 @@ def test_default_on_a_cuda_machine(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: object() if installed else None)
-    arguments = SimpleNamespace(attention_backend=given, device=None, dtype=dtype, disable_prefill_cuda_graph=False)
+    arguments = SimpleNamespace(
+        attention_backend=given,
+        device=None,
+        dtype=dtype,
+        disable_prefill_cuda_graph=False,
+        radix_eviction_policy="lru",
+    )
     compat.choose_defaults(arguments, {"text_config": {"hidden_size": 4 * dim, "num_attention_heads": 4}})
     assert arguments.attention_backend == chosen
     assert arguments.disable_prefill_cuda_graph
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    untouched = SimpleNamespace(attention_backend=None, device=None)
+    untouched = SimpleNamespace(attention_backend=None, device=None, radix_eviction_policy="lru")
     compat.choose_defaults(untouched, {})
     assert untouched.attention_backend is None
+    assert untouched.radix_eviction_policy == "slru"
+    asked = SimpleNamespace(radix_eviction_policy="lru", _radix_eviction_policy_explicitly_set=True, device=None)
+    compat.choose_defaults(asked, {})
+    assert asked.radix_eviction_policy == "lru"
     problems = list(compat.unsupported_arguments(SimpleNamespace(attention_backend="triton")))
     assert len(problems) == 1
     assert "torch_native" in problems[0]

@@ -194,6 +194,14 @@ class ServerProcess:
         response = httpx.post(f"{self.url}/flush_cache", params={"timeout": timeout_s}, timeout=timeout_s + 30.0)
         response.raise_for_status()
 
+    def memory_bytes(self) -> int:
+        """Resident memory of all processes of the server."""
+        total = 0
+        for member in self._members():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += int(member.memory_info().rss)
+        return total
+
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
         """The last lines of the server's log."""
         return "\n".join(self._log().splitlines()[-lines:])

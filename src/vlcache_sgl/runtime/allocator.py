@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from vlcache_sgl.runtime.admission import CellPrefillBudget
 from vlcache_sgl.runtime.arena import KVArena
 from vlcache_sgl.runtime.residency import Eviction
 
@@ -40,6 +40,7 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         self._locks = torch.zeros(slots, dtype=torch.int32, device=arena.device)
         self._evictable_cells: int | None = None
         self._pending: list[tuple[Any, Eviction]] = []
+        self._returned = False
         super().__init__(arena.size, arena.dtype, arena.device, arena, need_sort)
 
     # -- allocation ---------------------------------------------------------------------------------------------
@@ -93,6 +94,13 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
                     tensor.record_stream(stream)
             self.residency.reclaim(eviction)
             self._evictable_cells = None
+            self._returned = True
+
+    def take_returned(self) -> bool:
+        """Whether compression has given cells back since this was last asked."""
+        self.settle()
+        returned, self._returned = self._returned, False
+        return returned
 
     # -- what the tree holds ----------------------------------------------------------------------------------------
 
@@ -118,12 +126,22 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return int(self.residency.slot_cells[self._in_tree].sum())
 
     @property
+    def request_cells(self) -> int:
+        """Cells that requests hold for themselves: what no prefix tree node owns."""
+        return self.residency.used_cells - self.tree_cells
+
+    @property
     def evictable_cells(self) -> int:
         """Cells that evicting every unlocked tree node would give back."""
         if self._evictable_cells is None:
             evictable = self._in_tree & (self._locks == 0)
             self._evictable_cells = int(self.residency.slot_cells[evictable].sum())
         return self._evictable_cells
+
+    def free_physical_tokens(self) -> int:
+        """Uncompressed tokens that fit without evicting anything."""
+        self.settle()
+        return self.residency.free_cells // self.residency.num_planes
 
     def evictable_physical_tokens(self) -> int:
         """Uncompressed tokens that fit in free and evictable cells together."""
@@ -136,8 +154,10 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return CellPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool:
+        if not self.can_allocate(num_tokens):
+            # What compression is about to give back goes before what somebody may still use.
+            self.settle()
         super().evict_to_free_tokens(tree_cache, num_tokens)
-        self.settle()
         planes = self.residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
             # A compressed token gives back fewer cells than planes, so it may take several rounds.
@@ -181,33 +201,6 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         if residency.table.numel() <= FULL_CHECK_ENTRIES:
             problems += residency.check_integrity()
         return problems
-
-
-class CellPrefillBudget(PrefillBudget):
-    """Admission by physical tokens: a prompt needs all its cells until its prefill has ended and it is compressed."""
-
-    def __init__(self, allocator: VirtualSlotAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
-        super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-        self._parked = False
-
-    def _available_and_evictable(self) -> int:
-        physical: int = self.allocator.evictable_physical_tokens()
-        return min(int(super()._available_and_evictable()), physical)
-
-    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        """What of a continuing prompt fits now; None parks it until running requests have given memory back."""
-        fits = min(chunk_limit, int(self.remaining_current))
-        if fits > 0:
-            return fits
-        # SGLang counts a chunk for the parked prompt if anything else is admitted in this pass: admit nothing.
-        self._parked = True
-        return None
-
-    def has_capacity(self) -> bool:
-        return not self._parked and bool(super().has_capacity())
-
-    def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
-        return (False, None) if self._parked else super().check_prefill(**request)
 
 
 def passed_event(device: torch.device) -> Any | None:

@@ -73,13 +73,17 @@ def _has_cuda(server_args: Any) -> bool:
 
 
 def choose_defaults(server_args: Any, model: dict[str, Any]) -> None:
-    """Set flags of SGLang that were not given and whose default on a CUDA device is not for us.
+    """Set flags of SGLang that were not given and whose default is not for us.
 
-    Done before SGLang resolves them.  Elsewhere nothing is set: a CPU has one attention backend.
+    Done before SGLang resolves them.  The attention backend is chosen on a CUDA device only: a CPU has one.
 
     Args:
         model: its configuration, see `model_config_dict`.
     """
+    explicit = getattr(server_args, "_radix_eviction_policy_explicitly_set", False)
+    if server_args.radix_eviction_policy == "lru" and not explicit:
+        # Segmented: what was used once goes before what is shared, however long ago that was.
+        server_args.radix_eviction_policy = "slru"
     if not _has_cuda(server_args):
         return
     if server_args.attention_backend is None:

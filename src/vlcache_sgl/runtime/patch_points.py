@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vlcache_sgl.runtime.session import Session
 
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_COMPONENTS = "sglang.srt.managers.scheduler_components"
 _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
 
 UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
@@ -40,6 +42,7 @@ TOKENIZER_POINTS = tuple(
 
 def runtime_points(session: Session) -> list[PatchPoint]:
     """The patch points of a scheduler process that compresses."""
+    from vlcache_sgl.runtime import admission
 
     def backend(name: str, _: Any) -> Any:
         return partial(session.build_backend, name)
@@ -69,10 +72,28 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "publishing prompts after compression only",
         ),
         PatchPoint(
-            "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
+            f"{_SCHEDULER}._add_request_to_queue",
             "before",
             session.admit_request,
             "choosing each request's policy and prefix namespace",
+        ),
+        PatchPoint(
+            f"{_SCHEDULER}.get_new_batch_prefill",
+            "before",
+            admission.reopen,
+            "admitting prompts into memory that compression gave back",
+        ),
+        PatchPoint(
+            f"{_SCHEDULER}.update_running_batch",
+            "around",
+            admission.make_room,
+            "retracting a prompt between its chunks before the last running request is aborted",
+        ),
+        PatchPoint(
+            "sglang.srt.managers.schedule_policy:SchedulePolicy.calc_priority",
+            "after",
+            admission.spare_waiting_prefixes,
+            "using shared prefixes before a prefill pushes them out",
         ),
         PatchPoint(
             "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
@@ -99,15 +120,25 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "keeping models from writing keys by slot, past our pool",
         ),
         PatchPoint(
-            "sglang.srt.managers.scheduler_components.internal_state:"
-            "SchedulerInternalStateController.get_internal_state",
+            f"{_COMPONENTS}.pool_stats_observer:SchedulerPoolStatsObserver._get_token_info",
+            "after",
+            session.show_physical_tokens,
+            "logs and metrics that count memory, not slots",
+        ),
+        PatchPoint(
+            f"{_COMPONENTS}.load_inquirer:SchedulerLoadInquirer.get_loads",
+            "after",
+            session.show_physical_load,
+            "a load report that counts memory, not slots",
+        ),
+        PatchPoint(
+            f"{_COMPONENTS}.internal_state:SchedulerInternalStateController.get_internal_state",
             "after",
             session.add_state,
             "showing the state in /server_info",
         ),
         PatchPoint(
-            "sglang.srt.managers.scheduler_components.output_streamer:"
-            "SchedulerOutputStreamer.is_request_level_customized_info_key",
+            f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.is_request_level_customized_info_key",
             "after",
             is_request_level,
             "reporting per request what was done",

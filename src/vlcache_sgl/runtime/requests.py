@@ -144,6 +144,7 @@ class CompressionJob:
         """Begin anew: the request was retracted and is prefilled again."""
         self.scoring = None
         self.done = False
+        self.reached = None
         self.report.clear()
 
 

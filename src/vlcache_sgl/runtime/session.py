@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,11 +196,31 @@ class Session:
 
         return property(capacity)
 
+    def show_physical_tokens(self, stats: Any, observer: Any) -> Any:
+        """After SGLang has counted its pool in slots: usage in its logs and metrics is that of the memory.
+
+        Free and evictable slots stay as they are: SGLang's leak checks add them up.
+        """
+        allocator = observer.token_to_kv_pool_allocator
+        free = allocator.evictable_physical_tokens()
+        used = self.physical_tokens - free
+        return replace(stats, full_num_used=used, full_token_usage=used / self.physical_tokens)
+
+    def show_physical_load(self, load: Any, *_: Any) -> Any:
+        """After SGLang has described its load to routers: tokens are those of the memory."""
+        if load.memory is not None:
+            load.memory.token_capacity = self.physical_tokens
+        load.max_total_num_tokens = self.physical_tokens
+        return load
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def admit_request(self, scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
         """Before a request is queued: decide whether and how it will be compressed."""
-        if job_of(req) is not None or getattr(req, "to_finish", None) is not None:
+        if (known := job_of(req)) is not None:
+            known.restart()  # it was retracted
+            return
+        if getattr(req, "to_finish", None) is not None:
             return
         if (req.sampling_params.beam_width or 1) > 1:
             req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
@@ -286,6 +307,7 @@ class Session:
         allocator = self._tree.token_to_kv_pool_allocator
         allocator.settle()
         residency, arena = allocator.residency, allocator.arena
+        slots_used = residency.num_slots - allocator.available_size()
         return {
             "version": __version__,
             "policy": self.choices.default.policy.spec,
@@ -298,7 +320,12 @@ class Session:
             "cells_used": residency.used_cells,
             "cells_free": residency.free_cells,
             "cells_tree": allocator.tree_cells,
+            "cells_requests": allocator.request_cells,
             "cells_evictable": allocator.evictable_cells,
+            # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
+            "cells_fragmented": residency.free_cells % residency.num_planes,
+            # What the tokens in use would hold uncompressed is 1.
+            "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
             "bytes_per_cell": arena.cell_bytes,
             "cells_per_token": residency.num_planes,
             "physical_tokens_total": self.physical_tokens,
