@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
 from vlcache_sgl.policy import PolicyError, resolve
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from vlcache_sgl.runtime.scoring import Scoring
 
 REQUEST_KEYS = ("kv_policy", "kv_budget")
-"""What a request may set in `custom_params`."""
+"""What of `custom_params` chooses how a request is compressed."""
+REPORTS = ("summary", "positions")
+"""What `custom_params["kv_report"]` may ask for; the first is the default."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -118,6 +122,18 @@ class Choices:
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
 
 
+def wants_positions(custom_params: object) -> bool:
+    """Whether a request asks which positions each layer keeps.
+
+    Raises:
+        ConfigError: for an unknown `kv_report`; the message is for the client.
+    """
+    asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
+    if asked not in REPORTS:
+        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {asked!r}")
+    return bool(asked == "positions")
+
+
 @dataclass
 class CompressionJob:
     """One request's way to a compressed prompt; lives on SGLang's request object."""
@@ -128,6 +144,10 @@ class CompressionJob:
     length: int
     """Tokens of the prompt, generated ones not counted."""
     min_tokens: int
+    media: tuple[Mapping[str, Any], ...] = ()
+    """What the report says of the vision tokens, see `media_items`; only with `positions`."""
+    positions: bool = False
+    """Whether the report lists kept positions."""
     scoring: Scoring | None = None
     done: bool = False
     """Whether the decision has fallen, either way."""
@@ -167,3 +187,29 @@ def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
         for begin, end in (item.offsets or ())
     ]
     return tuple(sorted(spans))
+
+
+def media_items(mm_inputs: Any) -> tuple[dict[str, Any], ...]:
+    """Per run of vision tokens: `begin`, `end` (exclusive), `modality`, `item` (which picture or video of the prompt,
+    from 0; a video has one run per frame), and `grid`, the `[frames, rows, columns]` of patches of the item before
+    merging where SGLang knows them (Qwen), else null.
+    """
+    if mm_inputs is None:
+        return ()
+    found = []
+    items = [item for item in mm_inputs.mm_items if item is not None and not item.is_audio()]
+    for number, item in enumerate(items):
+        data = item.model_specific_data
+        grid = data.get("image_grid_thw", data.get("video_grid_thw"))
+        grids = [] if grid is None else torch.as_tensor(grid).reshape(-1, 3).tolist()
+        for begin, end in item.offsets or ():
+            found.append(
+                {
+                    "begin": int(begin),
+                    "end": int(end) + 1,
+                    "modality": item.modality.name.lower(),
+                    "item": number,
+                    "grid": grids[0] if len(grids) == 1 else None,
+                }
+            )
+    return tuple(sorted(found, key=lambda run: run["begin"]))
