@@ -22,6 +22,7 @@ class Command:
 
 COMMANDS = {
     "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
+    "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),
     "policies": Command("vlcache_sgl.cli.policies", "list the installed policies, or explain one"),
 }
 
