@@ -66,7 +66,6 @@ def experiments() -> dict[str, Experiment]:
         *(f"vlcache:threshold={value}" for value in THRESHOLDS),
         *(f"vlcache:scorer.rows={value},allocator.rows={value}" for value in ROWS),
     ]
-    few = ("vlcache", "snapkv", "h2o", "keydiff")
     requery = ("--task", "requery", "--samples", "20", "--budget", *BUDGETS)
     return {
         "requery": Experiment(

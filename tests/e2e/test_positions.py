@@ -42,7 +42,8 @@ def test_positions_are_those_of_the_plan(ours_tenth: Any, picture: Any, policy: 
         )
     (run,) = report["vision"]
     assert run["end"] - run["begin"] == drawn.num_image_tokens
-    assert (run["modality"], run["item"], run["grid"]) == ("image", 0, [1, 2 * 24, 2 * 28])
+    assert (run["modality"], run["item"]) == ("image", 0)
+    assert run["grids"] == [{"rows": 24, "columns": 28, "newlines": False, "fit": "stretch"}]
 
 
 def test_the_answer_is_among_what_is_kept(ours_tenth: Any, picture: Any) -> None:
@@ -74,7 +75,10 @@ def test_several_pictures(ours_tenth: Any, picture: Any) -> None:
     server.flush()
     report = ask(server, *drawn)
     assert [run["item"] for run in report["vision"]] == [0, 1]
-    assert [run["grid"] for run in report["vision"]] == [[1, 32, 40], [1, 40, 32]]
+    assert [(grid["rows"], grid["columns"]) for run in report["vision"] for grid in run["grids"]] == [
+        (16, 20),
+        (20, 16),
+    ]
     assert [run["end"] - run["begin"] for run in report["vision"]] == [320, 320]
 
 

@@ -23,6 +23,7 @@ class Command:
 COMMANDS = {
     "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
     "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),
+    "inspect": Command("vlcache_sgl.cli.inspect", "show which patches of a picture each layer keeps"),
     "policies": Command("vlcache_sgl.cli.policies", "list the installed policies, or explain one"),
 }
 

@@ -211,4 +211,4 @@ class Compressor:
         cells = arena.residency.table[:, row[: job.length].to(torch.int64)]
         resident = (cells != EVICTED).view(-1, arena.groups, job.length).any(1)
         job.report["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
-        job.report["vision"] = [dict(item) for item in job.media]
+        job.report["vision"] = [run.as_dict() for run in job.runs]

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
 from vlcache_sgl.policy import PolicyError, resolve
 
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
+    from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.scoring import Scoring
 
 REQUEST_KEYS = ("kv_policy", "kv_budget")
@@ -144,8 +143,8 @@ class CompressionJob:
     length: int
     """Tokens of the prompt, generated ones not counted."""
     min_tokens: int
-    media: tuple[Mapping[str, Any], ...] = ()
-    """What the report says of the vision tokens, see `media_items`; only with `positions`."""
+    runs: tuple[Run, ...] = ()
+    """What the report says of the vision tokens; only with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
     scoring: Scoring | None = None
@@ -174,42 +173,3 @@ def job_of(req: Any) -> CompressionJob | None:
     """The job of SGLang's request `req`; None when it is served uncompressed."""
     job: CompressionJob | None = getattr(req, JOB_ATTRIBUTE, None)
     return job
-
-
-def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
-    """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
-    if mm_inputs is None:
-        return ()
-    spans = [
-        Span(int(begin), int(end) + 1)  # SGLang's ends are inclusive
-        for item in mm_inputs.mm_items
-        if item is not None and not item.is_audio()
-        for begin, end in (item.offsets or ())
-    ]
-    return tuple(sorted(spans))
-
-
-def media_items(mm_inputs: Any) -> tuple[dict[str, Any], ...]:
-    """Per run of vision tokens: `begin`, `end` (exclusive), `modality`, `item` (which picture or video of the prompt,
-    from 0; a video has one run per frame), and `grid`, the `[frames, rows, columns]` of patches of the item before
-    merging where SGLang knows them (Qwen), else null.
-    """
-    if mm_inputs is None:
-        return ()
-    found = []
-    items = [item for item in mm_inputs.mm_items if item is not None and not item.is_audio()]
-    for number, item in enumerate(items):
-        data = item.model_specific_data
-        grid = data.get("image_grid_thw", data.get("video_grid_thw"))
-        grids = [] if grid is None else torch.as_tensor(grid).reshape(-1, 3).tolist()
-        for begin, end in item.offsets or ():
-            found.append(
-                {
-                    "begin": int(begin),
-                    "end": int(end) + 1,
-                    "modality": item.modality.name.lower(),
-                    "item": number,
-                    "grid": grids[0] if len(grids) == 1 else None,
-                }
-            )
-    return tuple(sorted(found, key=lambda run: run["begin"]))

@@ -15,6 +15,7 @@ from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.media import vision_runs, vision_spans
 from vlcache_sgl.runtime.metrics import Metrics
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
@@ -22,8 +23,6 @@ from vlcache_sgl.runtime.requests import (
     Choices,
     CompressionJob,
     job_of,
-    media_items,
-    vision_spans,
     wants_positions,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
@@ -52,6 +51,7 @@ class Session:
         self._published_free = -1
         self._tree: Any = None
         self._backend: Any = None
+        self._model: Any = None
         self._patches = Patches(runtime_points(self))
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -183,6 +183,7 @@ class Session:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp(model_runner)
 
+        self._model = model_runner.model
         model = model_runner.model_config
         prompt = Prompt(
             length=0,
@@ -239,9 +240,9 @@ class Session:
             self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        media = media_items(req.multimodal_inputs) if positions else ()
+        runs = vision_runs(req.multimodal_inputs, self._model) if positions else ()
         job = CompressionJob(
-            choice, vision, len(req.origin_input_ids), self.config.min_tokens, media=media, positions=positions
+            choice, vision, len(req.origin_input_ids), self.config.min_tokens, runs=runs, positions=positions
         )
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
