@@ -102,11 +102,11 @@ def say_cost(
     started = time.perf_counter()
     asked = ask(client, probe, first[1])["questions"][0]
     seconds = time.perf_counter() - started
-    # A question that shares its picture costs little; count prefills.
+    # What is left after the first question about a picture is shared; how much that saves is not known before.
     prefills = sum(1 if condition.sharing == "shared" else len(sample.questions) for sample, condition in work)
     console.print(
-        f"{total} questions, {prefills} prompts to prefill. One takes {seconds:.1f} s and has "
-        f"{asked['prompt_tokens']} tokens: at most about {_minutes(prefills * seconds)}, {at_once} at once."
+        f"{total} questions, {prefills} of them with a picture to prefill, {at_once} at once. "
+        f"One takes {seconds:.1f} s and has {asked['prompt_tokens']} tokens: at most about {_minutes(total * seconds)}."
     )
 
 
