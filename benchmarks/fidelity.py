@@ -16,17 +16,22 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from host import ROOT, host_block
 from rich.console import Console
 
 from vlcache_sgl.cli import eval as evaluation
 from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.fidelity.report import by_index, markdown_table, percent, plot_budgets, plot_index
+from vlcache_sgl.fidelity.run import FULL
+from vlcache_sgl.fidelity.stats import interval, mean
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
 
+PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
 OUT = ROOT / "out/fidelity"
 RESULTS = ROOT / "benchmarks/results"
 GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
@@ -154,6 +159,172 @@ def run(name: str, experiment: Experiment, time_limit: float | None, console: Co
     return True
 
 
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The generated parts of the page, by the names of their markers; those whose experiment is missing say so."""
+    makers = {
+        "requery": ("requery", requery_table),
+        "requery-index": ("requery", index_table),
+        "recipes": ("recipes", recipes_table),
+        "ablation": ("ablation", ablation_table),
+        "sensitivity": ("ablation", sensitivity_table),
+        "long": ("long", long_table),
+        "adversarial": ("adversarial", adversarial_table),
+    }
+    return {
+        name: make(results[source]) + "\n\n" + origin(results[source]) if source in results else "Not measured yet."
+        for name, (source, make) in makers.items()
+    }
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """Where the numbers come from."""
+    host = result["host"]
+    return (
+        f"`{result['command']}`, model `{result['model']}`, {host['date'][:10]}, SGLang {host['packages']['sglang']}, "
+        f"{host['cores']} CPU cores, float32. Policies that failed: {sum(row['failed'] for row in result['summary'])}."
+    )
+
+
+def rows_of(result: Mapping[str, Any], task: str) -> dict[str, Mapping[str, Any]]:
+    """The summary of a task, by condition."""
+    return {row["condition"]: row for row in result["summary"] if row["task"] == task}
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    """A score with its interval."""
+    if row is None:
+        return ""
+    return "{:.2f} ({:.2f} to {:.2f})".format(row["score"], *row["interval"])
+
+
+def without_first(records: Sequence[Mapping[str, Any]], condition: str) -> Mapping[str, Any] | None:
+    """The questions after the first one about each picture."""
+    mine = {r["sample"]: [q["score"] for q in r["questions"][1:]] for r in records if r["condition"] == condition}
+    if not mine:
+        return None
+    low, high = interval(mine)
+    return {"score": mean(mine), "interval": [low, high]}
+
+
+def requery_table(result: Mapping[str, Any]) -> str:
+    """First question, later questions on the shared prefix, later questions compressed for themselves."""
+    records = result["records"]
+
+    def first(condition: str) -> Mapping[str, Any]:
+        return by_index(records, condition, "requery")[0]
+
+    lines = [["full cache", "", "1", cell(first(FULL)), cell(without_first(records, FULL)), ""]]
+    for kind, policies in (("yes", QUERY_AWARE), ("no", AGNOSTIC)):
+        for policy in policies:
+            for budget in BUDGETS:
+                name = f"{policy}@{budget}"
+                private = cell(without_first(records, f"{name} private"))
+                shared = cell(without_first(records, name))
+                lines.append([f"`{policy}`", kind, budget, cell(first(name)), shared, private])
+    head = ("policy", "query-aware", "budget", "question 1", "questions 2 to 8, shared", "questions 2 to 8, private")
+    return markdown_table(head, lines, left=2)
+
+
+def index_table(result: Mapping[str, Any]) -> str:
+    """Score by question number for a few policies."""
+    lines = []
+    chosen = [FULL, *(f"{policy}@{budget}" for policy in ("vlcache", "snapkv", "keydiff") for budget in BUDGETS)]
+    for condition in chosen:
+        scores = [f"{row['score']:.2f}" for row in by_index(result["records"], condition, "requery")]
+        lines.append([f"`{condition}`", *scores])
+    return markdown_table(("shared prefix", *map(str, range(1, 9))), lines)
+
+
+def recipes_table(result: Mapping[str, Any]) -> str:
+    """Recipes by budget, best at 0.1 first."""
+    rows = rows_of(result, "single")
+    names = sorted({name.rpartition("@")[0] for name in rows if name != FULL}, key=lambda n: -rows[f"{n}@0.1"]["score"])
+    budgets = ("0.4", "0.2", "0.1", "0.05")
+    lines = [["full cache", *[cell(rows[FULL])] * len(budgets)]]
+    lines += [[f"`{name}`", *(cell(rows.get(f"{name}@{budget}")) for budget in budgets)] for name in names]
+    return markdown_table(("policy", *budgets), lines)
+
+
+def ablation_table(result: Mapping[str, Any]) -> str:
+    """Scores down, budgets across, at both budgets."""
+    rows = rows_of(result, "single")
+    parts = []
+    for budget in ("0.1", "0.05"):
+        lines = [
+            [scorer, *(cell(rows.get(f"{composed(scorer, allocator)}@{budget}")) for allocator in ALLOCATORS)]
+            for scorer in SCORERS
+        ]
+        parts.append(markdown_table((f"budget {budget}: scores", *ALLOCATORS), lines))
+    return "\n\n".join([f"Full cache: {cell(rows[FULL])}.", *parts])
+
+
+def sensitivity_table(result: Mapping[str, Any]) -> str:
+    """`vlcache` with other thresholds and numbers of rows."""
+    rows = rows_of(result, "single")
+    cases = {
+        **{f"threshold {value}": f"vlcache:threshold={value}" for value in THRESHOLDS},
+        **{f"last {value} post-vision rows": f"vlcache:scorer.rows={value},allocator.rows={value}" for value in ROWS},
+    }
+    lines = [
+        [case, *(cell(rows.get(f"{policy}@{budget}")) for budget in ("0.1", "0.05"))] for case, policy in cases.items()
+    ]
+    default = composed("post-vision", "density")
+    standard = [cell(rows.get(f"{default}@{budget}")) for budget in ("0.1", "0.05")]
+    lines.insert(0, ["as published: threshold 0.01, all rows", *standard])
+    return markdown_table(("`vlcache`", "0.1", "0.05"), lines)
+
+
+def long_table(result: Mapping[str, Any]) -> str:
+    """How far outputs follow those of the full cache."""
+    lines = [
+        [f"`{name}`", cell(row), percent(row["agreement"]), f"{row['divergence']:.3f}"]
+        for name, row in rows_of(result, "long").items()
+    ]
+    return markdown_table(("condition", "answer right", "follows the full cache", "divergence (nats)"), lines)
+
+
+def adversarial_table(result: Mapping[str, Any]) -> str:
+    """First questions, then later ones on a shared prefix."""
+    single = rows_of(result, "single")
+    lines = []
+    for name, row in single.items():
+        later = without_first([r for r in result["records"] if r["task"] == "requery"], name)
+        lines.append([f"`{name}`", cell(row), cell(later)])
+    return markdown_table(("condition", "one question", "questions 2 to 8, shared"), lines)
+
+
+def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The page's figures."""
+    FIGURES.mkdir(exist_ok=True)
+    if "requery" in results:
+        names = (*QUERY_AWARE, *(name for name in AGNOSTIC if name != "random"))
+        panels = {f"budget {budget}": [FULL, *(f"{name}@{budget}" for name in names)] for budget in reversed(BUDGETS)}
+        path = FIGURES / "fidelity-requery.png"
+        plot_index(results["requery"]["records"], "requery", panels, lambda name: name.partition("@")[0], path)
+    if "recipes" in results:
+        shown = ("vlcache", "snapkv", "pyramidkv", "h2o", "keydiff", "streaming", "random", "zipvl")
+        rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
+        plot_budgets(rows, FIGURES / "fidelity-recipes.png")
+
+
+def write_page() -> None:
+    """Tables between the page's markers and the figures beside it, from the committed results."""
+    results = {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
+    text = PAGE.read_text()
+    for name, block in page_blocks(results).items():
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{PAGE.name} lacks the markers of {name}")
+        text = f"{before}{begin}{block}{end}{after}"
+    PAGE.write_text(text)
+    draw_plots(results)
+
+
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run what is missing, then write the page; 3 when something is not finished."""
     os.chdir(ROOT)  # the model's path is part of the results
@@ -166,6 +337,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
                     continue
                 if not run(name, experiments()[name], arguments.time_limit, console):
                     unfinished.append(name)
+    write_page()
     return 3 if unfinished else 0
 
 

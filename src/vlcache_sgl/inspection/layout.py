@@ -15,9 +15,10 @@ Numbers = npt.NDArray[np.float64]
 
 MOST_PIXELS = 720
 """Longer side of a drawn picture."""
-_PAPER = 255
-_VEIL = 0.85
-"""How much of the paper's white covers what is evicted."""
+_VEIL_COLOUR = (173, 181, 189)
+"""Grey, not white: on a scanned page what is kept must stand out from what is veiled."""
+_VEIL = 0.8
+"""How much of the veil's colour covers what is evicted."""
 
 
 @dataclass(frozen=True)
@@ -169,5 +170,5 @@ def overlay(image: Image.Image, look: Look, kept: Mask) -> Image.Image:
     shown = kept[lines[:, None], columns[None, :]]
     pixels = np.asarray(image, dtype=np.float64)
     grey = pixels.mean(-1, keepdims=True).repeat(3, -1)
-    veiled = grey * (1 - _VEIL) + _PAPER * _VEIL
+    veiled = grey * (1 - _VEIL) + np.array(_VEIL_COLOUR) * _VEIL
     return Image.fromarray(np.where(shown[..., None], pixels, veiled).astype(np.uint8))

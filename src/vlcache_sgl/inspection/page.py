@@ -158,9 +158,9 @@ function draw() {
     c.drawImage(image, 0, 0);
     for (let r = 0; r < look.rows; r++) for (let k = 0; k < look.columns; k++) {
       const p = look.first + r * look.step + k;
-      const veil = all.checked ? .9 * (1 - share[p]) : (row[p] ? 0 : .85);
+      const veil = all.checked ? .9 * (1 - share[p]) : (row[p] ? 0 : .8);
       if (veil > 0) {
-        c.fillStyle = "rgba(255,255,255," + veil + ")";
+        c.fillStyle = "rgba(173,181,189," + veil + ")";
         c.fillRect(...box(look, r, k, image.width, image.height));
       }
     }
