@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick soak gpu-check clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick fidelity soak gpu-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench: setup ## Measure speed against stock SGLang; writes benchmarks/results/
 
 bench-quick: setup ## The same in a few minutes, to see that it runs; writes to out/
 	$(BIN)/python benchmarks/run.py speed --quick $(ARGS)
+
+fidelity: setup ## Count right answers under every policy and budget; goes on where it stopped; writes docs/fidelity.md
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 soak: setup ## Load one server with mixed requests for some minutes and check its books
 	$(BIN)/python benchmarks/run.py soak $(ARGS)

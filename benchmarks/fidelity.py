@@ -300,7 +300,7 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
     """The page's figures."""
     FIGURES.mkdir(exist_ok=True)
     if "requery" in results:
-        names = (*QUERY_AWARE, *(name for name in AGNOSTIC if name != "random"))
+        names = (*QUERY_AWARE, *AGNOSTIC[:3])
         panels = {f"budget {budget}": [FULL, *(f"{name}@{budget}" for name in names)] for budget in reversed(BUDGETS)}
         path = FIGURES / "fidelity-requery.png"
         plot_index(results["requery"]["records"], "requery", panels, lambda name: name.partition("@")[0], path)
@@ -310,18 +310,27 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         plot_budgets(rows, FIGURES / "fidelity-recipes.png")
 
 
-def write_page() -> None:
-    """Tables between the page's markers and the figures beside it, from the committed results."""
-    results = {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
-    text = PAGE.read_text()
+def committed() -> dict[str, dict[str, Any]]:
+    """The results that there are, by name."""
+    return {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
+
+
+def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """`page` with the blocks between its markers made anew."""
     for name, block in page_blocks(results).items():
         begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        before, found, rest = text.partition(begin)
+        before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
             raise ValueError(f"{PAGE.name} lacks the markers of {name}")
-        text = f"{before}{begin}{block}{end}{after}"
-    PAGE.write_text(text)
+        page = f"{before}{begin}{block}{end}{after}"
+    return page
+
+
+def write_page() -> None:
+    """Tables between the page's markers and the figures beside it, from the committed results."""
+    results = committed()
+    PAGE.write_text(rendered(PAGE.read_text(), results))
     draw_plots(results)
 
 
