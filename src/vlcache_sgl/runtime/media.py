@@ -76,8 +76,10 @@ def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:
         return
     items = [item for item in mm_inputs.mm_items if item is not None and not item.is_audio()]
     if not any(item.offsets for item in items):
-        pairs = zip(mm_inputs.image_offsets or (), mm_inputs.image_pad_len or (), strict=True)
-        for number, ((begin, length), item) in enumerate(zip(pairs, items, strict=False)):
+        begins = getattr(mm_inputs, "image_offsets", None) or ()
+        lengths = getattr(mm_inputs, "image_pad_len", None) or ()
+        # Not strict: what SGLang does not say of a picture must not end its scheduler.
+        for number, (begin, length, item) in enumerate(zip(begins, lengths, items, strict=False)):
             yield int(begin), int(begin) + int(length), item, number
         return
     for number, item in enumerate(items):
