@@ -26,8 +26,13 @@ INTERVAL_S = 2.0
 _BAR = 60
 """Width of the arena's bar, in characters."""
 _SPARKS = "▁▂▃▄▅▆▇█"
-PARTS = (("own", "yellow"), ("tree, in use", "green"), ("tree, evictable", "cyan"), ("free", "bright_black"))
-"""Of the arena, with their colours."""
+PARTS = (
+    ("own", "yellow", "█"),
+    ("tree, in use", "green", "▓"),
+    ("tree, evictable", "cyan", "▒"),
+    ("free", "white", "░"),
+)
+"""Of the arena, with their colours, and characters that tell them apart without."""
 _SUMMED = (
     *("cells_total", "cells_used", "cells_free", "cells_tree", "cells_evictable", "cells_seen", "cells_kept"),
     *("requests_compressed", "policy_failures", "prefix_hits", "prefix_hit_tokens"),
@@ -164,9 +169,9 @@ def view(url: str, now: Mapping[str, Any], before: Mapping[str, Any] | None) -> 
 def _arena(now: Mapping[str, Any]) -> Group:
     cells = arena(now)
     line, legend = Text("arena  "), Text("       ")
-    for (name, colour), chars, count in zip(PARTS, bar(cells), cells, strict=True):
-        line.append("█" * chars, style=colour)
-        legend.append("■ ", style=colour)
+    for (name, colour, block), chars, count in zip(PARTS, bar(cells), cells, strict=True):
+        line.append(block * chars, style=colour)
+        legend.append(f"{block} ", style=colour)
         legend.append(f"{name} {percent(count, now['cells_total'])}   ")
     used, size = now["cells_used"] * now["bytes_per_cell"], now["cells_total"] * now["bytes_per_cell"]
     line.append(f"  {decimal(used)} of {decimal(size)}")
