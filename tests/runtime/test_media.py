@@ -90,3 +90,9 @@ def test_llavas_tiles(size: tuple[int, int], rows: int, columns: int) -> None:
     assert sum(grid.tokens for grid in run.grids) == run.end - run.begin
     (other,) = vision_runs(llava(length + 1, size, "anyres"), Llava())
     assert other.grids == ()
+
+
+def test_an_unknown_model_costs_the_layout_only() -> None:
+    """No `vision_tower` where tiles are expected: the run is still there."""
+    (run,) = vision_runs(llava(100, (168, 168), "anyres"), SimpleNamespace(num_patches_per_side=SIDE))
+    assert (run.begin, run.end, run.grids) == (4, 104, ())

@@ -6,6 +6,7 @@ format keeps the offsets of all pictures in one list beside the items, with the 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from vlcache_sgl.api import Span
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,12 @@ def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
         lengths[number] = lengths.get(number, 0) + end - begin
     runs = []
     for begin, end, item, number in found:
-        grids = _patches(item, end - begin, lengths[number]) or _tiles(item, end - begin, model)
+        try:
+            grids = _patches(item, end - begin, lengths[number]) or _tiles(item, end - begin, model)
+        except Exception as error:
+            # Layouts are for pictures only; a model that is built in another way must not end its scheduler.
+            logger.warning("the layout of vision tokens is not known: %s: %s", type(error).__name__, error)
+            grids = ()
         runs.append(Run(begin, end, item.modality.name.lower(), number, grids))
     return tuple(sorted(runs, key=lambda run: run.begin))
 
