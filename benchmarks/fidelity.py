@@ -71,6 +71,7 @@ def experiments() -> dict[str, Experiment]:
         *(f"vlcache:threshold={value}" for value in THRESHOLDS),
         *(f"vlcache:scorer.rows={value},allocator.rows={value}" for value in ROWS),
     ]
+    few = ("vlcache", "snapkv", "h2o", "keydiff")
     requery = ("--task", "requery", "--samples", "20", "--budget", *BUDGETS)
     return {
         "requery": Experiment(
@@ -87,43 +88,18 @@ def experiments() -> dict[str, Experiment]:
         "ablation": Experiment(
             GROUNDED,
             (
-                ("--task", "single", "--samples", "40", "--policy", *ablation, "--budget", "0.1", "0.05"),
-                ("--task", "single", "--samples", "40", "--policy", *sensitivity, "--budget", "0.1", "0.05"),
+                ("--task", "single", "--samples", "20", "--policy", *ablation, "--budget", "0.1", "0.05"),
+                ("--task", "single", "--samples", "20", "--policy", *sensitivity, "--budget", "0.1", "0.05"),
             ),
         ),
         "long": Experiment(
             GROUNDED,
-            (
-                (
-                    "--task",
-                    "long",
-                    "--samples",
-                    "20",
-                    "--policy",
-                    "vlcache",
-                    "snapkv",
-                    "h2o",
-                    "keydiff",
-                    "--budget",
-                    *BUDGETS,
-                ),
-            ),
+            (("--task", "long", "--samples", "20", "--budget", *BUDGETS, "--policy", *few),),
         ),
         "adversarial": Experiment(
             UNGROUNDED,
             (
-                (
-                    "--task",
-                    "single",
-                    "--samples",
-                    "20",
-                    "--policy",
-                    "vlcache",
-                    "snapkv",
-                    "keydiff",
-                    "--budget",
-                    *BUDGETS,
-                ),
+                ("--task", "single", "--samples", "20", "--budget", *BUDGETS, "--policy", *few),
                 (*requery, "--policy", "vlcache", "keydiff"),
             ),
         ),
