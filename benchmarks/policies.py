@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from vlcache_sgl.cli.client import Client
 from vlcache_sgl.cli.server import ServerProcess, interruptible
+from vlcache_sgl.fidelity import stats
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
 from vlcache_sgl.tasks.receipts import make_picture
@@ -55,8 +55,7 @@ ENVIRONMENT = {
     # glibc would keep each request's pixels (10 MB) in fragments of its heap: gigabytes over this run, stock or not.
     "MALLOC_MMAP_THRESHOLD_": "4194304",
 }
-Z = 1.96
-"""Of a 95 % interval."""
+Z = stats.Z
 
 
 class Contender(NamedTuple):
@@ -113,10 +112,8 @@ def measure(server: ServerProcess, client: Client, contender: Contender, seed: i
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a share of which `right` of `count` were seen."""
-    share, room = right / count, Z * Z / count
-    spread = math.sqrt(room * (share * (1 - share) + room / 4))
-    low, high = ((share + room / 2 + sign * spread) / (1 + room) for sign in (-1, 1))
-    return round(max(0.0, low), 3), round(min(1.0, high), 3)
+    low, high = stats.wilson(right, count)
+    return round(low, 3), round(high, 3)
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], listed: Sequence[Contender]) -> list[dict[str, Any]]:

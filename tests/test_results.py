@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 
+from vlcache_sgl.fidelity.report import summarise
+from vlcache_sgl.fidelity.run import parse_condition
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -17,6 +20,35 @@ def policies(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import policies
 
     return policies
+
+
+@pytest.fixture
+def fidelity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import fidelity
+
+    return fidelity
+
+
+def test_the_page_of_fidelity_is_current(fidelity: ModuleType) -> None:
+    """After a new result: `python benchmarks/fidelity.py --page`."""
+    page = fidelity.PAGE.read_text()
+    assert page == fidelity.rendered(page, fidelity.committed())
+
+
+def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:
+    """Every condition has answered every sample, no policy failed, and the summary is that of the records."""
+    results = fidelity.committed()
+    assert "requery" in results
+    for name, result in results.items():
+        assert result["summary"] == json.loads(json.dumps(summarise(result["records"]))), name
+        for task in {row["task"] for row in result["summary"]}:
+            rows = [row for row in result["summary"] if row["task"] == task]
+            assert len({row["samples"] for row in rows}) == 1, (name, task)
+            assert not sum(row["failed"] for row in rows), (name, task)
+        for row in result["summary"]:
+            budget = float(parse_condition(row["condition"]).budget)
+            assert row["ratio"] == pytest.approx(budget, abs=2e-3) or row["ratio"] < budget, row
 
 
 def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:

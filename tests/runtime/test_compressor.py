@@ -286,3 +286,36 @@ def test_a_failure_on_one_rank_costs_both_the_compression(policy: str, broken: s
         assert bool(kept.all())
         assert bench.counters.policy_failures == 1
         assert "failed" in job.report
+
+
+@pytest.mark.parametrize("groups", [1, KV_HEADS])
+def test_modalities_are_counted_per_layer(groups: int) -> None:
+    """Against the residency table; cells, so per KV head where heads have their own."""
+    bench = Bench(groups)
+    policy = "vlcache:heads=split" if groups > 1 else "vlcache"
+    kept = sum(bench.kept(bench.prefill(bench.job(policy), [LENGTH]))[:, 4:80].sum(1) for _ in range(2))
+    counters = bench.counters
+    assert counters.vision_seen_by_layer == [2 * 76 * groups] * LAYERS
+    assert counters.vision_kept_by_layer == torch.as_tensor(kept).view(LAYERS, groups).sum(1).tolist()
+    assert list(counters.ratios) == pytest.approx([0.25, 0.25], abs=0.01)
+    assert bench.compressor.all_counted
+
+
+def test_a_prefix_hit_is_one_that_reaches_a_picture() -> None:
+    bench = Bench()
+    text = bench.prefill(bench.job("vlcache", min_tokens=1000), [4])
+    assert bench.counters.prefix_hits == 0
+    row = bench.prefill(bench.job("vlcache"), [60, 32], row=text)  # only the template: no hit
+    assert bench.counters.prefix_hits == 0
+    bench.prefill(bench.job("vlcache"), [6], row=row[:90])
+    assert (bench.counters.prefix_hits, bench.counters.prefix_hit_tokens) == (1, 90)
+
+
+def test_reported_positions_are_what_resides() -> None:
+    bench = Bench()
+    job = bench.job("vlcache")
+    row = bench.prefill(job, [50, 46])
+    bench.compressor.report_positions(job, row.int())
+    positions = job.report["kept_positions"]
+    assert positions == [layer.nonzero().flatten().tolist() for layer in bench.kept(row)]
+    assert [len(layer) for layer in positions] == job.report["kept_tokens_per_layer"]

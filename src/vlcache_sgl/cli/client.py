@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ class Choice:
     """Texts of the tokens; only when log probabilities were asked for."""
     logprobs: tuple[float, ...] = ()
     """Natural logarithm of each token's probability."""
+    report: Mapping[str, Any] | None = None
+    """What was done to the prompt, `meta_info.kv_compression`; only when `return_meta_info` was asked for."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Answer:
         return self.choices[0].text
 
     @property
+    def report(self) -> Mapping[str, Any]:
+        """What the server did to the prompt; empty when it did not say."""
+        return self.choices[0].report or {}
+
+    @property
     def new_tokens(self) -> int:
         """Prompt tokens that this request computed itself."""
         return self.prompt_tokens - self.cached_tokens
@@ -54,9 +61,10 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def user_says(text: str, *images: Image.Image) -> Message:
-    """A user's turn: the pictures, then the text."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+def user_says(text: str, *images: Image.Image | str) -> Message:
+    """A user's turn: the pictures (or their URLs), then the text."""
+    urls = [image if isinstance(image, str) else data_url(image) for image in images]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
@@ -75,7 +83,7 @@ class Client:
     def ask(
         self,
         turns: str | Message | Sequence[Message],
-        *images: Image.Image,
+        *images: Image.Image | str,
         max_tokens: int = 8,
         n: int = 1,
         stream: bool = False,
@@ -105,7 +113,8 @@ class Client:
         for choice in sorted(reply.choices, key=lambda choice: choice.index):
             scored = (choice.logprobs.content if choice.logprobs else None) or []
             tokens, logprobs = tuple(t.token for t in scored), tuple(t.logprob for t in scored)
-            choices.append(Choice(choice.message.content or "", choice.finish_reason, tokens, logprobs))
+            reports = ((choice.model_extra or {}).get("meta_info") or {}).get("kv_compression") or [None]
+            choices.append(Choice(choice.message.content or "", choice.finish_reason, tokens, logprobs, reports[0]))
         return _answer(choices, reply.usage)
 
     def _streamed(self, request: dict[str, Any]) -> Answer:

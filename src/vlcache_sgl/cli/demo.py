@@ -21,10 +21,16 @@ from rich.progress import track
 from rich.table import Table
 
 from vlcache_sgl.cli.client import Client
-from vlcache_sgl.cli.server import ServerError, ServerProcess, interruptible
+from vlcache_sgl.cli.server import (
+    BUNDLED_FLAGS,
+    BUNDLED_MODEL,
+    ServerError,
+    ServerProcess,
+    bundled_model,
+    interruptible,
+)
 from vlcache_sgl.tasks.receipts import make_picture
 
-MODEL = "models/tinyvlm/grounded"
 GRIDS = ((24, 24), (24, 28), (28, 28), (28, 32), (32, 32))
 """Rows and columns of the pictures, 576 to 1024 image tokens."""
 NUM_PICTURES = 20
@@ -34,10 +40,6 @@ NUM_FOLLOW_UPS = 3
 FIRST_SEED = 30000
 MATCHING_SHARE = 0.95
 """Least share of first questions that compression must not change."""
-SERVER_FLAGS = (
-    *("--dtype", "float32", "--max-total-tokens", "65536"),
-    *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
-)
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 150
 """Columns of the table where the output is no terminal."""
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    model = Path(arguments.model) if arguments.model else _bundled_model()
+    model = Path(arguments.model) if arguments.model else bundled_model()
     if not (model / "config.json").exists():
         console.print(f"vlcache demo: no model at {model}; name one with --model PATH", style="red")
         return 2
@@ -127,7 +129,7 @@ def run(model: Path, policy: str, budget: str, tasks: Sequence[Task], console: C
     """Serve the model at one budget, ask everything, print the table, stop the server."""
     flags = ["--kv-policy", policy, "--kv-budget", budget]
     console.print(f"\n[bold]$ sglang serve --model-path {model} {' '.join(flags)}[/bold]", highlight=False)
-    with ServerProcess(model, [*SERVER_FLAGS, *flags], title=f"budget {budget}", console=console) as server:
+    with ServerProcess(model, [*BUNDLED_FLAGS, *flags], title=f"budget {budget}", console=console) as server:
         client = Client(server.openai_url)
         rows = [
             ask(server, client, task)
@@ -239,15 +241,9 @@ def _own_task(path: str, question: str) -> Task:
         return Task(Path(path).name, image.convert("RGB"), question, expected=None)
 
 
-def _bundled_model() -> Path:
-    """The repository's model, seen from the working directory or from an editable install."""
-    here = Path(MODEL)
-    return here if here.exists() else Path(__file__).parents[3] / MODEL
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcache demo", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", metavar="PATH", help=f"a vision-language model; default: {MODEL}")
+    parser.add_argument("--model", metavar="PATH", help=f"a vision-language model; default: {BUNDLED_MODEL}")
     parser.add_argument("--policy", default="vlcache", help="value of --kv-policy; default: vlcache")
     parser.add_argument("--budget", default="0.1", help="value of --kv-budget of the compressed run; default: 0.1")
     parser.add_argument("--image", metavar="PATH", help="ask about this picture instead of the built-in ones")

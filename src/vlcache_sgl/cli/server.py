@@ -27,6 +27,12 @@ from rich.console import Console
 from rich.markup import escape
 
 LOOPBACK = "127.0.0.1"
+BUNDLED_MODEL = "models/tinyvlm/grounded"
+BUNDLED_FLAGS = (
+    *("--dtype", "float32", "--max-total-tokens", "65536"),
+    *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
+)
+"""For the bundled model on a CPU: exact arithmetic, a pool that fits a laptop, no busy core while idle."""
 _POLL_S = 0.25
 _TERM_GRACE_S = 10.0
 """After SIGTERM, before SIGKILL: SGLang's own shutdown takes one to five seconds."""
@@ -38,6 +44,12 @@ class ServerError(RuntimeError):
     """The server did not start, died, or could not be ended; the message holds the end of its log."""
 
 
+def bundled_model() -> Path:
+    """The repository's model, seen from the working directory or from an editable install."""
+    here = Path(BUNDLED_MODEL)
+    return here if here.exists() else Path(__file__).parents[3] / BUNDLED_MODEL
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
@@ -45,7 +57,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class ServerProcess:
+class RunningServer:
+    """A server that answers at `url`, whoever has started it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.openai_url = f"{self.url}/v1"
+
+    def server_info(self) -> dict[str, Any]:
+        """What `GET /server_info` answers."""
+        response = httpx.get(f"{self.url}/server_info", timeout=60.0)
+        response.raise_for_status()
+        info: dict[str, Any] = response.json()
+        return info
+
+    def kv_policy(self) -> dict[str, Any]:
+        """The object `kv_policy` of the first scheduler; empty for a server without a policy."""
+        state: dict[str, Any] = self.server_info()["internal_states"][0].get("kv_policy") or {}
+        return state
+
+    def flush_cache(self, timeout_s: float = 30.0) -> None:
+        """Empty the prefix cache, waiting until no request is running."""
+        response = httpx.post(f"{self.url}/flush_cache", params={"timeout": timeout_s}, timeout=timeout_s + 30.0)
+        response.raise_for_status()
+
+
+class ServerProcess(RunningServer):
     """`python -m sglang.launch_server` on a free loopback port, in a session and process group of its own.
 
     Used as a context manager it is ready inside the block and gone after it, whatever happened in between::
@@ -78,8 +115,7 @@ class ServerProcess:
         """
         self.title = title
         self.port = free_port()
-        self.url = f"http://{LOOPBACK}:{self.port}"
-        self.openai_url = f"{self.url}/v1"
+        super().__init__(f"http://{LOOPBACK}:{self.port}")
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", os.fspath(model)]
         self.command += ["--host", LOOPBACK, "--port", str(self.port), *flags]
         self._env = {**os.environ, **(env or {})}
@@ -176,23 +212,6 @@ class ServerProcess:
                     shutil.rmtree(self._work_dir, ignore_errors=True)
         if left:
             raise ServerError(f"{self.title}: could not end {', '.join(str(member) for member in left)}")
-
-    def server_info(self) -> dict[str, Any]:
-        """What `GET /server_info` answers."""
-        response = httpx.get(f"{self.url}/server_info", timeout=60.0)
-        response.raise_for_status()
-        info: dict[str, Any] = response.json()
-        return info
-
-    def kv_policy(self) -> dict[str, Any]:
-        """The object `kv_policy` of the first scheduler; empty for a server without a policy."""
-        state: dict[str, Any] = self.server_info()["internal_states"][0].get("kv_policy") or {}
-        return state
-
-    def flush_cache(self, timeout_s: float = 30.0) -> None:
-        """Empty the prefix cache, waiting until no request is running."""
-        response = httpx.post(f"{self.url}/flush_cache", params={"timeout": timeout_s}, timeout=timeout_s + 30.0)
-        response.raise_for_status()
 
     def memory_bytes(self) -> int:
         """Resident memory of all processes of the server."""

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from vlcache_sgl.runtime.attention.provider import ExtendRequest, Memory
 from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob
+from vlcache_sgl.runtime.residency import EVICTED
 from vlcache_sgl.runtime.scoring import Scoring
 from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
@@ -44,11 +46,14 @@ class Compressor:
         self._heads = heads
         self.counters = counters
         self.allocator: VirtualSlotAllocator | None = None
+        self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
 
     # -- during the prefill -----------------------------------------------------------------------------------------
 
     def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
         """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
+        if job.reached is None and job.vision and begin > job.vision[0].begin:
+            self.counters.prefix_hit(begin)
         if job.reached is not None and begin != job.reached:
             job.restart()
         job.reached = end
@@ -196,12 +201,16 @@ class Compressor:
         keep = self._heads.own_groups(plan.keep, arena.groups)
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         eviction = arena.residency.evict(slots, keep)
-        self.allocator.retire(eviction, passed_event(slots.device))
+        vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
+        done = passed_event(slots.device)
+        self.allocator.retire(eviction, done)
         # From the plan, not from the device: the host need not wait to know them.
         per_layer = [int(tokens) for tokens in plan.counts.tolist()]
         kept = [tokens * arena.groups for tokens in per_layer]
         seen = slots.numel() * arena.groups
-        self.counters.compressed(kept, seen)
+        self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
+        self._uncounted.append((done, vision_kept))
+        self.settle_counts()
         job.report.update(
             policy=job.choice.policy.spec,
             budget=str(job.choice.budget),
@@ -210,6 +219,37 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(kept) / (seen * len(kept)), 4),
         )
+
+    @property
+    def all_counted(self) -> bool:
+        """Whether `vision_kept_by_layer` counts all prompts that `kept_by_layer` counts."""
+        return not self._uncounted
+
+    def settle_counts(self, *, wait: bool = False) -> None:
+        """Count what the device has counted meanwhile (`wait`: wait for all of it)."""
+        while self._uncounted:
+            done, vision_kept = self._uncounted[0]
+            if done is not None and not done.query():
+                if not wait:
+                    return
+                done.synchronize()
+            self._uncounted.pop(0)
+            self.counters.vision_kept(vision_kept.tolist())
+
+    def report_positions(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """Add to the job's report what each layer has of the prompt now, the shared prefix included.
+
+        Waits for the device: only for requests that ask for it.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        cells = arena.residency.table[:, row[: job.length].to(torch.int64)]
+        resident = (cells != EVICTED).view(-1, arena.groups, job.length).any(1)
+        job.report["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
+        job.report["vision"] = [run.as_dict() for run in job.runs]
 
 
 def _divide(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
+
+MOST_RATIOS = 4096
+"""Ratios that wait for the metrics; beyond that the oldest are dropped."""
 
 
 @dataclass
@@ -19,6 +22,15 @@ class Counters:
     cells_kept: int = 0
     seen_by_layer: list[int] = field(default_factory=list)
     kept_by_layer: list[int] = field(default_factory=list)
+    vision_seen_by_layer: list[int] = field(default_factory=list)
+    """What of `seen_by_layer` came from images and videos; the rest is text."""
+    vision_kept_by_layer: list[int] = field(default_factory=list)
+    prefix_hits: int = 0
+    """Prompts that found vision tokens in a compressed prefix."""
+    prefix_hit_tokens: int = 0
+    """Tokens of these prompts that came from the prefix."""
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RATIOS))
+    """Kept share of each compressed prompt, in [0, 1], since the metrics last took them."""
     prefill_ms: float = 0.0
     """Wall time of forwards that contained a compressed prompt."""
     scoring_ms: float = 0.0
@@ -28,16 +40,28 @@ class Counters:
         """One request is left alone."""
         self.requests_skipped[reason] += 1
 
-    def compressed(self, kept: list[int], seen: int) -> None:
-        """One prompt is compressed: `kept` cells per layer of `seen` each."""
+    def compressed(self, kept: list[int], seen: int, vision_seen: int) -> None:
+        """One prompt is compressed: `kept` cells per layer of `seen` each, of which `vision_seen` are vision."""
         if not self.seen_by_layer:
-            self.seen_by_layer = [0] * len(kept)
-            self.kept_by_layer = [0] * len(kept)
+            self.seen_by_layer, self.kept_by_layer = [0] * len(kept), [0] * len(kept)
+            self.vision_seen_by_layer, self.vision_kept_by_layer = [0] * len(kept), [0] * len(kept)
         self.requests_compressed += 1
         self.cells_seen += seen * len(kept)
         self.cells_kept += sum(kept)
         self.seen_by_layer = [total + seen for total in self.seen_by_layer]
         self.kept_by_layer = [total + layer for total, layer in zip(self.kept_by_layer, kept, strict=True)]
+        self.vision_seen_by_layer = [total + vision_seen for total in self.vision_seen_by_layer]
+        self.ratios.append(sum(kept) / max(1, seen * len(kept)))
+
+    def vision_kept(self, kept: list[int]) -> None:
+        """What a compressed prompt keeps of its vision cells, per layer; on a GPU known later than the rest."""
+        before = self.vision_kept_by_layer
+        self.vision_kept_by_layer = [total + layer for total, layer in zip(before, kept, strict=True)]
+
+    def prefix_hit(self, tokens: int) -> None:
+        """A prompt begins with `tokens` of a compressed prefix, some of them vision."""
+        self.prefix_hits += 1
+        self.prefix_hit_tokens += tokens
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -49,6 +73,10 @@ class Counters:
             "cells_kept": self.cells_kept,
             "seen_by_layer": self.seen_by_layer,
             "kept_by_layer": self.kept_by_layer,
+            "vision_seen_by_layer": self.vision_seen_by_layer,
+            "vision_kept_by_layer": self.vision_kept_by_layer,
+            "prefix_hits": self.prefix_hits,
+            "prefix_hit_tokens": self.prefix_hit_tokens,
             "prefill_ms": round(self.prefill_ms, 3),
             "scoring_ms": round(self.scoring_ms, 3),
             "selection_ms": round(self.selection_ms, 3),

@@ -138,6 +138,18 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "showing the state in /server_info",
         ),
         PatchPoint(
+            "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector.log_stats",
+            "after",
+            session.publish_metrics,
+            "our figures in /metrics",
+        ),
+        PatchPoint(
+            f"{_COMPONENTS}.metrics_reporter:SchedulerMetricsReporter._maybe_log_idle_metrics",
+            "after",
+            session.publish_when_idle,
+            "up-to-date figures in /metrics when nothing runs",
+        ),
+        PatchPoint(
             f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.is_request_level_customized_info_key",
             "after",
             is_request_level,

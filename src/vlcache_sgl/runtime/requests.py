@@ -12,10 +12,13 @@ from vlcache_sgl.policy import PolicyError, resolve
 
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
+    from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.scoring import Scoring
 
 REQUEST_KEYS = ("kv_policy", "kv_budget")
-"""What a request may set in `custom_params`."""
+"""What of `custom_params` chooses how a request is compressed."""
+REPORTS = ("summary", "positions")
+"""What `custom_params["kv_report"]` may ask for; the first is the default."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -118,6 +121,18 @@ class Choices:
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
 
 
+def wants_positions(custom_params: object) -> bool:
+    """Whether a request asks which positions each layer keeps.
+
+    Raises:
+        ConfigError: for an unknown `kv_report`; the message is for the client.
+    """
+    asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
+    if asked not in REPORTS:
+        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {asked!r}")
+    return bool(asked == "positions")
+
+
 @dataclass
 class CompressionJob:
     """One request's way to a compressed prompt; lives on SGLang's request object."""
@@ -128,6 +143,10 @@ class CompressionJob:
     length: int
     """Tokens of the prompt, generated ones not counted."""
     min_tokens: int
+    runs: tuple[Run, ...] = ()
+    """What the report says of the vision tokens; only with `positions`."""
+    positions: bool = False
+    """Whether the report lists kept positions."""
     scoring: Scoring | None = None
     done: bool = False
     """Whether the decision has fallen, either way."""
@@ -155,16 +174,3 @@ def job_of(req: Any) -> CompressionJob | None:
     """The job of SGLang's request `req`; None when it is served uncompressed."""
     job: CompressionJob | None = getattr(req, JOB_ATTRIBUTE, None)
     return job
-
-
-def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
-    """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
-    if mm_inputs is None:
-        return ()
-    spans = [
-        Span(int(begin), int(end) + 1)  # SGLang's ends are inclusive
-        for item in mm_inputs.mm_items
-        if item is not None and not item.is_audio()
-        for begin, end in (item.offsets or ())
-    ]
-    return tuple(sorted(spans))

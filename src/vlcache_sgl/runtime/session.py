@@ -16,8 +16,16 @@ from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.media import vision_runs, vision_spans
+from vlcache_sgl.runtime.metrics import Metrics
 from vlcache_sgl.runtime.patching import PatchError, Patches
-from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of, vision_spans
+from vlcache_sgl.runtime.requests import (
+    JOB_ATTRIBUTE,
+    Choices,
+    CompressionJob,
+    job_of,
+    wants_positions,
+)
 from vlcache_sgl.runtime.rotary import model_rotary
 
 REPORT_KEY = "kv_compression"
@@ -39,8 +47,12 @@ class Session:
         self.counters = Counters()
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
+        self.metrics: Metrics | None = None
+        self._metrics_stale = True
+        self._published_free = -1
         self._tree: Any = None
         self._backend: Any = None
+        self._model: Any = None
         self._patches = Patches(runtime_points(self))
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -79,6 +91,9 @@ class Session:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
         scheduler.tree_cache.row_listener = self._backend.invalidate
         self._tree = scheduler.tree_cache
+        reporter = scheduler.metrics_reporter
+        if reporter.current_scheduler_metrics_enabled:
+            self.metrics = Metrics(reporter.metrics_collector.labels)
 
     # -- pools ------------------------------------------------------------------------------------------------------
 
@@ -169,6 +184,7 @@ class Session:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp(model_runner)
 
+        self._model = model_runner.model
         model = model_runner.model_config
         prompt = Prompt(
             length=0,
@@ -228,9 +244,11 @@ class Session:
         try:
             params = getattr(req.sampling_params, "custom_params", None)
             choice = self.choices.select(params, len(req.origin_input_ids))
+            positions = wants_positions(params)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
+        self._metrics_stale = True
         vision = vision_spans(req.multimodal_inputs)
         reason = None
         if choice.budget.keeps_all:
@@ -243,7 +261,10 @@ class Session:
             self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        job = CompressionJob(choice, vision, len(req.origin_input_ids), self.config.min_tokens)
+        runs = vision_runs(req.multimodal_inputs, self._model) if positions else ()
+        job = CompressionJob(
+            choice, vision, len(req.origin_input_ids), self.config.min_tokens, runs=runs, positions=positions
+        )
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         # A namespace of its own: compressed and full variants of one prefix never mix.
@@ -268,7 +289,7 @@ class Session:
                 if job.scoring is not None:
                     job.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            jobs.append(job if job is not None and not job.done else None)
+            jobs.append(job if job is not None and (job.positions or not job.done) else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
 
@@ -276,7 +297,9 @@ class Session:
         """Around the model's forward: at its end, compress the prompts that are complete."""
         if self._backend is None:
             return original(runner, forward_batch, *args, **kw)
+        self._metrics_stale = True
         jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
+        scored = jobs is not None and any(job is not None and job.scoring is not None for job in jobs)
         started = time.perf_counter()
         # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
         rows: list[int] | None = getattr(forward_batch, ROWS_ATTRIBUTE, None)
@@ -288,11 +311,18 @@ class Session:
         if jobs is None or self.compressor is None:
             return result
         table = runner.req_to_token_pool.req_to_token
-        for number, job in enumerate(jobs):
-            if job is not None and job.scoring is not None and (job.reached or 0) >= job.length:
-                row = forward_batch.req_pool_indices[number] if rows is None else rows[number]
-                self.compressor.finish(job, table[row])
-        self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
+        complete = [
+            (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
+            for number, job in enumerate(jobs)
+            if job is not None and (job.reached or 0) >= job.length
+        ]
+        for job, row in complete:
+            self.compressor.finish(job, row)
+        if scored:
+            self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
+        for job, row in complete:
+            if job.positions:
+                self.compressor.report_positions(job, row)
         return result
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
@@ -306,6 +336,8 @@ class Session:
         assert self._tree is not None
         allocator = self._tree.token_to_kv_pool_allocator
         allocator.settle()
+        if self.compressor is not None:
+            self.compressor.settle_counts(wait=True)
         residency, arena = allocator.residency, allocator.arena
         slots_used = residency.num_slots - allocator.available_size()
         return {
@@ -334,6 +366,38 @@ class Session:
             "integrity": allocator.verify_byte_accounting(),
             **self.counters.as_dict(),
         }
+
+    def publish_metrics(self, *_: Any, **__: Any) -> None:
+        """After SGLang has published its own figures."""
+        if self.metrics is None or self.compressor is None:
+            return
+        allocator = self._tree.token_to_kv_pool_allocator
+        allocator.settle()
+        self.compressor.settle_counts()
+        residency = allocator.residency
+        self.metrics.publish(
+            self.counters,
+            {
+                "cells_total": residency.num_cells,
+                "cells_used": residency.used_cells,
+                "cells_free": residency.free_cells,
+                "cells_tree": allocator.tree_cells,
+                "cells_evictable": allocator.evictable_cells,
+                "cell_bytes": allocator.arena.cell_bytes,
+                "cells_per_token": residency.num_planes,
+            },
+            counted=self.compressor.all_counted,
+        )
+        self._metrics_stale = False
+
+    def publish_when_idle(self, *_: Any, **__: Any) -> None:
+        """After SGLang's idle housekeeping, which spins: once per change."""
+        if self.metrics is None:
+            return
+        free = self._tree.token_to_kv_pool_allocator.residency.free_cells
+        if self._metrics_stale or free != self._published_free:
+            self._published_free = free
+            self.publish_metrics()
 
     def add_state(self, output: Any, *_: Any, **__: Any) -> None:
         """After SGLang has collected its internal state."""

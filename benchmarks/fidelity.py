@@ -1,0 +1,341 @@
+"""What compression costs in right answers, on the bundled models: the experiments of docs/fidelity.md.
+
+Each experiment is one or more calls of `vlcache eval` with the same output folder, so an interrupted run goes on where
+it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are
+made from these files alone:
+
+    python benchmarks/fidelity.py                      # everything that is missing, then the page
+    python benchmarks/fidelity.py requery --time-limit 8
+    python benchmarks/fidelity.py --page               # only the page
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from host import ROOT, host_block
+from rich.console import Console
+
+from vlcache_sgl.cli import eval as evaluation
+from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.fidelity.report import by_index, markdown_table, percent, plot_budgets, plot_index
+from vlcache_sgl.fidelity.run import FULL
+from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.policy import registry
+from vlcache_sgl.policy.describe import describe
+
+PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
+OUT = ROOT / "out/fidelity"
+RESULTS = ROOT / "benchmarks/results"
+GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
+QUERY_AWARE = ("vlcache", "snapkv")
+AGNOSTIC = ("keydiff", "expected_attention", "infinipot_v", "compactor", "knorm", "random")
+BUDGETS = ("0.4", "0.2", "0.1")
+SCORERS = {"accumulated": "h2o", "window": "snapkv", "post-vision": "vlcache", "random": "random"}
+ALLOCATORS = {"uniform": "uniform", "pyramid": "pyramid", "density": "vlcache", "equal mass": "prefixkv"}
+THRESHOLDS = ("0.001", "0.1")
+ROWS = ("1", "4", "16")
+ALONE = "recent=0.1,floor=0.5"
+"""Selection of every cell of the ablation: that of the recipe `vlcache`."""
+
+
+class Experiment(NamedTuple):
+    """Calls of `vlcache eval` that fill one folder."""
+
+    model: str
+    calls: tuple[tuple[str, ...], ...]
+
+
+def composed(scorer: str, allocator: str) -> str:
+    """A cell of the ablation, as a value of `kv_policy`."""
+    return f"scorer={SCORERS[scorer]},allocator={ALLOCATORS[allocator]},{ALONE}"
+
+
+def recipes() -> list[str]:
+    """All built-in recipes."""
+    own = (item for item in describe(registry()) if item.kind == "policy" and item.provider.split()[0] == "vlcache-sgl")
+    return [item.name for item in own]
+
+
+def experiments() -> dict[str, Experiment]:
+    """By name, in the order of the page."""
+    ablation = [composed(scorer, allocator) for scorer in SCORERS for allocator in ALLOCATORS]
+    sensitivity = [
+        *(f"vlcache:threshold={value}" for value in THRESHOLDS),
+        *(f"vlcache:scorer.rows={value},allocator.rows={value}" for value in ROWS),
+    ]
+    few = ("vlcache", "snapkv", "h2o", "keydiff")
+    requery = ("--task", "requery", "--samples", "20", "--budget", *BUDGETS)
+    return {
+        "requery": Experiment(
+            GROUNDED,
+            (
+                (*requery, "--policy", *QUERY_AWARE, *AGNOSTIC),
+                (*requery, "--policy", *QUERY_AWARE, "keydiff", "--sharing", "private"),
+            ),
+        ),
+        "recipes": Experiment(
+            GROUNDED,
+            (("--task", "single", "--samples", "30", "--policy", *recipes(), "--budget", "0.4", "0.2", "0.1", "0.05"),),
+        ),
+        "ablation": Experiment(
+            GROUNDED,
+            (
+                ("--task", "single", "--samples", "20", "--policy", *ablation, "--budget", "0.1", "0.05"),
+                ("--task", "single", "--samples", "20", "--policy", *sensitivity, "--budget", "0.1", "0.05"),
+            ),
+        ),
+        "long": Experiment(
+            GROUNDED,
+            (("--task", "long", "--samples", "20", "--budget", *BUDGETS, "--policy", *few),),
+        ),
+        "adversarial": Experiment(
+            UNGROUNDED,
+            (
+                ("--task", "single", "--samples", "20", "--budget", *BUDGETS, "--policy", *few),
+                (*requery, "--policy", "vlcache", "keydiff"),
+            ),
+        ),
+    }
+
+
+def result_path(name: str) -> Path:
+    """Where a finished experiment is committed."""
+    return RESULTS / f"fidelity-{name}.json"
+
+
+def run(name: str, experiment: Experiment, time_limit: float | None, console: Console) -> bool:
+    """Ask what is missing; whether everything has been asked."""
+    folder = OUT / name
+    started, deadline = host_block(), None if time_limit is None else time.monotonic() + 60 * time_limit
+    flags = [*BUNDLED_FLAGS, *evaluation.FLAGS]
+    console.rule(name)
+    with ServerProcess(experiment.model, flags, title=name, console=console) as server:
+        for call in experiment.calls:
+            argv = [*call, "--base-url", server.url, "--output", str(folder)]
+            if deadline is not None:
+                argv += ["--time-limit", str(max(0.01, (deadline - time.monotonic()) / 60))]
+            code = evaluation.main(argv)
+            if code:
+                console.print(f"{name}: not finished, exit code {code}", style="red" if code != 3 else "")
+                return False
+    result = json.loads((folder / evaluation.RESULT).read_text())
+    command = f"python benchmarks/fidelity.py {name}"
+    calls = [" ".join(("vlcache eval", *call)) for call in experiment.calls]
+    head = {"task": "fidelity", "command": command, "calls": calls, "server_flags": flags, "host": started}
+    result_path(name).write_text(evaluation.dump({**head, **result}))
+    console.print(f"written: {result_path(name).relative_to(ROOT)}")
+    return True
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The generated parts of the page, by the names of their markers; those whose experiment is missing say so."""
+    makers = {
+        "requery": ("requery", requery_table),
+        "requery-index": ("requery", index_table),
+        "recipes": ("recipes", recipes_table),
+        "ablation": ("ablation", ablation_table),
+        "sensitivity": ("ablation", sensitivity_table),
+        "long": ("long", long_table),
+        "adversarial": ("adversarial", adversarial_table),
+    }
+    return {
+        name: make(results[source]) + "\n\n" + origin(results[source]) if source in results else "Not measured yet."
+        for name, (source, make) in makers.items()
+    }
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """Where the numbers come from."""
+    host = result["host"]
+    return (
+        f"`{result['command']}`, model `{result['model']}`, {host['date'][:10]}, SGLang {host['packages']['sglang']}, "
+        f"{host['cores']} CPU cores, float32. Policies that failed: {sum(row['failed'] for row in result['summary'])}."
+    )
+
+
+def rows_of(result: Mapping[str, Any], task: str) -> dict[str, Mapping[str, Any]]:
+    """The summary of a task, by condition."""
+    return {row["condition"]: row for row in result["summary"] if row["task"] == task}
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    """A score with its interval."""
+    if row is None:
+        return ""
+    return "{:.2f} ({:.2f} to {:.2f})".format(row["score"], *row["interval"])
+
+
+def without_first(records: Sequence[Mapping[str, Any]], condition: str) -> Mapping[str, Any] | None:
+    """The questions after the first one about each picture."""
+    mine = {r["sample"]: [q["score"] for q in r["questions"][1:]] for r in records if r["condition"] == condition}
+    if not mine:
+        return None
+    low, high = interval(mine)
+    return {"score": mean(mine), "interval": [low, high]}
+
+
+def requery_table(result: Mapping[str, Any]) -> str:
+    """First question, later questions on the shared prefix, later questions compressed for themselves."""
+    records = result["records"]
+
+    def first(condition: str) -> Mapping[str, Any]:
+        return by_index(records, condition, "requery")[0]
+
+    lines = [["full cache", "", "1", cell(first(FULL)), cell(without_first(records, FULL)), ""]]
+    for kind, policies in (("yes", QUERY_AWARE), ("no", AGNOSTIC)):
+        for policy in policies:
+            for budget in BUDGETS:
+                name = f"{policy}@{budget}"
+                private = cell(without_first(records, f"{name} private"))
+                shared = cell(without_first(records, name))
+                lines.append([f"`{policy}`", kind, budget, cell(first(name)), shared, private])
+    head = ("policy", "query-aware", "budget", "question 1", "questions 2 to 8, shared", "questions 2 to 8, private")
+    return markdown_table(head, lines, left=2)
+
+
+def index_table(result: Mapping[str, Any]) -> str:
+    """Score by question number for a few policies."""
+    lines = []
+    chosen = [FULL, *(f"{policy}@{budget}" for policy in ("vlcache", "snapkv", "keydiff") for budget in BUDGETS)]
+    for condition in chosen:
+        scores = [f"{row['score']:.2f}" for row in by_index(result["records"], condition, "requery")]
+        lines.append([f"`{condition}`", *scores])
+    return markdown_table(("shared prefix", *map(str, range(1, 9))), lines)
+
+
+def recipes_table(result: Mapping[str, Any]) -> str:
+    """Recipes by budget, best at 0.1 first."""
+    rows = rows_of(result, "single")
+    names = sorted({name.rpartition("@")[0] for name in rows if name != FULL}, key=lambda n: -rows[f"{n}@0.1"]["score"])
+    budgets = ("0.4", "0.2", "0.1", "0.05")
+    lines = [["full cache", *[cell(rows[FULL])] * len(budgets)]]
+    lines += [[f"`{name}`", *(cell(rows.get(f"{name}@{budget}")) for budget in budgets)] for name in names]
+    return markdown_table(("policy", *budgets), lines)
+
+
+def ablation_table(result: Mapping[str, Any]) -> str:
+    """Scores down, budgets across, at both budgets."""
+    rows = rows_of(result, "single")
+    parts = []
+    for budget in ("0.1", "0.05"):
+        lines = [
+            [scorer, *(cell(rows.get(f"{composed(scorer, allocator)}@{budget}")) for allocator in ALLOCATORS)]
+            for scorer in SCORERS
+        ]
+        parts.append(markdown_table((f"budget {budget}: scores", *ALLOCATORS), lines))
+    return "\n\n".join([f"Full cache: {cell(rows[FULL])}.", *parts])
+
+
+def sensitivity_table(result: Mapping[str, Any]) -> str:
+    """`vlcache` with other thresholds and numbers of rows."""
+    rows = rows_of(result, "single")
+    cases = {
+        **{f"threshold {value}": f"vlcache:threshold={value}" for value in THRESHOLDS},
+        **{f"last {value} post-vision rows": f"vlcache:scorer.rows={value},allocator.rows={value}" for value in ROWS},
+    }
+    lines = [
+        [case, *(cell(rows.get(f"{policy}@{budget}")) for budget in ("0.1", "0.05"))] for case, policy in cases.items()
+    ]
+    default = composed("post-vision", "density")
+    standard = [cell(rows.get(f"{default}@{budget}")) for budget in ("0.1", "0.05")]
+    lines.insert(0, ["as published: threshold 0.01, all rows", *standard])
+    return markdown_table(("`vlcache`", "0.1", "0.05"), lines)
+
+
+def long_table(result: Mapping[str, Any]) -> str:
+    """How far outputs follow those of the full cache."""
+    lines = [
+        [f"`{name}`", cell(row), percent(row["agreement"]), f"{row['divergence']:.3f}"]
+        for name, row in rows_of(result, "long").items()
+    ]
+    return markdown_table(("condition", "answer right", "follows the full cache", "divergence (nats)"), lines)
+
+
+def adversarial_table(result: Mapping[str, Any]) -> str:
+    """First questions, then later ones on a shared prefix."""
+    single = rows_of(result, "single")
+    lines = []
+    for name, row in single.items():
+        later = without_first([r for r in result["records"] if r["task"] == "requery"], name)
+        lines.append([f"`{name}`", cell(row), cell(later)])
+    return markdown_table(("condition", "one question", "questions 2 to 8, shared"), lines)
+
+
+def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The page's figures."""
+    FIGURES.mkdir(exist_ok=True)
+    if "requery" in results:
+        names = (*QUERY_AWARE, *AGNOSTIC[:3])
+        panels = {f"budget {budget}": [FULL, *(f"{name}@{budget}" for name in names)] for budget in reversed(BUDGETS)}
+        path = FIGURES / "fidelity-requery.png"
+        plot_index(results["requery"]["records"], "requery", panels, lambda name: name.partition("@")[0], path)
+    if "recipes" in results:
+        shown = ("vlcache", "snapkv", "pyramidkv", "h2o", "keydiff", "streaming", "random", "zipvl")
+        rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
+        plot_budgets(rows, FIGURES / "fidelity-recipes.png")
+
+
+def committed() -> dict[str, dict[str, Any]]:
+    """The results that there are, by name."""
+    return {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
+
+
+def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """`page` with the blocks between its markers made anew."""
+    for name, block in page_blocks(results).items():
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{PAGE.name} lacks the markers of {name}")
+        page = f"{before}{begin}{block}{end}{after}"
+    return page
+
+
+def write_page() -> None:
+    """Tables between the page's markers and the figures beside it, from the committed results."""
+    results = committed()
+    PAGE.write_text(rendered(PAGE.read_text(), results))
+    draw_plots(results)
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """Run what is missing, then write the page; 3 when something is not finished."""
+    os.chdir(ROOT)  # the model's path is part of the results
+    chosen = arguments.names or list(experiments())
+    unfinished = []
+    if not arguments.page:
+        with interruptible():
+            for name in chosen:
+                if result_path(name).exists() and not arguments.names:
+                    continue
+                if not run(name, experiments()[name], arguments.time_limit, console):
+                    unfinished.append(name)
+    write_page()
+    return 3 if unfinished else 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options."""
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of: {', '.join(experiments())}; default: what is missing"
+    )
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="of each experiment; run again to go on")
+    parser.add_argument("--page", action="store_true", help="ask nothing, write tables and plots again")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    raise SystemExit(main(parser.parse_args(), Console() if sys.stdout.isatty() else Console(width=140)))

@@ -1,0 +1,115 @@
+"""`vlcache inspect`: which patches of a picture each layer keeps, and what the answer is without the others.
+
+Asks one question at the full cache and compressed, and writes a PNG and an HTML page that needs nothing else: the
+picture with kept patches per layer, layers against positions, layer budgets, both answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+
+from vlcache_sgl.cli.client import Client
+from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
+from vlcache_sgl.cli.target import add_target_arguments, target
+from vlcache_sgl.inspection.layout import Inspection, read_report
+from vlcache_sgl.inspection.page import write_page
+from vlcache_sgl.inspection.sheet import draw_sheet
+from vlcache_sgl.tasks.receipts import make_picture
+
+MAX_TOKENS = 64
+_SEED, _SIDE = 30_000, 24
+"""The picture that is shown when none is given: the first one of the demo."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        images, question = pictures_of(arguments)
+        flags = ("--kv-policy", arguments.policy or "vlcache", "--kv-budget", arguments.budget or "0.1")
+        with interruptible(), target(arguments, flags, console) as server:
+            seen = inspect(server, images, question, arguments)
+    except (OSError, UnidentifiedImageError, ServerError, ValueError, openai.OpenAIError) as error:
+        console.print(f"vlcache inspect: {error}", style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    sheet, page = arguments.output.with_suffix(".png"), arguments.output.with_suffix(".html")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(seen, sheet)
+    write_page(seen, page)
+    console.print(f"full cache: {seen.full_answer}", markup=False)
+    console.print(f"{seen.policy}, budget {seen.budget}: {seen.answer}", markup=False)
+    console.print(f"written: {sheet} and {page}", markup=False)
+    return 0
+
+
+def inspect(
+    server: RunningServer, images: Sequence[Image.Image], question: str, arguments: argparse.Namespace
+) -> Inspection:
+    """Ask with the full cache and compressed.
+
+    Raises:
+        ValueError: when the prompt is not compressed, or the model's layout is not known.
+        openai.OpenAIError: when the server refuses the policy or the budget.
+    """
+    client = Client(server.openai_url)
+    state = server.kv_policy()
+    policy, budget = arguments.policy or state["policy"], arguments.budget or state["budget"]
+    options: dict[str, Any] = {"max_tokens": arguments.max_tokens, "return_meta_info": True}
+    full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
+    params = {"kv_report": "positions"}
+    if arguments.policy:
+        params["kv_policy"] = arguments.policy
+    if arguments.budget:
+        params["kv_budget"] = arguments.budget
+    # A prefix of its own: the picture is compressed for this question, whoever has asked about it before.
+    answer = client.ask(question, *images, custom_params=params, cache_salt=uuid.uuid4().hex, **options)
+    return read_report(
+        answer.report,
+        images,
+        question,
+        (full.text.strip(), answer.text.strip()),
+        policy,
+        budget,
+        Path(str(server.server_info()["model_path"])).name,
+    )
+
+
+def pictures_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
+    """The pictures and the question; the demo's first when no picture is given."""
+    if not arguments.image:
+        drawn = make_picture(_SEED, _SIDE, _SIDE)
+        return [drawn.image], arguments.question or drawn.questions[0].text
+    return [
+        Image.open(path).convert("RGB") for path in arguments.image
+    ], arguments.question or "What is in this picture?"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlcache inspect", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser.add_argument(
+        "--image", nargs="+", metavar="PATH", help="pictures; default: one that the bundled model knows"
+    )
+    parser.add_argument("--question", metavar="TEXT", help="what to ask about them")
+    parser.add_argument("--policy", help="value of kv_policy; default: the server's, or vlcache")
+    parser.add_argument("--budget", help="value of kv_budget; default: the server's, or 0.1")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"of each answer; default: {MAX_TOKENS}")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/inspect"), help="path without suffix; default: out/inspect"
+    )
+    add_target_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What the cache keeps of one picture, as a picture."""

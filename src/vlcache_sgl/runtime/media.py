@@ -1,0 +1,137 @@
+"""Where the pictures of a prompt are, and how their tokens lie on them.
+
+SGLang says it in two ways.  Most models give every item its `offsets`.  The LLaVA family in the original checkpoint
+format keeps the offsets of all pictures in one list beside the items, with the length of each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vlcache_sgl.api import Span
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of one look at a picture: row-major, top to bottom."""
+
+    rows: int
+    columns: int
+    newlines: bool = False
+    """Whether each row ends with a token that is no place of the picture (LLaVA's tiles)."""
+    fit: str = "stretch"
+    """``stretch``: the grid covers the whole picture; ``pad``: it covers the square around the centred picture."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (self.columns + self.newlines)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive vision tokens of a prompt."""
+
+    begin: int
+    end: int
+    """Exclusive."""
+    modality: str
+    """``image`` or ``video``."""
+    item: int
+    """Which picture or video of the prompt, from 0; a video may have one run per frame."""
+    grids: tuple[Grid, ...] = ()
+    """In the order of the tokens: one per frame, or LLaVA's overview and its tiles; empty where it is not known."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "grids": [asdict(grid) for grid in self.grids]}
+
+
+def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
+    """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
+    return tuple(sorted(Span(begin, end) for begin, end, _, _ in _found(mm_inputs)))
+
+
+def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
+    """The same with all that is known of each, for reports; `model` is SGLang's, LLaVA's geometry is its attributes."""
+    found = list(_found(mm_inputs))
+    lengths: dict[int, int] = {}
+    for begin, end, _, number in found:
+        lengths[number] = lengths.get(number, 0) + end - begin
+    runs = []
+    for begin, end, item, number in found:
+        try:
+            grids = _patches(item, end - begin, lengths[number]) or _tiles(item, end - begin, model)
+        except Exception as error:
+            # Layouts are for pictures only; a model that is built in another way must not end its scheduler.
+            logger.warning("the layout of vision tokens is not known: %s: %s", type(error).__name__, error)
+            grids = ()
+        runs.append(Run(begin, end, item.modality.name.lower(), number, grids))
+    return tuple(sorted(runs, key=lambda run: run.begin))
+
+
+def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:
+    """Begin, end (exclusive), item and its number, of every run of vision tokens."""
+    if mm_inputs is None:
+        return
+    items = [item for item in mm_inputs.mm_items if item is not None and not item.is_audio()]
+    if not any(item.offsets for item in items):
+        begins = getattr(mm_inputs, "image_offsets", None) or ()
+        lengths = getattr(mm_inputs, "image_pad_len", None) or ()
+        # Not strict: what SGLang does not say of a picture must not end its scheduler.
+        for number, (begin, length, item) in enumerate(zip(begins, lengths, items, strict=False)):
+            yield int(begin), int(begin) + int(length), item, number
+        return
+    for number, item in enumerate(items):
+        for begin, end in item.offsets or ():
+            yield int(begin), int(end) + 1, item, number  # SGLang's ends are inclusive
+
+
+def _patches(item: Any, tokens: int, of_item: int) -> tuple[Grid, ...]:
+    """Qwen's: patches of the whole item are known, how many make a token follows from its length."""
+    data = item.model_specific_data
+    thw = data.get("image_grid_thw", data.get("video_grid_thw"))
+    if thw is None:
+        return ()
+    table = torch.as_tensor(thw).reshape(-1, 3).tolist()
+    if len(table) != 1:
+        return ()
+    frames, rows, columns = table[0]
+    merge = math.isqrt(frames * rows * columns // max(1, of_item))
+    if merge == 0 or rows % merge or columns % merge:
+        return ()
+    grid = Grid(rows // merge, columns // merge)
+    return (grid,) * (tokens // grid.tokens) if tokens % grid.tokens == 0 else ()
+
+
+def _tiles(item: Any, tokens: int, model: Any) -> tuple[Grid, ...]:
+    """LLaVA's: one square look at everything and, with ``anyres``, the tiles that the picture was cut into."""
+    side = getattr(model, "num_patches_per_side", None)
+    data = item.model_specific_data
+    sizes, ratio = data.get("image_sizes"), str(data.get("image_aspect_ratio") or "")
+    if side is None or not sizes:
+        return ()
+    square = Grid(side, side, fit="pad" if ratio == "pad" else "stretch")
+    if tokens == square.tokens:
+        return (square,)
+    if "anyres" not in ratio:
+        return ()
+    from sglang.srt.multimodal.mm_utils import get_anyres_image_grid_shape, unpad_image_shape
+
+    image_size = model.vision_tower.config.image_size
+    wide, high = get_anyres_image_grid_shape(sizes[0], model.image_grid_pinpoints, image_size)
+    rows, columns = unpad_image_shape(high * side, wide * side, sizes[0])
+    most = re.match(r"anyres_max_(\d+)", ratio)
+    times = math.sqrt(rows * columns / (int(most.group(1)) * side * side)) if most else 1.0
+    if times > 1.1:  # SGLang shrinks what is larger than the checkpoint allows
+        rows, columns = int(rows // times), int(columns // times)
+    tiles = Grid(rows, columns, newlines=True)
+    return (square, tiles) if square.tokens + tiles.tokens == tokens else ()

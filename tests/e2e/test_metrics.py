@@ -1,0 +1,103 @@
+"""SGLang's /metrics on a live server: our figures are there, under SGLang's labels, and are those of /server_info."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vlcache_sgl.runtime.metrics import FIGURES, PREFIX
+
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+SUFFIX = {"counter": "_total", "gauge": "", "histogram": "_count"}
+
+
+@pytest.fixture
+def metered(servers: Any) -> Any:
+    return servers.get(*TENTH, "--enable-metrics")
+
+
+class Scrape:
+    """What one GET /metrics says."""
+
+    def __init__(self, server: Any) -> None:
+        reply = httpx.get(f"{server.url}/metrics", timeout=30)
+        reply.raise_for_status()
+        families = text_string_to_metric_families(reply.text)
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum over all series of a name that have these labels."""
+        found = [s for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
+        return sum(sample.value for sample in found)
+
+    def labels(self, name: str) -> dict[str, str]:
+        return next(sample.labels for sample in self.samples if sample.name == name)
+
+
+def scrape_when(server: Any, name: str, value: float) -> Scrape:
+    """The first scrape that says so: figures are published once the scheduler is idle, just after the answer."""
+    for _ in range(100):
+        found = Scrape(server)
+        if found.total(name) == value:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{name} is {found.total(name)}, not {value}")
+
+
+def test_figures_are_those_of_server_info(metered: Any, picture: Any) -> None:
+    server, before = metered, metered.settled()
+    drawn = [picture(7700 + i, 20, 20) for i in range(2)]
+    for one in drawn:
+        server.ask(one.questions[0].text, one.image)
+    server.ask(drawn[0].questions[1].text, drawn[0].image)  # finds its picture compressed
+    server.ask(drawn[0].questions[0].text, drawn[0].image, custom_params={"kv_budget": 1.0})
+    server.ask("red K? " * 100)
+    state = server.settled()
+    found = scrape_when(server, "vlcache:cells_used", state["cells_used"])
+    for figure in FIGURES:
+        assert [s for s in found.samples if s.name == PREFIX + figure.name + SUFFIX[figure.kind]], figure.name
+    for name in ("cells_total", "cells_used", "cells_free", "cells_tree", "cells_evictable", "cells_per_token"):
+        assert found.total(PREFIX + name) == state[name]
+    for name in ("requests_compressed", "policy_failures", "prefix_hits", "prefix_hit_tokens"):
+        assert found.total(f"{PREFIX}{name}_total") == state[name]
+    assert state["prefix_hits"] == 1
+    assert state["prefix_hit_tokens"] >= drawn[0].num_image_tokens
+    skipped, earlier = state["requests_skipped"], before["requests_skipped"]  # SGLang's health checks have no image
+    assert {reason: skipped[reason] - earlier.get(reason, 0) for reason in skipped} == dict.fromkeys(skipped, 1)
+    for reason, count in state["requests_skipped"].items():
+        assert found.total("vlcache:requests_skipped_total", reason=reason) == count
+    assert found.total("vlcache:tokens_seen_total") == state["cells_seen"]
+    assert found.total("vlcache:tokens_kept_total") == state["cells_kept"]
+    layers = state["cells_per_token"]
+    images = sum(one.num_image_tokens for one in drawn)
+    assert found.total("vlcache:tokens_seen_total", modality="vision") == layers * images
+    kept = found.total("vlcache:tokens_kept_total", modality="vision")
+    assert kept == sum(state["vision_kept_by_layer"])
+    assert 0 < kept < state["cells_kept"]
+    assert found.total("vlcache:kept_ratio_count") == 2
+    assert found.total("vlcache:kept_ratio_sum") == pytest.approx(0.2, abs=0.01)
+    for name in ("prefill", "scoring", "selection"):
+        assert found.total(f"vlcache:{name}_seconds_total") == pytest.approx(state[f"{name}_ms"] / 1e3, abs=1e-5)
+
+
+def test_labels_are_sglangs(metered: Any, picture: Any) -> None:
+    server = metered
+    server.ask(picture(7700, 20, 20).questions[0].text, picture(7700, 20, 20).image)
+    found = Scrape(server)
+    assert found.labels("vlcache:cells_used") == found.labels("sglang:num_running_reqs")
+
+
+def test_an_emptied_cache_shows_at_once(metered: Any) -> None:
+    server = metered
+    server.flush()
+    found = scrape_when(server, "vlcache:cells_used", 0)
+    assert found.total("vlcache:cells_free") == found.total("vlcache:cells_total")
+    assert found.total("vlcache:cells_tree") == 0
+
+
+def test_nothing_without_the_flag(ours_tenth: Any) -> None:
+    assert httpx.get(f"{ours_tenth.url}/metrics", timeout=30).status_code == 404

@@ -1,0 +1,158 @@
+"""Other architectures with tiny random weights: stock tokens at budget 1.0, vision found, books balanced at 0.1.
+
+Bundled weights answer questions; these only have to be computed alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+COMMON = (
+    *("--chunked-prefill-size", "512", "--max-total-tokens", "16384", "--max-running-requests", "8"),
+    *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
+)
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+TOKENS = 24
+LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture, and what its vision tokens must be."""
+
+    dtype: str
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of test pictures."""
+    grids: tuple[tuple[tuple[int, int, bool], ...], ...]
+    """Rows, columns and newlines of each picture's grids, worked out by hand."""
+
+
+MODELS = {
+    # Tokens of 28 x 28 pixels.
+    "qwen2_vl": Model(
+        "float32", ((560, 560), (336, 756), (840, 280)), (((20, 20, False),), ((27, 12, False),), ((10, 30, False),))
+    ),
+    # Of 32 x 32.
+    "qwen3_vl": Model(
+        "float32", ((640, 640), (320, 768), (960, 256)), (((20, 20, False),), ((24, 10, False),), ((8, 30, False),))
+    ),
+    # An overview of 6 x 6, then tiles of 6 x 6 as far as the picture fills them, each row ended by a newline.
+    "llava": Model(
+        "float16",
+        ((500, 500), (240, 230), (500, 250)),
+        (
+            ((6, 6, False), (18, 18, True)),  # 3 x 3 tiles
+            ((6, 6, False), (18, 18, True)),
+            ((6, 6, False), (10, 18, True)),  # 3 x 3 tiles, of which the picture fills the middle
+        ),
+    ),
+}
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Noise over a gradient: no two patches alike."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 155, size[0])[None, :, None] + np.zeros((size[1], 1, 3))
+    return Image.fromarray((slope + rng.integers(0, 100, (size[1], size[0], 3))).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`tiny(name)`: the folder of a model."""
+    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "benchmarks/make_tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = tmp_path_factory.mktemp("tiny")
+    return lambda name: script.make_tiny(name, folder / name)
+
+
+def served(servers: Any, tiny: Any, name: str, *flags: str) -> Any:
+    return servers.get(*flags, model=tiny(name), common=("--dtype", MODELS[name].dtype, *COMMON))
+
+
+def outputs(server: Any, images: list[Image.Image], question: str = "What is the code of red K?", **more: Any) -> Any:
+    """Tokens and log-probabilities of one answer."""
+    return server.ask(question, *images, max_tokens=TOKENS, logprobs=True, ignore_eos=True, **more)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_budget_one_is_stock(servers: Any, tiny: Any, name: str) -> None:
+    """The same tokens, one picture at a time and a question again on a cached prefix."""
+    model = MODELS[name]
+    stock, ours = served(servers, tiny, name), served(servers, tiny, name, *TENTH)
+    full = {"custom_params": {"kv_budget": 1.0}}
+    for number, size in enumerate(model.sizes):
+        images = [picture(size, number)]
+        for question in ("What is the code of red K?", "blue A?"):
+            theirs, mine = outputs(stock, images, question), outputs(ours, images, question, **full)
+            assert mine.prompt_tokens == theirs.prompt_tokens
+            assert mine.cached_tokens == theirs.cached_tokens
+            (a,), (b,) = theirs.choices, mine.choices
+            if model.dtype == "float32":
+                assert b.tokens == a.tokens
+            same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens))
+            tolerance = 1e-4 if model.dtype == "float32" else 0.05
+            assert np.allclose(a.logprobs[: max(1, same)], b.logprobs[: max(1, same)], atol=tolerance)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vision_is_found(servers: Any, tiny: Any, name: str) -> None:
+    """Every picture's grids, at their place in the prompt, and the budget is kept."""
+    server, model = served(servers, tiny, name, *TENTH), MODELS[name]
+    for number, (size, grids) in enumerate(zip(model.sizes, model.grids, strict=True)):
+        server.flush()
+        before = server.settled()
+        answer = outputs(
+            server, [picture(size, 100 + number)], custom_params={"kv_report": "positions"}, return_meta_info=True
+        )
+        after = server.settled()
+        report = answer.report
+        (run,) = report["vision"]
+        assert tuple((g["rows"], g["columns"], g["newlines"]) for g in run["grids"]) == grids
+        assert run["end"] - run["begin"] == sum(rows * (columns + newline) for rows, columns, newline in grids)
+        assert run["end"] < answer.prompt_tokens
+        kept = sum(len(layer) for layer in report["kept_positions"])
+        assert len(report["kept_positions"]) == LAYERS
+        assert kept == after["cells_kept"] - before["cells_kept"] == round(0.1 * LAYERS * answer.prompt_tokens)
+        assert after["requests_compressed"] == before["requests_compressed"] + 1
+        assert after["policy_failures"] == 0
+        held = after["cells_used"]
+        assert kept <= held <= kept + LAYERS * TOKENS  # and the answer, whole
+        assert after["integrity"] == []
+        seen = after["vision_seen_by_layer"][0] - (before["vision_seen_by_layer"] or [0])[0]
+        assert seen == run["end"] - run["begin"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_follow_up_shares(servers: Any, tiny: Any, name: str) -> None:
+    server, image = served(servers, tiny, name, *TENTH), picture(MODELS[name].sizes[0], 7)
+    server.flush()
+    first, second = outputs(server, [image]), outputs(server, [image], "blue A?")
+    tokens = sum(rows * (columns + newline) for rows, columns, newline in MODELS[name].grids[0])
+    assert first.cached_tokens < tokens <= second.cached_tokens
+    assert server.settled()["prefix_hits"] >= 1
+    server.flush()
+    assert server.settled()["cells_used"] == 0
+    server.assert_alive()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_two_pictures_in_one_prompt(servers: Any, tiny: Any, name: str) -> None:
+    server, model = served(servers, tiny, name, *TENTH), MODELS[name]
+    server.flush()
+    images = [picture(size, 200 + number) for number, size in enumerate(model.sizes[:2])]
+    report = outputs(server, images, custom_params={"kv_report": "positions"}, return_meta_info=True).report
+    lengths = [run["end"] - run["begin"] for run in report["vision"]]
+    assert lengths == [rows * columns for ((rows, columns, _),) in model.grids[:2]]
