@@ -249,7 +249,7 @@ def sensitivity_table(result: Mapping[str, Any]) -> str:
     ]
     default = composed("post-vision", "density")
     standard = [cell(rows.get(f"{default}@{budget}")) for budget in ("0.1", "0.05")]
-    lines.insert(0, ["as published: threshold 0.01, all rows", *standard])
+    lines.insert(0, ["the recipe: threshold 0.01, all rows", *standard])
     return markdown_table(("`vlcache`", "0.1", "0.05"), lines)
 
 
