@@ -108,7 +108,7 @@ def test_an_inspection(ours_tenth: Any, picture: Any, tmp_path: Path, capsys: An
     [
         (("--policy", "nope"), "unknown policy"),
         (("--budget", "1.0"), "nothing was compressed"),
-        (("--image", "x"), "x"),
+        (("--image", "none.png"), "none.png"),
     ],
 )
 def test_an_inspection_that_cannot_be(ours_tenth: Any, capsys: Any, arguments: tuple[str, ...], message: str) -> None:

@@ -73,6 +73,13 @@ def model_says(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+def said(error: Exception) -> str:
+    """What a server said when it refused a request; other errors as they are."""
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, Mapping) else None
+    return str(message or error)
+
+
 class Client:
     """Greedy questions to one server.  Threads may share it."""
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             a, b = ([record for record in records if record["task"] == arguments.task] for records in (a, b))
         result = compare(a, b)
     except (EvalError, OSError, ValueError, KeyError) as error:
-        console.print(f"vlcache compare: {error}", style="red", markup=False)
+        console.print(f"vlcache compare: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     if arguments.json:
         print(json.dumps({"a": arguments.a, "b": arguments.b, **asdict(result), "verdict": result.verdict}, indent=1))

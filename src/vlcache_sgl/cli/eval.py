@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible(), target(arguments, FLAGS, console) as server:
             return evaluate(server, samples, conditions, arguments, console)
     except (DataError, EvalError, ServerError, ValueError) as error:
-        console.print(f"vlcache eval: {error}", style="red", markup=False)
+        console.print(f"vlcache eval: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from {arguments.output}")

@@ -16,7 +16,7 @@ import openai
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from vlcache_sgl.cli.client import Client
+from vlcache_sgl.cli.client import Client, said
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
 from vlcache_sgl.inspection.layout import Inspection, read_report
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible(), target(arguments, flags, console) as server:
             seen = inspect(server, images, question, arguments)
     except (OSError, UnidentifiedImageError, ServerError, ValueError, openai.OpenAIError) as error:
-        console.print(f"vlcache inspect: {error}", style="red", markup=False)
+        console.print(f"vlcache inspect: {said(error)}", style="red", markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         return 130

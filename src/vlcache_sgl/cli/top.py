@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before, now = now, read(server)
                 live.update(view(server.url, now, before), refresh=True)
     except (httpx.HTTPError, ValueError) as error:
-        console.print(f"vlcache top: {server.url}: {error}", style="red", markup=False)
+        console.print(f"vlcache top: {server.url}: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 0

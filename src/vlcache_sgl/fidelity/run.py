@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlcache_sgl.cli.client import Client, data_url
+from vlcache_sgl.cli.client import Client, data_url, said
 from vlcache_sgl.fidelity.data import Sample
 from vlcache_sgl.fidelity.scores import score
 
@@ -147,7 +147,7 @@ def ask(client: Client, sample: Sample, condition: Condition, on_answer: Callabl
                 **options,
             )
         except Exception as error:
-            raise EvalError(f"{condition.name}, {sample.id}: {error}") from error
+            raise EvalError(f"{condition.name}, {sample.id}: {said(error)}") from error
         report = answer.report
         entry: Record = {
             "answer": answer.text.strip(),
