@@ -477,6 +477,19 @@ class CapacityMachine(RuleBasedStateMachine):
             if self.world.batch.reqs:
                 self.world.decode()
 
+    @rule(images=st.lists(st.sampled_from(IMAGES), min_size=1, max_size=2), steps=st.integers(4, 30))
+    def decode_between_chunks(self, images: list[tuple[int, ...]], steps: int) -> None:
+        """Others decode, for longer than expected, while a prompt waits for its next chunk."""
+        world = self.world
+        world.submit((*SYSTEM, *(token for image in images for token in image), 9), tokens=2)
+        for _ in range(4):
+            if world.chunked_req is None:
+                world.prefill()
+        for _ in range(steps):
+            if world.batch.reqs:
+                world.decode()
+        world.prefill()
+
     @rule(steps=st.integers(1, 12))
     def serve(self, steps: int) -> None:
         for _ in range(steps):
@@ -664,7 +677,7 @@ def test_nobody_is_overtaken_for_ever() -> None:
 
 SLOW_TO_SET_UP = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 CapacityMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=SLOW_TO_SET_UP
+    max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=SLOW_TO_SET_UP
 )
 TestCapacity = CapacityMachine.TestCase
 
