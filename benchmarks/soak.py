@@ -202,7 +202,7 @@ class Client(threading.Thread):
         else:
             body = long_prompt(draw.choice([300, 600, 1200, 2400]), seed % 20).body(1)
         # Long answers to short prompts outgrow the pool together; a long prompt leaves no room for one.
-        tokens = draw.choice([1, 8, 64, 600, 600] if kind < 0.5 else [1, 8, 64, 256])
+        tokens = draw.choice([1, 8, 600, 600, 900] if kind < 0.5 else [1, 8, 64, 256])
         # Not `ignore_eos`: SGLang would reserve such answers in full, and nobody would ever be retracted.
         body["sampling_params"] = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
         body |= {"stream": True, "rid": f"soak-{draw.getrandbits(64):x}"}
