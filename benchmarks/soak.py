@@ -20,20 +20,23 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
+import numpy as np
 from host import ROOT
-from load import PLACE, make_prompt
+from load import PLACE, Prompt, make_prompt
+from PIL import Image
 from rich.console import Console
 
 from vlcache_sgl.cli.client import data_url
 from vlcache_sgl.cli.server import ServerProcess, interruptible
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.tasks.receipts import CELL, Picture, make_picture
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 FLAGS = (
-    *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "4096"),
+    *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "3072"),
     *("--max-running-requests", "16", "--schedule-conservativeness", "0.1", "--skip-server-warmup"),
 )
 ENVIRONMENT = {
@@ -63,7 +66,7 @@ ANSWER_TOKENS = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `run.py soak`."""
     parser.add_argument("--minutes", type=float, default=20.0, help="default 20")
-    parser.add_argument("--clients", type=int, default=10, help="requests in flight; default 10")
+    parser.add_argument("--clients", type=int, default=12, help="requests in flight; default 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "models/tinyvlm/grounded"))
 
@@ -86,6 +89,18 @@ def known_questions(seed: int) -> list[dict[str, Any]]:
             }
         )
     return bodies
+
+
+@cache
+def sheet(seed: int, rows: int, cols: int) -> Picture:
+    """Drawn once; what must be new is shifted by whole cells, because drawing takes longer than answering."""
+    return make_picture(seed, rows, cols, num_questions=1)
+
+
+@cache
+def long_prompt(tokens: int, seed: int) -> Prompt:
+    """Several pictures; there are 80 of these."""
+    return make_prompt(tokens, seed)
 
 
 def with_choice(body: dict[str, Any], choice: dict[str, Any] | None) -> dict[str, Any]:
@@ -172,18 +187,22 @@ class Client(threading.Thread):
     def _request(self) -> dict[str, Any]:
         draw = self._random
         # One in two pictures recurs: 20 popular ones, shared by all clients.
-        seed = draw.randrange(20) if draw.random() < 0.5 else draw.randrange(10**6)
+        popular = draw.random() < 0.5
+        seed = draw.randrange(20) if popular else draw.randrange(10**6)
         kind = draw.random()
         if kind < 0.2:
             body: dict[str, Any] = {"text": f"<|im_start|>user\nNumber {seed}?<|im_end|>\n<|im_start|>assistant\n"}
         elif kind < 0.5:
             rows, cols = draw.choice(GRIDS)
-            drawn = make_picture(seed, rows, cols, num_questions=1)
+            drawn = sheet(seed % 4, rows, cols)
+            shift = (0, 0) if popular else (CELL * draw.randrange(rows), CELL * draw.randrange(cols))
+            image = Image.fromarray(np.roll(np.asarray(drawn.image), shift, axis=(0, 1)))
             text = f"<|im_start|>user\n{PLACE}{drawn.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
-            body = {"text": text, "image_data": [data_url(drawn.image)]}
+            body = {"text": text, "image_data": [data_url(image)]}
         else:
-            body = make_prompt(draw.choice([300, 600, 1200, 2400]), seed).body(1)
-        tokens = draw.choice([1, 8, 64, 256])
+            body = long_prompt(draw.choice([300, 600, 1200, 2400]), seed % 20).body(1)
+        # Long answers to short prompts outgrow the pool together; a long prompt leaves no room for one.
+        tokens = draw.choice([1, 8, 600, 600, 900] if kind < 0.5 else [1, 8, 64, 256])
         # Not `ignore_eos`: SGLang would reserve such answers in full, and nobody would ever be retracted.
         body["sampling_params"] = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
         body |= {"stream": True, "rid": f"soak-{draw.getrandbits(64):x}"}

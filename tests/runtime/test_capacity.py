@@ -328,12 +328,14 @@ class World:
         self.evictions.clear()
 
     def run_dry(self) -> None:
-        """Serve everybody; fails when somebody starves."""
-        for _ in range(2000):
+        """Serve everybody; fails when nobody has finished for long."""
+        served, idle = self.served, 0
+        while idle < 500:
             self.catch_up()
-            if not self.waiting and self.chunked_req is None and not self.batch.reqs:
+            if not self.owners() and not self.waiting:
                 return
             self.step()
+            served, idle = self.served, idle + 1 if served == self.served else 0
         raise AssertionError(f"{len(self.waiting)} wait, {len(self.batch.reqs)} run, chunk: {self.chunked_req}")
 
     # -- what must hold -----------------------------------------------------------------------------------------------
@@ -451,7 +453,7 @@ class CapacityMachine(RuleBasedStateMachine):
     def submit_burst(self, number: int, count: int) -> None:
         """Long answers: they outgrow what admission expects of them."""
         draw = random.Random(number)
-        for _ in range(count):
+        for _ in range(count if len(self.world.waiting) < 40 else 0):
             tail = draw.choices(range(10, 14), k=3)
             self.world.submit((*SYSTEM, *draw.choice(IMAGES), *tail, 9), tokens=draw.choice([1, 10, 40]))
 
@@ -471,6 +473,19 @@ class CapacityMachine(RuleBasedStateMachine):
         for _ in range(steps):
             if self.world.batch.reqs:
                 self.world.decode()
+
+    @rule(images=st.lists(st.sampled_from(IMAGES), min_size=1, max_size=2), steps=st.integers(4, 30))
+    def decode_between_chunks(self, images: list[tuple[int, ...]], steps: int) -> None:
+        """Others decode, for longer than expected, while a prompt waits for its next chunk."""
+        world = self.world
+        world.submit((*SYSTEM, *(token for image in images for token in image), 9), tokens=2)
+        for _ in range(4):
+            if world.chunked_req is None:
+                world.prefill()
+        for _ in range(steps):
+            if world.batch.reqs:
+                world.decode()
+        world.prefill()
 
     @rule(steps=st.integers(1, 12))
     def serve(self, steps: int) -> None:
@@ -659,7 +674,7 @@ def test_nobody_is_overtaken_for_ever() -> None:
 
 SLOW_TO_SET_UP = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 CapacityMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=SLOW_TO_SET_UP
+    max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=SLOW_TO_SET_UP
 )
 TestCapacity = CapacityMachine.TestCase
 
