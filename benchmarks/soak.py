@@ -59,6 +59,7 @@ CHOICES: tuple[dict[str, Any] | None, ...] = (
 )
 GROWTH_ALLOWED = 0.15
 """Of resident memory, from the first third of the time to the last."""
+TALKERS, TALK_TOKENS = 4, 900
 KNOWN = 16
 ANSWER_TOKENS = 12
 
@@ -139,16 +140,17 @@ class Plan:
 class Client(threading.Thread):
     """One user after another, until the deadline."""
 
-    def __init__(self, plan: Plan, seed: int) -> None:
+    def __init__(self, plan: Plan, seed: int, talks: bool = False) -> None:
         super().__init__(daemon=True)
         self._plan = plan
+        self._talks = talks
         self._random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
 
     def run(self) -> None:
         deeds = [self._converse, self._check_known, self._send_wrong, self._flush]
         while time.monotonic() < self._plan.deadline:
-            deed = self._random.choices(deeds, [60, 25, 10, 2])[0]
+            deed = self._talk if self._talks else self._random.choices(deeds, [60, 25, 10, 2])[0]
             try:
                 self.outcomes[deed()] += 1
             except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -180,6 +182,16 @@ class Client(threading.Thread):
             return "refused"
         return f"failed: status {reply.status_code} for {str(body)[:200]}"
 
+    def _talk(self) -> str:
+        """A long answer, read to its end: `TALKERS` of these at once are more than the pool holds."""
+        sampling = {"temperature": 0.0, "max_new_tokens": TALK_TOKENS, "min_new_tokens": TALK_TOKENS}
+        text = f"<|im_start|>user\nNumber {self._random.randrange(10**6)}?<|im_end|>\n<|im_start|>assistant\n"
+        reply = self._post("/generate", {"text": text, "sampling_params": sampling})
+        if reply.status_code != 200:
+            return f"failed: a long answer: status {reply.status_code}: {reply.text[:200]}"
+        count = int(reply.json()["meta_info"]["completion_tokens"])
+        return "talked" if count == TALK_TOKENS else f"failed: {count} tokens of a long answer"
+
     def _flush(self) -> str:
         """SGLang refuses while requests run, and that is fine."""
         return f"flush: {self._post('/flush_cache', {}).status_code}"
@@ -201,8 +213,7 @@ class Client(threading.Thread):
             body = {"text": text, "image_data": [data_url(image)]}
         else:
             body = long_prompt(draw.choice([300, 600, 1200, 2400]), seed % 20).body(1)
-        # Long answers to short prompts outgrow the pool together; a long prompt leaves no room for one.
-        tokens = draw.choice([1, 8, 600, 600, 900] if kind < 0.5 else [1, 8, 64, 256])
+        tokens = draw.choice([1, 8, 64, 256])
         # Not `ignore_eos`: SGLang would reserve such answers in full, and nobody would ever be retracted.
         body["sampling_params"] = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
         body |= {"stream": True, "rid": f"soak-{draw.getrandbits(64):x}"}
@@ -248,7 +259,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             arguments.model, [*FLAGS, *POLICY], title="soak", env=ENVIRONMENT, console=console
         ) as server:
             plan = Plan(server.url, time.monotonic() + 60 * arguments.minutes, known, answers, wrong_requests())
-            clients = [Client(plan, 1000 * arguments.seed + number) for number in range(arguments.clients)]
+            clients = [
+                Client(plan, 1000 * arguments.seed + number, talks=number < TALKERS)
+                for number in range(arguments.clients)
+            ]
             problems, memory = watch(server, clients, console)
             outcomes = sum((client.outcomes for client in clients), Counter())
             problems += aftermath(server, outcomes)
