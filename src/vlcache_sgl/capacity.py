@@ -52,11 +52,11 @@ class Pool:
 def compressed_pool(stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool) -> Pool:
     """The pool in the bytes of `stock_tokens` uncompressed tokens.
 
-    Out of the same memory come, per slot, its row of the residency table (4 bytes per plane) and its counters (16);
-    per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded decode
-    graphs read (twice 8 bytes per cell, in two buffers).
+    Out of the same memory come, per slot, its row of the residency table (4 bytes per plane), its counters and lists
+    (17); per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded
+    decode graphs read (twice 8 bytes per cell, in two buffers).
     """
-    slot_bytes = 4 * shape.planes + 16
+    slot_bytes = 4 * shape.planes + 17
     cell_overhead = (4 + (32 if graph_lists else 0)) * shape.planes
     share = shape.token_bytes / (shape.token_bytes + overcommit * slot_bytes + cell_overhead)
     physical = max(1, int(stock_tokens * share))

@@ -32,7 +32,7 @@ MEM_FRACTION = 0.85
 """Of the GPU's memory for weights and KV cache; SGLang chooses its own and prints it at start."""
 MAX_RUNNING = 2048
 """SGLang's `--max-running-requests` unless given: at least this."""
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _WIDTH = 110
 
 
