@@ -33,6 +33,8 @@ REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
+NAMESPACE = "|kv:"
+"""Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
 ROWS_ATTRIBUTE = "vlcache_rows"
 """On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
@@ -236,6 +238,10 @@ class Session:
         if (req.sampling_params.beam_width or 1) > 1:
             req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
             return
+        if NAMESPACE in (req.extra_key or ""):
+            # It would meet prefixes that are compressed in another way, or not at all.
+            req.set_finish_with_abort(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
+            return
         try:
             params = getattr(req.sampling_params, "custom_params", None)
             choice = self.choices.select(params, len(req.origin_input_ids))
@@ -263,7 +269,7 @@ class Session:
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         # A namespace of its own: compressed and full variants of one prefix never mix.
-        req.extra_key = f"{req.extra_key or ''}|kv:{choice.fingerprint}"
+        req.extra_key = f"{req.extra_key or ''}{NAMESPACE}{choice.fingerprint}"
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
