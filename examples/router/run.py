@@ -1,4 +1,4 @@
-"""Two compressing servers behind SGLang's router: start all, ask, kill one server, ask again, and check what is promised.
+"""Two compressing servers behind SGLang's router: start, ask, kill one server, ask again, check what is promised.
 
     python examples/router/run.py [--router-python PYTHON] [--model PATH]
 
