@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import threading
 import time
@@ -125,15 +124,28 @@ def test_scheduler_killed_in_mid_request_and_sigterm_in_prefill(picture: Any) ->
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_no_room_for_the_log(picture: Any) -> None:
-    """Every write to standard output and error fails, from the first on: the server starts and answers."""
-    server = ServerProcess(MODEL, FLAGS, title="mute", timeout_s=240)
-    server.command = ["sh", "-c", f"exec {shlex.join(server.command)} >/dev/full 2>&1"]
+def test_no_room_for_the_log(picture: Any, tmp_path: Path) -> None:
+    """From some moment on every write to standard output and error fails: the server goes on answering, and ends."""
+    switch = tmp_path / "full"
+    inherited = os.environ.get("PYTHONPATH")
+    plugin = str(Path(__file__).parent / "plugins/full_disk")
+    env = {
+        "PYTHONPATH": os.pathsep.join([plugin, *([inherited] if inherited else [])]),
+        "VLCACHE_TEST_FULL": str(switch),
+    }
+    server = ServerProcess(MODEL, FLAGS, title="mute", env=env)
     with server:
         assert_answers(server, picture)
+        switch.touch()
+        time.sleep(1)
+        assert server.log_path is not None
+        length = server.log_path.stat().st_size
         bad = body([], 1)
         bad["sampling_params"]["custom_params"] = {"kv_budget": 7.5}
         assert httpx.post(f"{server.url}/generate", json=bad, timeout=60).status_code == 400
+        server.flush_cache()
         assert_answers(server, picture)
+        assert server.kv_policy()["integrity"] == []
+        assert server.log_path.stat().st_size == length  # nothing of all that could be written
         members = processes(server)
     assert_all_end(members, 5)
