@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +106,14 @@ def compressed(server: ServerProcess) -> int:
     return int(server.kv_policy()["requests_compressed"])
 
 
+def versions(router_python: str) -> dict[str, str]:
+    """Of what took part."""
+    program = "import importlib.metadata as m; print(m.version('sglang-router'))"
+    router = subprocess.run([router_python, "-c", program], capture_output=True, text=True, check=True)
+    here = {name: importlib.metadata.version(name) for name in ("sglang", "vlcache-sgl")}
+    return {**here, "sglang-router": router.stdout.strip()}
+
+
 def main() -> int:
     """Run, print a table and the checks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -162,7 +172,8 @@ def main() -> int:
     for name, passed in checks.items():
         console.print(f"{'ok    ' if passed else 'FAILED'} {name}", style="green" if passed else "red")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows, "checks": checks}, indent=1) + "\n")
+        about = {"command": "python examples/router/run.py", "versions": versions(arguments.router_python)}
+        arguments.output.write_text(json.dumps({**about, "rows": rows, "checks": checks}, indent=1) + "\n")
     return 0 if all(checks.values()) else 1
 
 
