@@ -45,7 +45,7 @@ class KVBudget:
             raise problem
         try:
             number = float(value)
-        except (ValueError, OverflowError):  # JSON has whole numbers of any length
+        except (ValueError, OverflowError):  # a whole number of hundreds of digits
             raise problem from None
         if 0 < number <= 1:
             return cls(fraction=number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from vlcache_sgl.cli.client import data_url
 
 BODIES = 1000
+OURS = r"kv_policy|kv_budget|kv_report|policy|scorer|allocator|selection"
+"""In the messages of what we refuse; SGLang's own are about JSON and types."""
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 texts = st.one_of(
@@ -73,7 +76,7 @@ def test_malformed_custom_params(ours_tenth: Any, picture: Any) -> None:
     server.flush()
     image = data_url(picture(8200, 12, 12).image)
     seen: dict[int, int] = {}
-    sent = 0
+    sent = ours = 0
 
     with httpx.Client(base_url=server.url, timeout=120) as http:
 
@@ -86,7 +89,7 @@ def test_malformed_custom_params(ours_tenth: Any, picture: Any) -> None:
         )
         @given(params=custom_params, with_image=st.sampled_from([False] * 4 + [True]))
         def send(params: Any, with_image: bool) -> None:
-            nonlocal sent
+            nonlocal sent, ours
             sent += 1
             sampling = {"max_new_tokens": 1, "temperature": 0.0, "custom_params": params}
             body: dict[str, Any] = {"text": "red K?", "sampling_params": sampling}
@@ -96,6 +99,7 @@ def test_malformed_custom_params(ours_tenth: Any, picture: Any) -> None:
                 body |= {"text": prompt, "image_data": [image], "extra_key": str(sent)}
             reply = http.post("/generate", content=json.dumps(body), headers={"content-type": "application/json"})
             seen[reply.status_code] = seen.get(reply.status_code, 0) + 1
+            ours += reply.status_code == 400 and re.search(OURS, reply.text) is not None
             assert reply.status_code < 500, (params, reply.text[:300])
             assert len(reply.content) < 20_000, params
 
@@ -103,10 +107,10 @@ def test_malformed_custom_params(ours_tenth: Any, picture: Any) -> None:
 
     assert sent >= BODIES
     assert seen.get(200, 0) > BODIES // 20, f"hardly any of them was served: {seen}"
-    assert seen.get(400, 0) > BODIES // 3, f"hardly any of them was refused: {seen}"
+    assert ours > BODIES // 5, f"SGLang refused most of them before we saw any: {ours} of {seen}"
     server.flush()
     state = server.settled()
     assert state["cells_used"] == 0
     assert state["integrity"] == []
     server.assert_alive()
-    print(f"{sent} bodies: {seen}")
+    print(f"{sent} bodies: {seen}, {ours} of them refused by us")
