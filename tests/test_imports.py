@@ -96,11 +96,13 @@ def test_kernels_folder_is_no_package():
     [
         ("import vlcache_sgl", ("torch", "sglang", "vlcache_policies")),
         ("import vlcache_sgl.config", ("torch", "sglang")),
+        ("import vlcache_sgl.capacity", ("torch", "sglang")),
+        ("import vlcache_sgl.cli.plan", ("torch", "sglang")),
         ("import vlcache_sgl.cli.main", ("torch", "sglang", "rich")),
         ("from vlcache_sgl.policy import resolve", ("sglang", "vlcache_policies", "triton")),
         ("from vlcache_sgl.policy import resolve; resolve('vlcache')", ("sglang",)),
     ],
-    ids=["package", "config", "command", "policy", "resolve"],
+    ids=["package", "config", "capacity", "plan", "command", "policy", "resolve"],
 )
 def test_importing_is_light(statement, absent):
     code = f"{statement}; import sys; print([m for m in {absent!r} if m in sys.modules])"

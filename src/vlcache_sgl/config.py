@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Scope = Literal["vision", "all"]
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+
+
+def shown(value: object) -> str:
+    """`value` for a message: clients may send texts of megabytes and lists in lists in lists."""
+    return _SHOWN.repr(value)
 
 
 class ConfigError(ValueError):
@@ -30,13 +39,13 @@ class KVBudget:
             ConfigError: when the value is neither.
         """
         problem = ConfigError(
-            f"{name} must be a fraction in (0, 1] or a whole number of tokens per layer, got {value!r}"
+            f"{name} must be a fraction in (0, 1] or a whole number of tokens per layer, got {shown(value)}"
         )
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise problem
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # a whole number of hundreds of digits
             raise problem from None
         if 0 < number <= 1:
             return cls(fraction=number)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +79,13 @@ def test_engine() -> None:
     assert code == expected
     assert "'kept_tokens_per_layer'" in report
     assert "'skipped': 'short'" in shared
+
+
+@pytest.mark.slow
+def test_router() -> None:
+    """Its own checks pass; needs sglang-router, here or in the Python that ROUTER_PYTHON names."""
+    python = os.environ.get("ROUTER_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import sglang_router"], capture_output=True).returncode:
+        pytest.skip("sglang-router is not installed")
+    text = run("router/run.py", "--router-python", python)
+    assert text.count("ok    ") == 5

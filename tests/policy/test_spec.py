@@ -58,7 +58,7 @@ def test_neither_form(text):
 
 
 def test_a_key_given_twice():
-    with pytest.raises(PolicyError, match="sets window twice"):
+    with pytest.raises(PolicyError, match="sets 'window' twice"):
         parse("snapkv:window=1,window=2")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,15 +26,17 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.runtime_context import get_context
+from sglang.srt.runtime_context import get_context, get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from vlcache_sgl.capacity import KVShape, Pool, requests_in_flight
 from vlcache_sgl.config import config_from
 from vlcache_sgl.runtime import admission
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
 from vlcache_sgl.runtime.arena import KVArena
 from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
 from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.runtime.session import Session
 
 PLANES = 3
 SLOTS = 600
@@ -670,6 +673,55 @@ def test_nobody_is_overtaken_for_ever() -> None:
         if big not in world.waiting:
             break
     assert big not in world.waiting
+
+
+def test_a_real_scheduler_admits_what_is_predicted() -> None:
+    """Prompts of one size that share nothing; within one of the prediction."""
+    prompt, new = 40, 4
+    world = World(physical=96, chunk=64)
+    for number in range(12):
+        world.submit(large(prompt, 10_000 * (number + 1)), tokens=new)
+    most = 0
+    while world.waiting or world.chunked_req is not None:
+        if not world.prefill():
+            world.decode()
+        most = max(most, len(world.batch.reqs))
+    predicted = requests_in_flight(Pool(96, SLOTS), prompt, 0.15 * prompt, new)
+    assert predicted >= 5
+    assert abs(most - predicted) <= 1
+
+
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layers", "heads"])
+@pytest.mark.parametrize("budget", ["1.0", "0.2", "0.05"])
+def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: bool) -> None:
+    """Arena, residency table and everything else that the parts hold on the device, and little less than that."""
+    stock_tokens = 20_000
+    config = config_from({"kv_policy": "vlcache", "kv_budget": budget, "kv_head_cells": head_cells})
+    assert config is not None
+    configurator = SimpleNamespace(
+        use_mla_backend=False,
+        is_hybrid_swa=False,
+        mambaish_config=None,
+        device="cpu",
+        kv_cache_dtype=torch.bfloat16,
+        layer_info=SimpleNamespace(num_effective_layers=4, start_layer=0, end_layer=3),
+        model_config=SimpleNamespace(head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp, dcp: 2),
+    )
+    sizes = SimpleNamespace(max_total_num_tokens=stock_tokens)
+    session = Session(config)
+    with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
+        session.size_pools(sizes, configurator)
+        arena = session.build_pool(lambda: None, configurator, max_total_num_tokens=sizes.max_total_num_tokens)
+    allocator = session.build_allocator(lambda: None, configurator, token_to_kv_pool=arena)
+    residency = arena.residency
+    tensors = [arena.arena, *(value for value in vars(residency).values() if isinstance(value, torch.Tensor))]
+    tensors += [value for value in vars(allocator).values() if isinstance(value, torch.Tensor)]
+    ours = sum(tensor.nbytes for tensor in tensors)
+    shape = KVShape(layers=4, kv_heads=2, head_dim=64, element_bytes=2, groups=2 if head_cells else 1)
+    assert arena.cell_bytes == shape.cell_bytes
+    assert residency.num_cells == session.physical_tokens * shape.planes
+    stock = stock_tokens * (shape.token_bytes + 8)  # SGLang's own list of free slots
+    assert 0.98 * stock < ours <= 1.0005 * stock
 
 
 SLOW_TO_SET_UP = [HealthCheck.too_slow, HealthCheck.filter_too_much]

@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
     "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),
     "inspect": Command("vlcache_sgl.cli.inspect", "show which patches of a picture each layer keeps"),
+    "plan": Command("vlcache_sgl.cli.plan", "how many requests and images fit into a GPU"),
     "policies": Command("vlcache_sgl.cli.policies", "list the installed policies, or explain one"),
     "top": Command("vlcache_sgl.cli.top", "watch a running server"),
 }

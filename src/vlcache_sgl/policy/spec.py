@@ -50,7 +50,7 @@ def parse(text: str) -> Spec:
         elif not key or not value:
             raise problem
         elif key in settings:
-            raise PolicyError(f"policy {text!r} sets {key} twice")
+            raise PolicyError(f"policy {text!r} sets {key!r} twice")
         else:
             settings[key] = value
     if not composed:

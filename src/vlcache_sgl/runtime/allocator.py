@@ -15,6 +15,7 @@ import torch
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.runtime.admission import CellPrefillBudget
 from vlcache_sgl.runtime.arena import KVArena
 from vlcache_sgl.runtime.residency import Eviction
@@ -187,9 +188,7 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         chunk_size: int | None,
     ) -> int | None:
         capacity = min(token_capacity, self.physical_tokens)
-        if input_tokens + 2 > capacity:
-            return None
-        return max(0, min(max_new_tokens, capacity - input_tokens - 2))
+        return longest_answer(input_tokens, max_new_tokens, capacity)
 
     def verify_byte_accounting(self) -> list[str]:
         self.settle()

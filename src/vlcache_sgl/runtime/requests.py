@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlcache_sgl.api import Prompt, Span
-from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, shown
 from vlcache_sgl.policy import PolicyError, resolve
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ REQUEST_KEYS = ("kv_policy", "kv_budget")
 """What of `custom_params` chooses how a request is compressed."""
 REPORTS = ("summary", "positions")
 """What `custom_params["kv_report"]` may ask for; the first is the default."""
+LONGEST_SPEC = 512
+"""Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -91,13 +93,15 @@ class Choices:
         if custom_params is None:
             return self.default
         if not isinstance(custom_params, Mapping):
-            raise ConfigError(f"custom_params must be an object with names and values, got {custom_params!r}")
+            raise ConfigError(f"custom_params must be an object with names and values, got {shown(custom_params)}")
         asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params}
         if not asked:
             return self.default
         spec = asked.get("kv_policy", self._config.policy)
         if not isinstance(spec, str):
-            raise ConfigError(f"kv_policy must be a text, got {spec!r}")
+            raise ConfigError(f"kv_policy must be a text, got {shown(spec)}")
+        if len(spec) > LONGEST_SPEC and spec != self._config.policy:
+            raise ConfigError(f"kv_policy must have at most {LONGEST_SPEC} characters, got {len(spec)}")
         self._check_allowed(spec)
         budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
         self._check_bounds(budget, length)
@@ -129,7 +133,7 @@ def wants_positions(custom_params: object) -> bool:
     """
     asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
     if asked not in REPORTS:
-        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {asked!r}")
+        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {shown(asked)}")
     return bool(asked == "positions")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vlcache_sgl._version import __version__
 from vlcache_sgl.api import Prompt
+from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.runtime.compat import attention_tp, slot_writers
@@ -32,6 +33,8 @@ REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
+NAMESPACE = "|kv:"
+"""Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
 ROWS_ATTRIBUTE = "vlcache_rows"
 """On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
@@ -100,18 +103,14 @@ class Session:
     def size_pools(self, config: Any, configurator: Any, *_: Any, **__: Any) -> None:
         """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
         self.refuse_model(configurator)
-        groups = self._groups(configurator)
-        planes = int(configurator.layer_info.num_effective_layers) * groups
-        factor = self.config.overcommit_factor
-        physical = int(config.max_total_num_tokens)
-        # The residency table (4 bytes per slot and plane) and the slot counters come out of the same memory.
-        slot_bytes = 4 * planes + 16
-        token_bytes = planes * self._cell_bytes(configurator, groups)
-        # And, on a GPU, the lists of cells that decode graphs read: twice 8 bytes per cell, in two buffers.
-        list_bytes = 32 * planes if configurator.device == "cuda" else 0
-        physical = max(1, int(physical * token_bytes / (token_bytes + factor * slot_bytes + list_bytes)))
-        self.physical_tokens = physical
-        config.max_total_num_tokens = int(physical * factor)
+        pool = compressed_pool(
+            int(config.max_total_num_tokens),
+            self._shape(configurator),
+            self.config.overcommit_factor,
+            graph_lists=configurator.device == "cuda",
+        )
+        self.physical_tokens = pool.physical_tokens
+        config.max_total_num_tokens = pool.slots
 
     def refuse_model(self, configurator: Any) -> None:
         """Raise for models whose KV cache is not plain keys and values of all tokens in all layers."""
@@ -124,38 +123,36 @@ class Session:
             if present:
                 raise ConfigError(f"--kv-policy does not support {kind}")
 
-    def _groups(self, configurator: Any) -> int:
-        return self._kv_heads(configurator) if self.config.head_cells else 1
-
-    @staticmethod
-    def _kv_heads(configurator: Any) -> int:
+    def _shape(self, configurator: Any) -> KVShape:
+        """What this rank stores per token."""
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
-        return int(configurator.model_config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
-
-    def _cell_bytes(self, configurator: Any, groups: int) -> int:
-        heads = self._kv_heads(configurator) // groups
-        element = torch.empty((), dtype=configurator.kv_cache_dtype).element_size()
-        return int(2 * heads * configurator.model_config.head_dim * element)
+        model = configurator.model_config
+        heads = int(model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
+        return KVShape(
+            layers=int(configurator.layer_info.num_effective_layers),
+            kv_heads=heads,
+            head_dim=int(model.head_dim),
+            element_bytes=configurator.kv_cache_dtype.itemsize,
+            groups=heads if self.config.head_cells else 1,
+        )
 
     def build_pool(self, _: Callable[..., Any], configurator: Any, *, max_total_num_tokens: int, **__: Any) -> Any:
         """Instead of SGLang's token pool: the arena."""
         from vlcache_sgl.runtime.arena import KVArena
 
-        model = configurator.model_config
-        layers = int(configurator.layer_info.num_effective_layers)
-        groups = self._groups(configurator)
+        shape = self._shape(configurator)
         return KVArena(
-            num_cells=self.physical_tokens * layers * groups,
-            groups=groups,
+            num_cells=self.physical_tokens * shape.planes,
+            groups=shape.groups,
             size=max_total_num_tokens,
             page_size=1,
             dtype=configurator.kv_cache_dtype,
-            head_num=self._kv_heads(configurator),
-            head_dim=model.head_dim,
-            v_head_dim=model.v_head_dim,
-            layer_num=layers,
+            head_num=shape.kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=configurator.model_config.v_head_dim,
+            layer_num=shape.layers,
             device=configurator.device,
             enable_memory_saver=False,
             start_layer=configurator.layer_info.start_layer,
@@ -241,6 +238,10 @@ class Session:
         if (req.sampling_params.beam_width or 1) > 1:
             req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
             return
+        if NAMESPACE in (req.extra_key or ""):
+            # It would meet prefixes that are compressed in another way, or not at all.
+            req.set_finish_with_abort(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
+            return
         try:
             params = getattr(req.sampling_params, "custom_params", None)
             choice = self.choices.select(params, len(req.origin_input_ids))
@@ -268,7 +269,7 @@ class Session:
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         # A namespace of its own: compressed and full variants of one prefix never mix.
-        req.extra_key = f"{req.extra_key or ''}|kv:{choice.fingerprint}"
+        req.extra_key = f"{req.extra_key or ''}{NAMESPACE}{choice.fingerprint}"
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""

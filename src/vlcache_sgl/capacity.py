@@ -1,0 +1,93 @@
+"""How much fits: the arithmetic of pools and admission, shared by the server and `vlcache plan`.
+
+Pure numbers.  A *token* is K and V of one token in all planes; *physical* tokens are what memory holds uncompressed,
+*slots* are how many tokens may be known at once.  Of tensor-parallel servers everything is per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlcache_sgl.config import KVBudget
+
+RESERVED_TOKENS = 2
+"""Physical tokens that stay free behind the longest request: SGLang computes one step ahead."""
+MOST_CELLS = 2**31 - 1
+"""Cell numbers are 32-bit."""
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a model stores per token on one rank."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    groups: int = 1
+    """Cells per (layer, token): 1, or the number of KV heads."""
+
+    @property
+    def planes(self) -> int:
+        return self.layers * self.groups
+
+    @property
+    def cell_bytes(self) -> int:
+        """K and V of one token in one plane."""
+        return 2 * (self.kv_heads // self.groups) * self.head_dim * self.element_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return self.planes * self.cell_bytes
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a server holds."""
+
+    physical_tokens: int
+    slots: int
+
+
+def compressed_pool(stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool) -> Pool:
+    """The pool in the bytes of `stock_tokens` uncompressed tokens.
+
+    Out of the same memory come, per slot, its row of the residency table (4 bytes per plane), its counters and lists
+    (17); per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded
+    decode graphs read (twice 8 bytes per cell, in two buffers).
+    """
+    slot_bytes = 4 * shape.planes + 17
+    cell_overhead = (4 + (32 if graph_lists else 0)) * shape.planes
+    share = shape.token_bytes / (shape.token_bytes + overcommit * slot_bytes + cell_overhead)
+    physical = max(1, int(stock_tokens * share))
+    return Pool(physical, int(physical * overcommit))
+
+
+def longest_answer(prompt_tokens: int, max_new_tokens: int, capacity: int) -> int | None:
+    """How many of `max_new_tokens` fit behind a prompt alone in `capacity` tokens; None: not even the prompt."""
+    if prompt_tokens + RESERVED_TOKENS > capacity:
+        return None
+    return max(0, min(max_new_tokens, capacity - prompt_tokens - RESERVED_TOKENS))
+
+
+def resident_tokens(prompt_tokens: int, layers: int, budget: KVBudget | None) -> float:
+    """Physical tokens that a prompt holds after its prefill; `budget` None: it is not compressed."""
+    if budget is None or budget.keeps_all:
+        return float(prompt_tokens)
+    return budget.target(prompt_tokens, prompt_tokens, layers) / layers
+
+
+def requests_in_flight(pool: Pool, prompt_tokens: int, resident: float, new_tokens: int) -> int:
+    """Requests that can run at once, all of one size, each decoding `new_tokens`, nothing of them cached before.
+
+    All but the last are compressed; the last is still whole, because that is how it was admitted.
+    """
+    if longest_answer(prompt_tokens, new_tokens, pool.physical_tokens) != new_tokens:
+        return 0
+    others = (pool.physical_tokens - prompt_tokens - new_tokens) / (resident + new_tokens)
+    return min(int(others) + 1, pool.slots // (prompt_tokens + new_tokens))
+
+
+def cached_prompts(pool: Pool, prompt_tokens: int, resident: float) -> int:
+    """Prompts that the prefix cache knows when nothing runs: answers are leaves and go before what they follow."""
+    return requests_in_flight(pool, prompt_tokens, resident, 0)

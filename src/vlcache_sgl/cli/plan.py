@@ -1,0 +1,311 @@
+"""`vlcache plan`: how many requests and images fit into a GPU, uncompressed and compressed, without starting anything.
+
+The figures come from the arithmetic by which the server sizes its pools and admits requests.  They hold for requests
+of one size that share nothing and decode all of --new-tokens; SGLang admits more where it expects shorter answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlcache_sgl.capacity import (
+    MOST_CELLS,
+    KVShape,
+    Pool,
+    cached_prompts,
+    compressed_pool,
+    requests_in_flight,
+    resident_tokens,
+)
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, config_from
+
+MEM_FRACTION = 0.85
+"""Of the GPU's memory for weights and KV cache; SGLang chooses its own and prints it at start."""
+MAX_RUNNING = 2048
+"""SGLang's `--max-running-requests` unless given: at least this."""
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_WIDTH = 110
+
+
+class PlanError(ValueError):
+    """Nothing can be planned; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What fits under one budget."""
+
+    budget: str
+    """`none` for stock SGLang."""
+    physical_tokens: int
+    slots: int
+    resident_tokens: float
+    """Of one prompt after its prefill, uncompressed tokens."""
+    requests: int
+    cached_images: int
+    limited_by: str
+    """What keeps a further request from running: memory, slots or max-running-requests."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; returns the exit code, 2 when the model or the request cannot be served."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    try:
+        model = read_model(arguments.model)
+        shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells)
+        stock_tokens = arguments.max_total_tokens or _tokens_in(arguments, shape)
+        rows = plan(arguments, shape, stock_tokens)
+    except (PlanError, ConfigError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"vlcache plan: {error}", style="red", markup=False, highlight=False)
+        return 2
+    if arguments.json:
+        about = {"model": arguments.model, "token_bytes": shape.token_bytes, "tokens_uncompressed": stock_tokens}
+        print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
+    else:
+        show(rows, arguments, shape, stock_tokens, console)
+    return 0
+
+
+def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> list[Row]:
+    """Stock SGLang, then every budget.
+
+    Raises:
+        PlanError: when one request alone does not fit.
+        ConfigError: for a wrong budget or overcommit.
+    """
+    prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
+    if min(arguments.image_tokens, stock_tokens) < 1 or min(arguments.text_tokens, new) < 0:
+        raise PlanError("numbers of tokens must not be negative, and an image has at least one")
+    rows = [_row("none", Pool(stock_tokens, stock_tokens), None, arguments, shape)]
+    for budget in arguments.budget:
+        config = config_from({"kv_policy": "vlcache", "kv_budget": budget, "kv_overcommit": arguments.overcommit})
+        assert isinstance(config, KVConfig)
+        pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=arguments.device == "cuda")
+        if pool.physical_tokens * shape.planes > MOST_CELLS:
+            raise PlanError(f"{pool.physical_tokens * shape.planes} cells are more than 32-bit numbers can name")
+        # Shorter prompts are left alone.
+        compressed = prompt >= config.min_tokens
+        rows.append(_row(str(config.budget), pool, config.budget if compressed else None, arguments, shape))
+    for row in rows:
+        if row.requests == 0:
+            raise PlanError(
+                f"one request of {prompt} + {new} tokens does not fit: the KV cache holds {row.physical_tokens} tokens"
+                + (f" at budget {row.budget}" if row.budget != "none" else "")
+            )
+    return rows
+
+
+def _row(name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Namespace, shape: KVShape) -> Row:
+    prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
+    resident = resident_tokens(prompt, shape.layers, budget)
+    limits = {
+        "memory": requests_in_flight(Pool(pool.physical_tokens, MOST_CELLS), prompt, resident, new),
+        "slots": pool.slots // (prompt + new),
+        "max-running-requests": arguments.max_running_requests,
+    }
+    tightest = min(limits, key=lambda limit: limits[limit])
+    images = cached_prompts(pool, prompt, resident)
+    return Row(
+        name, pool.physical_tokens, pool.slots, round(resident, 1), limits[tightest], images, limited_by=tightest
+    )
+
+
+def show(
+    rows: Sequence[Row], arguments: argparse.Namespace, shape: KVShape, stock_tokens: int, console: Console
+) -> None:
+    """For people."""
+    per_rank = f" per GPU of {arguments.tp}" if arguments.tp > 1 else ""
+    console.print(
+        f"KV cache{per_rank}: {stock_tokens * shape.token_bytes / 1e9:.4g} GB, {shape.token_bytes} bytes per token"
+    )
+    console.print(
+        f"requests: {arguments.image_tokens} image + {arguments.text_tokens} text tokens, "
+        f"{arguments.new_tokens} decoded"
+    )
+    table = Table()
+    table.add_column("budget")
+    for name in ("memory, tokens", "slots", "per prompt", "requests at once", "limited by", "cached images"):
+        table.add_column(name, justify="right", no_wrap=True)
+    stock = rows[0]
+    for row in rows:
+        more = "" if row is stock else f" ({row.requests / stock.requests:.1f}x)"
+        further = "" if row is stock else f" ({row.cached_images / stock.cached_images:.1f}x)"
+        table.add_row(
+            "uncompressed" if row is stock else row.budget,
+            str(row.physical_tokens),
+            str(row.slots),
+            f"{row.resident_tokens:g}",
+            f"{row.requests}{more}",
+            row.limited_by,
+            f"{row.cached_images}{further}",
+        )
+    console.print(table)
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def read_model(name: str) -> dict[str, Any]:
+    """The Hugging Face configuration at a file, in a folder, or of a model of that name.
+
+    Raises:
+        PlanError: when there is none, or when the server would refuse it.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    from vlcache_sgl.runtime.compat import unsupported_model
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise PlanError(f"no config.json in {name}")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name)
+    except Exception as error:  # whatever the hub, the network or a parser says
+        raise PlanError(f"cannot read a model configuration from {name}: {str(error).splitlines()[0]}") from error
+    config = dict(config)
+    if problem := next(unsupported_model(config), None):
+        raise PlanError(problem)
+    try:
+        # Configurations leave out what is the family's default.
+        config["text_config"] = AutoConfig.from_pretrained(name).get_text_config().to_dict()
+    except Exception:  # a family that this version of transformers does not know: what is written has to do
+        config.setdefault("text_config", _text_part(config))
+    return config
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    part: dict[str, Any] = next((config[key] for key in ("llm_config", "language_config") if key in config), config)
+    return part
+
+
+def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool) -> KVShape:
+    """What the model stores per token on one of `tp` ranks.
+
+    Raises:
+        PlanError: when the configuration does not say, or the heads cannot be divided.
+    """
+    text = model["text_config"]
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    if not layers or not heads:
+        raise PlanError("the configuration names no num_hidden_layers and num_attention_heads: not a language model")
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    if not head_dim:
+        raise PlanError("the configuration names neither head_dim nor hidden_size")
+    if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
+        raise PlanError(f"{heads} attention heads and {kv_heads} KV heads cannot be divided over --tp {tp}")
+    mine = max(1, kv_heads // tp)
+    return KVShape(layers, mine, head_dim, _element_bytes(dtype), groups=mine if head_cells else 1)
+
+
+def _element_bytes(dtype: str) -> int:
+    # SGLang's `auto` serves float32 models in float16.
+    return 4 if dtype == "float32" else 2
+
+
+def _tokens_in(arguments: argparse.Namespace, shape: KVShape) -> int:
+    """Uncompressed tokens in the memory that SGLang leaves for the KV cache.
+
+    Raises:
+        PlanError: when the weights leave none.
+    """
+    static = arguments.gpu_memory * arguments.mem_fraction_static
+    weights = (arguments.weights or weight_bytes(arguments.model, arguments.dtype)) / arguments.tp
+    tokens = int((static - weights) / shape.token_bytes)
+    if tokens < 1:
+        raise PlanError(
+            f"weights of {weights / 1e9:.3g} GB leave no KV cache in {arguments.mem_fraction_static:g} of "
+            f"{arguments.gpu_memory / 1e9:.4g} GB; more GPUs: --tp"
+        )
+    return tokens
+
+
+def weight_bytes(name: str, dtype: str) -> int:
+    """Bytes of the model's weights: of the files in its folder, otherwise counted without allocating them.
+
+    Raises:
+        PlanError: when they cannot be counted.
+    """
+    files = list(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    if files:
+        return sum(file.stat().st_size for file in files)
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+    except Exception as error:  # any family has its own way to fail
+        raise PlanError(f"cannot count the weights of {name}; give them with --weights, as 16GB") from error
+    return _element_bytes(dtype) * int(sum(parameter.numel() for parameter in model.parameters()))
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def size(text: str) -> int:
+    """Bytes of `141GB`, `80GiB`, `500MB`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size as 141GB or 80GiB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, got {text!r}")
+    return share
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlcache plan", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser.add_argument("--model", required=True, metavar="CONFIG_OR_FOLDER", help="config.json, its folder, or a name")
+    memory = parser.add_mutually_exclusive_group(required=True)
+    memory.add_argument("--gpu-memory", type=size, metavar="SIZE", help="of one GPU: 141GB (10^9) or 80GiB (2^30)")
+    memory.add_argument(
+        "--max-total-tokens", type=_positive, metavar="TOKENS", help="instead: uncompressed tokens, as SGLang's flag"
+    )
+    parser.add_argument("--budget", nargs="+", default=["0.1"], help="as --kv-budget, several; default: 0.1")
+    parser.add_argument("--image-tokens", type=_positive, default=1024, help="per request; default: 1024")
+    parser.add_argument("--text-tokens", type=int, default=64, help="template and question; default: 64")
+    parser.add_argument("--new-tokens", type=int, default=128, help="decoded per request; default: 128")
+    parser.add_argument("--weights", type=size, metavar="SIZE", help="of all GPUs; default: from the model")
+    parser.add_argument(
+        "--mem-fraction-static", type=_share, default=MEM_FRACTION, help=f"as SGLang's flag; default: {MEM_FRACTION}"
+    )
+    parser.add_argument("--tp", type=_positive, default=1, help="GPUs of one tensor-parallel server; default: 1")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="decode graphs cost memory on cuda")
+    parser.add_argument("--overcommit", default="auto", help="as --kv-overcommit; default: auto")
+    parser.add_argument("--head-cells", action="store_true", help="as --kv-head-cells")
+    parser.add_argument(
+        "--max-running-requests", type=_positive, default=MAX_RUNNING, help=f"as SGLang's; default: {MAX_RUNNING}"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

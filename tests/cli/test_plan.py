@@ -1,0 +1,141 @@
+"""`vlcache plan`: figures for models that can be served, one line for those that cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlcache_sgl.cli.plan import main
+
+BUNDLED = Path(__file__).parents[2] / "models/tinyvlm/grounded"
+QWEN = {
+    # The shape of a 7 B model: 28 layers, 4 KV heads of 128.
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
+}
+
+
+def config(folder: Path, **changes: Any) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**QWEN, **changes}))
+    return str(path)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("vlcache plan: ")
+    assert printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def test_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = config(tmp_path)
+    result = planned(
+        *(capsys, "--model", model, "--gpu-memory", "141GB", "--image-tokens", "2000", "--text-tokens", "0"),
+        *("--new-tokens", "100", "--budget", "0.1", "0.2", "64", "--max-running-requests", "100000"),
+    )
+    assert result["token_bytes"] == 28 * 2 * 4 * 128 * 2
+    # 8.29 B parameters of two bytes are counted from the configuration.
+    kv_bytes = result["tokens_uncompressed"] * result["token_bytes"]
+    assert 0.85 * 141e9 - kv_bytes == pytest.approx(16.58e9, rel=0.01)
+    stock, tenth, fifth, tokens = result["rows"]
+    assert stock["requests"] == result["tokens_uncompressed"] // 2100
+    assert [row["budget"] for row in result["rows"]] == ["none", "0.1", "0.2", "64t"]
+    assert tenth["resident_tokens"] == 200
+    assert tokens["resident_tokens"] == 64
+    # A request holds 300 tokens and not 2100.
+    assert 6.5 < tenth["requests"] / stock["requests"] < 7.0
+    assert stock["requests"] < fifth["requests"] < tenth["requests"]
+    assert tenth["cached_images"] / stock["cached_images"] > fifth["cached_images"] / stock["cached_images"] > 3.5
+
+
+def test_a_folder_and_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned(capsys, "--model", str(BUNDLED), "--gpu-memory", "100MB", "--dtype", "float32")
+    weights = (BUNDLED / "model.safetensors").stat().st_size
+    assert result["tokens_uncompressed"] == int((85e6 - weights) / result["token_bytes"])
+
+
+def test_tensor_parallel_ranks_hold_fewer_heads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    common = ("--model", config(tmp_path), "--gpu-memory", "80GiB", "--weights", "16GB")
+    one, four = (planned(capsys, *common, "--tp", tp) for tp in ("1", "4"))
+    assert four["token_bytes"] * 4 == one["token_bytes"]
+    assert four["tokens_uncompressed"] > 4 * one["tokens_uncompressed"]
+    assert "cannot be divided" in refused(capsys, *common, "--tp", "3")
+    assert "cannot be divided" in refused(capsys, *common, "--tp", "8")  # 28 heads
+
+
+def test_says_what_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", str(BUNDLED), "--max-total-tokens", "100000", "--dtype", "float32")
+    assert planned(capsys, *common)["rows"][1]["limited_by"] == "memory"
+    assert planned(capsys, *common, "--overcommit", "1")["rows"][1]["limited_by"] == "slots"
+    limited = planned(capsys, *common, "--max-running-requests", "7")["rows"]
+    assert [(row["requests"], row["limited_by"]) for row in limited] == [(7, "max-running-requests")] * 2
+
+
+def test_short_prompts_are_not_compressed(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", str(BUNDLED), "--max-total-tokens", "9000", "--image-tokens", "100", "--text-tokens", "20")
+    assert planned(capsys, *common)["rows"][1]["resident_tokens"] == 120
+
+
+def test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(BUNDLED), "--max-total-tokens", "8832", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "uncompressed" in printed
+    assert "0.1" in printed
+    assert "x)" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kv_lora_rank": 512}, "MLA"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear-attention"),
+    ],
+    ids=["mla", "window", "linear"],
+)
+def test_models_that_the_server_refuses(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    model = config(tmp_path, **changes)
+    assert reason in refused(capsys, "--model", model, "--gpu-memory", "80GB", "--weights", "16GB")
+
+
+def test_requests_that_cannot_be_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pool = ("--model", str(BUNDLED), "--max-total-tokens", "1000")
+    assert "does not fit" in refused(capsys, *pool, "--image-tokens", "999")
+    assert "--kv-budget" in refused(capsys, *pool, "--budget", "2.5")
+    assert "--kv-overcommit" in refused(capsys, *pool, "--overcommit", "0.5")
+    assert "leave no KV cache" in refused(capsys, "--model", str(BUNDLED), "--gpu-memory", "5MB")
+    assert "no config.json" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GB")
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot read" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GB")
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model_of_nobody"}')
+    assert "not a language model" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GB")
+
+
+@pytest.mark.parametrize("memory", ["", "80", "0GB", "80 parsecs"])
+def test_sizes_have_a_unit(capsys: pytest.CaptureFixture[str], memory: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", str(BUNDLED), "--gpu-memory", memory])
+    assert "expected a size" in capsys.readouterr().err
