@@ -43,7 +43,8 @@ def qwen2_vl(folder: Path) -> None:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2}
+    # `in_chans`: published checkpoints name it so, and SGLang reads that name.
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "in_chans": 3}
     config = Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **IDS)
     _save(Qwen2VLForConditionalGeneration(config), folder)
     _copy(folder)
