@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.cli.eval import RESULT
 from vlcache_sgl.fidelity.compare import Comparison, compare, select
 from vlcache_sgl.fidelity.run import FULL, EvalError, Record
@@ -28,9 +29,7 @@ _WIDTH = 120
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; returns the exit code, 1 when B is worse beyond chance."""
     arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console(_WIDTH)
     try:
         a, b = read(arguments.a, arguments.b)
         if arguments.task:

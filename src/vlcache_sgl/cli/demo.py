@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vlcache_sgl.cli.client import Client
+from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.cli.server import (
     BUNDLED_FLAGS,
     BUNDLED_MODEL,
@@ -86,9 +87,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console(_WIDTH)
     model = Path(arguments.model) if arguments.model else bundled_model()
     if not (model / "config.json").exists():
         console.print(f"vlcache demo: no model at {model}; name one with --model PATH", style="red")

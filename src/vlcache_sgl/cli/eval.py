@@ -20,6 +20,7 @@ from rich.table import Table
 
 from vlcache_sgl._version import __version__
 from vlcache_sgl.cli.client import Client
+from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
 from vlcache_sgl.fidelity.data import TASKS, DataError, Sample, load_jsonl
@@ -37,9 +38,7 @@ _WIDTH = 150
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation; returns the exit code, 3 when it is not finished."""
     arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console(_WIDTH)
     try:
         conditions = conditions_of(arguments)
         samples = samples_of(arguments)

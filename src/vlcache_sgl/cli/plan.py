@@ -26,6 +26,7 @@ from vlcache_sgl.capacity import (
     requests_in_flight,
     resident_tokens,
 )
+from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, config_from
 
 MEM_FRACTION = 0.85
@@ -59,9 +60,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; returns the exit code, 2 when the model or the request cannot be served."""
     arguments = _parser().parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console(_WIDTH)
     try:
         model = read_model(arguments.model)
         shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells)
