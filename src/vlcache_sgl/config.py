@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Scope = Literal["vision", "all"]
+Share = Literal["policy", "tiered", "off"]
+Guard = Literal["off", "observe", "enforce"]
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 80
@@ -88,6 +90,25 @@ class KVConfig:
     """Bounds of what a request may ask for, as fractions of its prompt."""
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
+    share: Share = "policy"
+    """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
+    everybody (``tiered``), or nothing (``off``)."""
+    share_budget: float = 0.2
+    """Share of a picture's cells that a copy for everybody keeps."""
+    share_scorer: str = "keydiff"
+    """The query-agnostic scorer of such a copy, with parameters."""
+    profile: str | None = None
+    """File of layer weights (`vlcache calibrate`): what each layer is worth to later questions."""
+    guard: Guard = "off"
+    """Whether questions about a shared picture are watched (``observe``), what they lack fetched (``enforce``)."""
+    guard_threshold: float = 0.25
+    """Share of a question's attention that may fall on evicted tokens, in (0, 1)."""
+
+    @property
+    def share_policy(self) -> str:
+        """The policy that makes a copy for everybody."""
+        allocator = "uniform" if self.profile is None else f"table,file={self.profile}"
+        return f"scorer={self.share_scorer},allocator={allocator}"
 
     @property
     def overcommit_factor(self) -> float:
@@ -155,6 +176,38 @@ FLAGS: tuple[Flag, ...] = (
         "Default: *.",
         metavar="NAMES",
     ),
+    Flag(
+        "--kv-share",
+        "What other requests find of a picture: `policy`, what the first request's policy kept; `tiered`, a copy made "
+        "for all questions; `off`, nothing. Default: policy.",
+        choices=get_args(Share),
+    ),
+    Flag(
+        "--kv-share-budget",
+        "Share of a picture that a copy for all questions keeps, in (0, 1]. Default: 0.2.",
+        metavar="SHARE",
+    ),
+    Flag(
+        "--kv-share-scorer",
+        "Scorer of such a copy, NAME[,key=value,...]; it must not look at the question. Default: keydiff.",
+        metavar="SCORER",
+    ),
+    Flag(
+        "--kv-profile",
+        "Layer weights for such a copy and for the guard, made by `vlcache calibrate`. Default: all layers alike.",
+        metavar="FILE",
+    ),
+    Flag(
+        "--kv-guard",
+        "Estimate for each question about a shared picture how much of its attention evicted tokens would get: "
+        "`observe` reports it, `enforce` also computes the picture anew when it is too much. Default: off.",
+        choices=get_args(Guard),
+    ),
+    Flag(
+        "--kv-guard-threshold",
+        "Share of a question's attention that may be missing, in (0, 1). Default: 0.25.",
+        metavar="SHARE",
+    ),
 )
 
 
@@ -177,13 +230,19 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
         raise ConfigError(f"--kv-policy must name a policy, got {policy!r}")
     readers: dict[str, Callable[[object], object]] = {
         "kv_budget": lambda value: KVBudget.parse(value),
-        "kv_scope": _read_scope,
+        "kv_scope": lambda value: _read_choice("--kv-scope", value, get_args(Scope)),
         "kv_min_tokens": _read_min_tokens,
         "kv_overcommit": _read_overcommit,
         "kv_head_cells": bool,
         "kv_budget_min": lambda value: _read_share("--kv-budget-min", value),
         "kv_budget_max": lambda value: _read_share("--kv-budget-max", value),
         "kv_allow_policies": _read_names,
+        "kv_share": lambda value: _read_choice("--kv-share", value, get_args(Share)),
+        "kv_share_budget": lambda value: _read_share("--kv-share-budget", value),
+        "kv_share_scorer": str,
+        "kv_profile": str,
+        "kv_guard": lambda value: _read_choice("--kv-guard", value, get_args(Guard)),
+        "kv_guard_threshold": lambda value: _read_share("--kv-guard-threshold", value),
     }
     parsed: dict[str, Any] = {name.removeprefix("kv_"): readers[name](value) for name, value in given.items()}
     known = {f.name for f in fields(KVConfig)}
@@ -209,10 +268,10 @@ def _read_names(value: object) -> tuple[str, ...]:
     return () if names == ("none",) else names
 
 
-def _read_scope(value: object) -> Scope:
-    if value not in get_args(Scope):
-        raise ConfigError(f"--kv-scope must be one of {', '.join(get_args(Scope))}, got {value!r}")
-    return value  # type: ignore[return-value]
+def _read_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return str(value)
 
 
 def _read_min_tokens(value: object) -> int:

@@ -26,7 +26,8 @@ from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.residency import EVICTED
-from vlcache_sgl.runtime.scoring import Scoring
+from vlcache_sgl.runtime.scoring import KeysValues, Scoring
+from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
 logger = logging.getLogger(__name__)
@@ -39,23 +40,26 @@ class Compressor:
         model: what the policy is told of the model; `length`, `start` and `vision` are filled in per request.
         heads: puts the ranks' KV heads together.
         counters: where figures are kept.
+        sharing: what copies for everybody keep.
     """
 
-    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters) -> None:
+    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters, sharing: Sharing) -> None:
         self._model = model
         self._heads = heads
         self.counters = counters
         self.allocator: VirtualSlotAllocator | None = None
+        self.sharing = sharing
         self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
 
     # -- during the prefill -----------------------------------------------------------------------------------------
 
     def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
         """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
-        if job.reached is None and job.vision and begin > job.vision[0].begin:
-            self.counters.prefix_hit(begin)
         if job.reached is not None and begin != job.reached:
             job.restart()
+        if job.reached is None and job.vision and begin > job.vision[0].begin:
+            self.counters.prefix_hit(begin)
+            self.sharing.watch(job, begin)
         job.reached = end
         if job.done:
             return
@@ -143,6 +147,29 @@ class Compressor:
             self._give_up(voting.jobs, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
+    def read_guards(
+        self,
+        guarded: Sequence[tuple[CompressionJob, slice]],
+        layer: int,
+        queries: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Estimate in one layer what questions about shared pictures miss.
+
+        Args:
+            guarded: jobs with their rows of the batch.
+            queries, lse: `[T, H, D]` and `[T, H]` of the batch.
+        """
+        started = time.perf_counter()
+        for job, rows in guarded:
+            if job.guard is not None:
+                try:
+                    job.guard.observe(layer, queries[rows], lse[rows], scale)
+                except Exception as error:
+                    job.guard.failure = error
+        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+
     def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
         """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
         for job in jobs:
@@ -157,6 +184,8 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
+        if job.guard is not None:
+            job.guard.close(self._heads.mean, row.device)
         scoring = job.scoring
         if job.done or scoring is None:
             return
@@ -175,15 +204,7 @@ class Compressor:
 
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
         prompt = scoring.final_prompt()
-
-        def keys_values(layer: int) -> torch.Tensor:
-            assert self.allocator is not None
-            arena = self.allocator.arena
-            cells = arena.residency.cells_of(arena.planes_of(layer), slots)
-            both = arena.arena[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
-
+        keys_values = self._keys_values(slots)
         policy = job.choice.policy
         try:
             if scoring.failure is not None:
@@ -193,12 +214,27 @@ class Compressor:
             self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
             raise
         total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
-        return self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
+        plan = self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
+        return self.sharing.copy_plan(job, prompt, plan, keys_values, self._heads)
+
+    def _keys_values(self, slots: torch.Tensor) -> KeysValues:
+        """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
+
+        def keys_values(layer: int) -> torch.Tensor:
+            assert self.allocator is not None
+            arena = self.allocator.arena
+            cells = arena.residency.cells_of(arena.planes_of(layer), slots)
+            both = arena.arena[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
+            groups, tokens, two, heads, dim = both.shape
+            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+        return keys_values
 
     def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
         assert self.allocator is not None
         arena = self.allocator.arena
         keep = self._heads.own_groups(plan.keep, arena.groups)
+        self.sharing.remember(job, prompt, keep, self._keys_values(slots))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         eviction = arena.residency.evict(slots, keep)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)

@@ -31,6 +31,15 @@ class Counters:
     """Tokens of these prompts that came from the prefix."""
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RATIOS))
     """Kept share of each compressed prompt, in [0, 1], since the metrics last took them."""
+    guard_readings: int = 0
+    """Questions about a shared picture whose missing attention was estimated."""
+    guard_missing: float = 0.0
+    """Sum of these estimates, each in [0, 1]."""
+    guard_trips: int = 0
+    """Readings above the threshold."""
+    expansions: int = 0
+    """Pictures computed anew because of one."""
+    guard_ms: float = 0.0
     prefill_ms: float = 0.0
     """Wall time of forwards that contained a compressed prompt."""
     scoring_ms: float = 0.0
@@ -63,6 +72,12 @@ class Counters:
         self.prefix_hits += 1
         self.prefix_hit_tokens += tokens
 
+    def guard_read(self, missing: float, tripped: bool) -> None:
+        """One question would have paid the share `missing` of its attention to evicted tokens."""
+        self.guard_readings += 1
+        self.guard_missing += missing
+        self.guard_trips += tripped
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -77,6 +92,11 @@ class Counters:
             "vision_kept_by_layer": self.vision_kept_by_layer,
             "prefix_hits": self.prefix_hits,
             "prefix_hit_tokens": self.prefix_hit_tokens,
+            "guard_readings": self.guard_readings,
+            "guard_missing": round(self.guard_missing, 4),
+            "guard_trips": self.guard_trips,
+            "expansions": self.expansions,
+            "guard_ms": round(self.guard_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),
             "scoring_ms": round(self.scoring_ms, 3),
             "selection_ms": round(self.selection_ms, 3),

@@ -79,9 +79,21 @@ def runtime_points(session: Session) -> list[PatchPoint]:
         ),
         PatchPoint(
             f"{_SCHEDULER}.get_new_batch_prefill",
-            "before",
-            admission.reopen,
+            "around",
+            session.admit_prefills,
             "admitting prompts into memory that compression gave back",
+        ),
+        PatchPoint(
+            f"{_SCHEDULER}.get_next_batch_to_run",
+            "before",
+            session.before_next_batch,
+            "starting questions over that miss too much of a shared picture",
+        ),
+        PatchPoint(
+            f"{_COMPONENTS}.batch_result_processor:SchedulerBatchResultProcessor.process_batch_result_prefill",
+            "before",
+            session.before_prefill_result,
+            "not answering questions that miss too much of a shared picture",
         ),
         PatchPoint(
             f"{_SCHEDULER}.update_running_batch",

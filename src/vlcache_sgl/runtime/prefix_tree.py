@@ -19,6 +19,8 @@ class CompressedPrefixTree(UnifiedRadixCache):
             return
         before = req.kv.cache_protected_len
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        if job is not None and job.image is not None and job.image.leader is req and up_to >= job.length:
+            self.copy_listener(req, job)
         after = req.kv.cache_protected_len
         row = req.kv.req_pool_idx
         if row is None or after == before:
@@ -29,6 +31,11 @@ class CompressedPrefixTree(UnifiedRadixCache):
 
     row_listener: Any = staticmethod(lambda row: None)
     """Called with the number of a `req_to_token` row whose slots have changed."""
+
+    copy_listener: Any = staticmethod(lambda req, job: None)
+    """Called with a request, and its job, that has published the next copy of its picture."""
+    reset_listener: Any = staticmethod(lambda: None)
+    """Called when the tree has forgotten everything."""
 
     def inc_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().inc_lock_ref(node_id, *args, **kwargs)
@@ -50,3 +57,4 @@ class CompressedPrefixTree(UnifiedRadixCache):
     def reset(self) -> None:
         super().reset()
         self.token_to_kv_pool_allocator.forget_tree()
+        self.reset_listener()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
 
 from vlcache_sgl.api import Prompt, Span
-from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, shown
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share, shown
 from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.runtime.sharing.tier import require_agnostic
 
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
     from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.scoring import Scoring
+    from vlcache_sgl.runtime.sharing.guard import GuardReading
+    from vlcache_sgl.runtime.sharing.images import SharedImage
 
-REQUEST_KEYS = ("kv_policy", "kv_budget")
+REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
 """What of `custom_params` chooses how a request is compressed."""
 REPORTS = ("summary", "positions")
 """What `custom_params["kv_report"]` may ask for; the first is the default."""
@@ -31,11 +36,14 @@ class Choice:
 
     policy: Policy
     budget: KVBudget
+    share: Share = "policy"
+    copy_name: str = ""
+    """With ``tiered``: fingerprint of the share policy and its budget."""
 
     @property
     def fingerprint(self) -> str:
         """Distinguishes compressed prefixes in the radix tree."""
-        return f"{self.policy.fingerprint}@{self.budget}"
+        return f"{self.policy.fingerprint}@{self.budget}{self.copy_name and '+' + self.copy_name}"
 
 
 class Choices:
@@ -43,10 +51,13 @@ class Choices:
 
     def __init__(self, config: KVConfig) -> None:
         self._config = config
-        self._known: dict[tuple[str, KVBudget], Choice] = {}
+        self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
         self._model: Prompt | None = None
         self._ranks = 1
-        self.default = self._choice(config.policy, config.budget)
+        self.copies = resolve(config.share_policy)
+        """The policy that makes copies for everybody."""
+        require_agnostic(self.copies)
+        self.default = self._choice(config.policy, config.budget, config.share)
 
     def serve(self, model: Prompt, ranks: int) -> None:
         """From now on only choices that can serve this model over so many tensor-parallel ranks are made.
@@ -56,6 +67,7 @@ class Choices:
         """
         self._model, self._ranks = model, ranks
         self._require(self.default.policy)
+        self._require(self.copies)
 
     def _require(self, policy: Policy) -> None:
         if self._model is None:
@@ -67,8 +79,8 @@ class Choices:
                 f"allocator {policy.allocator_name} reads keys or queries, of which a rank has only its own"
             )
 
-    def _choice(self, spec: str, budget: KVBudget, from_request: bool = False) -> Choice:
-        key = (spec, budget)
+    def _choice(self, spec: str, budget: KVBudget, share: Share, from_request: bool = False) -> Choice:
+        key = (spec, budget, share)
         if key not in self._known:
             policy = resolve(spec, from_request=from_request)
             if policy.selection.heads == "split" and not self._config.head_cells:
@@ -76,7 +88,8 @@ class Choices:
             self._require(policy)
             if len(self._known) >= MOST_CHOICES:
                 del self._known[next(iter(self._known))]
-            self._known[key] = Choice(policy, budget)
+            copy_name = f"{self.copies.fingerprint}@{self._config.share_budget:g}" if share == "tiered" else ""
+            self._known[key] = Choice(policy, budget, share, copy_name)
         return self._known[key]
 
     def select(self, custom_params: object, length: int) -> Choice:
@@ -105,7 +118,10 @@ class Choices:
         self._check_allowed(spec)
         budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
         self._check_bounds(budget, length)
-        return self._choice(spec, budget, from_request=spec != self._config.policy)
+        share = asked.get("kv_share", self._config.share)
+        if share not in get_args(Share):
+            raise ConfigError(f"kv_share must be one of: {', '.join(get_args(Share))}, got {shown(share)}")
+        return self._choice(spec, budget, share, from_request=spec != self._config.policy)
 
     def _check_allowed(self, spec: str) -> None:
         allowed = self._config.allow_policies
@@ -158,6 +174,25 @@ class CompressionJob:
     """Where the last chunk ended; a chunk that begins elsewhere belongs to a new prefill."""
     report: dict[str, Any] = field(default_factory=dict)
     """What was done, for the response's metadata."""
+    tokens: Sequence[int] = ()
+    """The prompt's token numbers, SGLang's array."""
+    image: SharedImage | None = None
+    """What is known of the prompt's first picture; None where nothing needs to be."""
+    base_key: str = ""
+    """The radix key's namespace, without the generation of the picture's copy."""
+    generation: int = 0
+    """Of the copy that this request looks for or makes."""
+    guard: GuardReading | None = None
+    """How well the present prefill finds what it looks for."""
+    trips: int = 0
+    """How often it did not, and started over."""
+    inherited: torch.Tensor | None = None
+    """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
+
+    @property
+    def pictures_end(self) -> int:
+        """Position behind the last picture."""
+        return self.vision[-1].end if self.vision else 0
 
     def holds_back(self, up_to: int) -> bool:
         """Whether ``[0, up_to)`` must not be published yet."""
@@ -168,7 +203,10 @@ class CompressionJob:
         self.scoring = None
         self.done = False
         self.reached = None
+        self.guard = None
         self.report.clear()
+        if self.trips:
+            self.report["recomputed"] = self.trips
 
 
 JOB_ATTRIBUTE = "vlcache_job"

@@ -14,6 +14,7 @@ from vlcache_sgl.api import Prompt
 from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy import PolicyError
+from vlcache_sgl.runtime.admission import reopen
 from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
@@ -28,6 +29,9 @@ from vlcache_sgl.runtime.requests import (
     wants_positions,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
+from vlcache_sgl.runtime.sharing.expansion import Expansions
+from vlcache_sgl.runtime.sharing.images import SharedImages
+from vlcache_sgl.runtime.sharing.sharing import Sharing
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
@@ -48,6 +52,9 @@ class Session:
         self.config = config
         self.choices = Choices(config)
         self.counters = Counters()
+        self.images = SharedImages()
+        self._expansions: Expansions | None = None
+        self._private = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
         self.metrics: Metrics | None = None
@@ -92,7 +99,12 @@ class Session:
         foreign = [name for name, ours in parts.items() if not ours]
         if foreign:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
+        self._expansions = Expansions(
+            scheduler, self.images, self.config.guard_threshold, self.config.guard == "enforce", self.counters
+        )
         scheduler.tree_cache.row_listener = self._backend.invalidate
+        scheduler.tree_cache.copy_listener = self._expansions.published
+        scheduler.tree_cache.reset_listener = self.images.clear
         self._tree = scheduler.tree_cache
         reporter = scheduler.metrics_reporter
         if reporter.current_scheduler_metrics_enabled:
@@ -195,7 +207,12 @@ class Session:
             rotary=model_rotary(model_runner.model),
         )
         self.choices.serve(prompt, size)
-        self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters)
+        arena_bytes = model_runner.token_to_kv_pool.arena.nbytes
+        try:
+            sharing = Sharing(self.config, self.choices.copies, prompt, self.images, arena_bytes)
+        except ValueError as error:
+            raise ConfigError(f"--kv-profile: {error}") from error
+        self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters, sharing)
         self.compressor.allocator = model_runner.token_to_kv_pool_allocator
         self._backend = ResidencyBackend(model_runner, self.compressor, name, prompt.num_heads // size)
         return self._backend
@@ -232,6 +249,7 @@ class Session:
         """Before a request is queued: decide whether and how it will be compressed."""
         if (known := job_of(req)) is not None:
             known.restart()  # it was retracted
+            Expansions.name(req, known)
             return
         if getattr(req, "to_finish", None) is not None:
             return
@@ -268,8 +286,22 @@ class Session:
         )
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
-        # A namespace of its own: compressed and full variants of one prefix never mix.
-        req.extra_key = f"{req.extra_key or ''}{NAMESPACE}{choice.fingerprint}"
+        self._name_prefix(req, job)
+
+    def _name_prefix(self, req: Any, job: CompressionJob) -> None:
+        """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
+        user_key, choice = req.extra_key or "", job.choice
+        job.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
+        if not job.vision:
+            return
+        if choice.share == "off":
+            self._private += 1
+            req.extra_key = f"{job.base_key}#private{self._private}"
+            req.skip_radix_cache_insert = True
+        elif choice.share == "tiered" or self.config.guard != "off":
+            job.tokens = req.origin_input_ids
+            job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
+            Expansions.name(req, job)
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
@@ -290,7 +322,8 @@ class Session:
                 if job.scoring is not None:
                     job.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            jobs.append(job if job is not None and (job.positions or not job.done) else None)
+            attends = job is not None and (job.positions or job.guard is not None or not job.done)
+            jobs.append(job if attends else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
 
@@ -325,6 +358,34 @@ class Session:
             if job.positions:
                 self.compressor.report_positions(job, row)
         return result
+
+    # -- between forwards -------------------------------------------------------------------------------------------
+
+    def before_next_batch(self, _: Any, *, running_batch: Any, last_batch: Any) -> None:
+        """Before SGLang chooses its next batch: send questions back that their picture's copy cannot answer."""
+        if self._expansions is not None:
+            self._expansions.before_next_batch(last_batch)
+
+    def before_prefill_result(self, _: Any, batch: Any, *__: Any) -> None:
+        """Before SGLang publishes the first tokens of a prefill batch; under overlap scheduling that has been done."""
+        if self._expansions is not None:
+            self._expansions.judge(batch)
+
+    def admit_prefills(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+        """Around the choice of prompts to start: some memory has come back, some prompts must wait for another."""
+        reopen(scheduler, running_batch)
+        if self._expansions is None:
+            return original(scheduler, running_batch)
+        held = self._expansions.held()
+        self._expansions.reclaim()
+        if not held:
+            return original(scheduler, running_batch)
+        waiting = {id(req) for req in held}
+        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
+        try:
+            return original(scheduler, running_batch)
+        finally:
+            scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
@@ -364,6 +425,11 @@ class Session:
             "physical_tokens_total": self.physical_tokens,
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
+            "share": self.config.share,
+            "guard": self.config.guard,
+            "pictures_known": len(self.images),
+            "pictures_whole": self.images.settled,
+            "sketch_bytes": self.images.sketch_bytes,
             "integrity": allocator.verify_byte_accounting(),
             **self.counters.as_dict(),
         }

@@ -59,6 +59,8 @@ class ResidencyBackend(AttentionBackend):
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
         self._voting: BatchScoring | None = None
+        # Requests with a guard, by their rows of the batch that it reads.
+        self._guarded: list[tuple[CompressionJob, slice]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -109,7 +111,7 @@ class ResidencyBackend(AttentionBackend):
     def _plan_extend(self, forward_batch: Any) -> None:
         rows = self._rows_of(forward_batch)
         jobs = self.jobs or [None] * len(rows)
-        requests, self._observed = [], []
+        requests, self._observed, self._guarded = [], [], []
         first = 0
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
@@ -117,6 +119,9 @@ class ResidencyBackend(AttentionBackend):
             votes = job is not None and job.scoring is not None and job.scoring.rows_in(begin, begin + count)
             requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
             self._observed.append(job if votes else None)
+            if job is not None and job.guard is not None:
+                read = job.guard.rows(int(begin), count)
+                self._guarded.append((job, slice(first + read.start, first + read.stop)))
             first += count
         self._requests = tuple(requests)
         if self.provider.on_device and any(request.votes for request in requests):
@@ -127,7 +132,7 @@ class ResidencyBackend(AttentionBackend):
                 forward_batch.req_pool_indices,
                 forward_batch.extend_prefix_lens,
                 forward_batch.seq_lens,
-                want_lse=self._voting is not None and self._voting.takes_lse,
+                want_lse=bool(self._guarded) or (self._voting is not None and self._voting.takes_lse),
             )
         )
 
@@ -185,6 +190,8 @@ class ResidencyBackend(AttentionBackend):
         output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
         if self._voting is not None:
             self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
+        if self._guarded and lse is not None:
+            self.compressor.read_guards(self._guarded, layer.layer_id, queries, lse, layer.scaling)
         return output.view(q.shape[0], -1)
 
     def forward_decode(

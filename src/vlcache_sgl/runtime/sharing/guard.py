@@ -1,0 +1,88 @@
+"""Does a question find what it looks for in a shared copy?  Estimated while its own tokens are prefilled.
+
+For the question's rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
+evicted give the same over what is not.  Their ratio is the share of attention that goes missing, per row, head and
+layer; the reading is its mean, layers weighted by what they are worth to later questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlcache_sgl.runtime.allocator import passed_event
+from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
+from vlcache_sgl.runtime.sharing.sketch import missing_share
+
+
+@dataclass
+class GuardReading:
+    """One question's prefill on a shared copy.
+
+    `missing` is an estimate: sketches are lossy, and rows attend to kept tokens only on their way through the layers.
+    """
+
+    image: SharedImage
+    sketches: tuple[PrefixSketch, ...]
+    first_row: int
+    """Position of the question's first row: behind the last picture and behind what the prefix cache served."""
+    length: int
+    """Of the prompt."""
+    weights: tuple[float, ...]
+    """Per layer, sum 1."""
+    failure: Exception | None = None
+    """Why there is no estimate."""
+    _sum: dict[int, torch.Tensor] = field(default_factory=dict)
+    _rows: int = 0
+    _copied: torch.Tensor | None = None
+    _event: Any = None
+
+    def rows(self, begin: int, count: int) -> slice:
+        """Which of a chunk's `count` tokens from position `begin` are read."""
+        return slice(min(max(0, self.first_row - begin), count), min(max(0, self.length - begin), count))
+
+    def observe(self, layer: int, queries: torch.Tensor, lse: torch.Tensor, scale: float) -> None:
+        """Read one layer of one chunk.
+
+        Args:
+            queries: `[R, H, D]`, the question's rows.
+            lse: `[R, H]` float32, natural logarithm of the sum of exponentials over what they see.
+            scale: factor of the logits.
+        """
+        if layer == 0:
+            self._rows += queries.shape[0]
+        parts = [part for sketch in self.sketches if (part := sketch.layers[layer]) is not None]
+        if not parts or not queries.shape[0] or not self.weights[layer]:
+            return
+        evicted = torch.stack([part.log_mass(queries, scale) for part in parts]).logsumexp(0)
+        share = missing_share(lse, evicted).mean(1).sum()
+        known = self._sum.get(layer)
+        self._sum[layer] = share if known is None else known + share
+
+    def close(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        """The last chunk has been computed: bring the reading to the host.  Every rank takes part, failed or not."""
+        total = torch.full((1,), torch.nan if self.failure is not None else 0.0, device=device)
+        for layer, value in self._sum.items():
+            total = total + self.weights[layer] * value / max(1, self._rows)
+        total = mean_over_ranks(total)
+        if device.type != "cpu":
+            total = torch.empty(1, pin_memory=True).copy_(total, non_blocking=True)
+        self._copied, self._event = total, passed_event(device)
+
+    @property
+    def closed(self) -> bool:
+        return self._copied is not None
+
+    @property
+    def missing(self) -> float:
+        """Share of the question's attention that evicted tokens would get, in [0, 1]; NaN where it is not known.
+
+        Waits for the device.
+        """
+        assert self._copied is not None
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._copied)

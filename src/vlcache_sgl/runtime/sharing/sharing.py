@@ -1,0 +1,119 @@
+"""What compression has to do with sharing: the copy's kept set, the sketch of the rest, and the guard's reading."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.config import KVConfig
+from vlcache_sgl.plan import EvictionPlan
+from vlcache_sgl.policy import Policy
+from vlcache_sgl.runtime.requests import CompressionJob
+from vlcache_sgl.runtime.scoring import KeysValues, Scoring
+from vlcache_sgl.runtime.sharing.guard import GuardReading
+from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImages, prefix_digest
+from vlcache_sgl.runtime.sharing.sketch import SHARE, KeySketch
+from vlcache_sgl.runtime.sharing.tier import copy_policy, copy_total, joined, layer_weights
+from vlcache_sgl.runtime.tensor_parallel import HeadGather
+
+logger = logging.getLogger(__name__)
+
+
+class Sharing:
+    """One rank's part of sharing; `Expansions` is the scheduler's.
+
+    Args:
+        config: the server's settings.
+        policy: makes copies for everybody.
+        model: what policies are told of the model.
+        images: what is shared.
+        most_bytes: of the arena; sketches may take `SHARE` of it.
+    """
+
+    def __init__(self, config: KVConfig, policy: Policy, model: Prompt, images: SharedImages, most_bytes: int) -> None:
+        self._config = config
+        self._policy = policy
+        self._images = images
+        self._sketch_bytes = int(SHARE * most_bytes)
+        self.weights = layer_weights(policy, model, config.share_budget)
+        """What each layer is worth to later questions, sum 1."""
+
+    # -- what a copy keeps ------------------------------------------------------------------------------------------
+
+    def copy_plan(
+        self, job: CompressionJob, prompt: Prompt, own: EvictionPlan, keys_values: KeysValues, heads: HeadGather
+    ) -> EvictionPlan:
+        """The request's `own` plan, or the one that serves everybody where a copy is to be made.
+
+        The question behind the last picture is not shared with other questions: it stays whole if it is shorter than
+        --kv-min-tokens, as questions after a prefix hit do, and keeps what `own` keeps of it otherwise.
+        """
+        image = job.image
+        if image is None:
+            return own
+        if image.leader is not None and job.generation > image.generation:
+            image.learn()
+        split = job.pictures_end - prompt.start
+        if split <= 0 or (job.choice.share != "tiered" and image.level == 0):
+            return own
+        stretch = replace(prompt, length=job.pictures_end)
+        inherited = None if job.inherited is None else job.inherited[:, prompt.start : job.pictures_end]
+        share = image.budget(self._config.share_budget)
+        policy = copy_policy(self._policy, stretch, own.keep[..., :split].any(1), inherited)
+        views = Scoring(stretch, policy.needs).views(lambda layer: keys_values(layer)[:split])
+        copy = heads.decide(policy, *views, stretch, copy_total(stretch, share))
+        tail = own.keep[..., split:]
+        if tail.shape[-1] < job.min_tokens:
+            tail = torch.ones_like(tail)
+        job.report.update(share="tiered", share_budget=share, generation=job.generation)
+        return joined(copy, tail)
+
+    # -- what it lacks ----------------------------------------------------------------------------------------------
+
+    def remember(self, job: CompressionJob, prompt: Prompt, keep: torch.Tensor, keys_values: KeysValues) -> None:
+        """Sketch what is about to be evicted of the pictures.
+
+        Args:
+            keep: `[L, G, m]` bool, of this rank's head groups.
+        """
+        split = job.pictures_end - prompt.start
+        if self._config.guard == "off" or job.image is None or split <= 0:
+            return
+        try:
+            layers = tuple(
+                self._sketch(keep[layer, :, :split], keys_values(layer)[:split, 0]) if self.weights[layer] else None
+                for layer in range(prompt.num_layers)
+            )
+        except Exception as error:  # a picture without a sketch is shared without a guard
+            logger.warning("no sketch of a picture: %s: %s", type(error).__name__, error)
+            return
+        digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
+        job.image.sketches[digest] = PrefixSketch(job.generation, job.pictures_end, layers)
+        self._images.trim(self._sketch_bytes)
+
+    def _sketch(self, keep: torch.Tensor, keys: torch.Tensor) -> KeySketch | None:
+        """`keep` `[G, m]`, equally many per group; `keys` `[m, K, D]`."""
+        by_head = keys.transpose(0, 1)
+        if keep.shape[0] == 1:
+            evicted = by_head[:, ~keep[0]]
+        else:
+            per_group = by_head.shape[0] // keep.shape[0]
+            evicted = torch.stack([by_head[head][~keep[head // per_group]] for head in range(by_head.shape[0])])
+        return KeySketch.of(evicted, keys.shape[0])
+
+    def watch(self, job: CompressionJob, hit: int) -> None:
+        """A prompt begins with `hit` tokens from the prefix cache: read what it misses of their pictures."""
+        image = job.image
+        if self._config.guard == "off" or image is None or image.settled:
+            return
+        begin = str(job.generation).encode()
+        known = tuple(
+            sketch
+            for digest, sketch in image.sketches.items()
+            if sketch.end <= hit and digest == prefix_digest(job.tokens, sketch.end, begin)
+        )
+        if known:
+            job.guard = GuardReading(image, known, max(hit, job.pictures_end), job.length, self.weights)
