@@ -80,8 +80,7 @@ class Expansions:
             return False
         # SGLang finds a request's log-probabilities by counting tokens of those before it, retracted ones left out.
         alone = not batch.return_logprob or len(batch.reqs) == 1
-        assert job.image is not None
-        return alone and not job.image.settled and job.trips < LEVELS
+        return alone and job.trips < LEVELS
 
     def _send_back(self, req: Any, job: CompressionJob) -> None:
         image = job.image
@@ -178,6 +177,7 @@ class Expansions:
         for image in self._images.with_stale():
             for copy in list(image.stale):
                 key = RadixKey(copy.tokens, copy.extra_key, cache_salt=copy.cache_salt)
-                slots = tree.match_prefix(MatchPrefixParams(key=key)).device_indices[copy.span.begin :].to(torch.int64)
-                if allocator.hollow(slots):
+                found = tree.match_prefix(MatchPrefixParams(key=key))
+                slots = tree.path_device_indices(found.last_device_node)[copy.span.begin : found.device_prefix_len]
+                if allocator.hollow(slots.to(torch.int64)):
                     image.stale.remove(copy)

@@ -107,13 +107,13 @@ class Sharing:
     def watch(self, job: CompressionJob, hit: int) -> None:
         """A prompt begins with `hit` tokens from the prefix cache: read what it misses of their pictures."""
         image = job.image
-        if self._config.guard == "off" or image is None or image.settled:
+        if self._config.guard == "off" or image is None:
             return
         begin = str(job.generation).encode()
         known = tuple(
             sketch
             for digest, sketch in image.sketches.items()
-            if sketch.end <= hit and digest == prefix_digest(job.tokens, sketch.end, begin)
+            if sketch.end <= hit and any(sketch.layers) and digest == prefix_digest(job.tokens, sketch.end, begin)
         )
         if known:
             job.guard = GuardReading(image, known, max(hit, job.pictures_end), job.length, self.weights)
