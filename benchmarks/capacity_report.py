@@ -1,4 +1,4 @@
-"""What `capacity.py` shows of its results: targets, table, picture, and the tables of docs/capacity.md."""
+"""What `capacity.py` and `soak.py` came to: targets, tables, pictures, and the results in docs/capacity.md."""
 
 from __future__ import annotations
 
@@ -123,6 +123,11 @@ def result_paths() -> list[Path]:
     )
 
 
+def soak_paths() -> list[Path]:
+    """The committed results of `soak.py`."""
+    return sorted((ROOT / "benchmarks/results").glob("*-soak-*.json"))
+
+
 def block(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The Markdown between the markers, from (path of the picture, result)."""
     parts = []
@@ -159,8 +164,33 @@ def block(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(parts).rstrip()
 
 
+def soak_line(result: dict[str, Any]) -> str:
+    """What one run of `soak.py` came to."""
+    state, memory = result["kv_policy_at_end"], [memory for _, memory, _ in result["samples"]]
+    third = len(memory) // 3
+    early, late = max(memory[:third]) / 1e9, max(memory[-third:]) / 1e9
+    verdict = f"**Failed**: {'; '.join(result['problems'])}." if result["problems"] else "Nothing lost, nothing wrong."
+    return (
+        f"{result['minutes']:g} minutes, {result['clients']} clients, {result['requests']} requests: "
+        f"{result['outcomes']['in full, as stock']} answers at budget 1.0 were compared with stock SGLang's, "
+        f"{result['retracted']} requests retracted, {state['prefix_hits']} compressed prefixes hit. "
+        f"After the last flush {state['cells_used']} of {state['cells_total']} cells were used. "
+        f"Resident memory was at most {early:.2f} GB in the first third of the time, {late:.2f} GB in the last. {verdict}"
+    )
+
+
+def soak_block(results: Sequence[dict[str, Any]]) -> str:
+    """The Markdown about soaks."""
+    parts = []
+    for result in results:
+        host = result["host"]
+        source = f"`{result['command']}`; SGLang {host['packages']['sglang']}, {host['cores']} CPU cores, float32."
+        parts += [f"### soak, {result['model']}", "", soak_line(result), "", source, ""]
+    return "\n".join(parts).rstrip()
+
+
 def rendered(page: str) -> str:
-    """The page with the table of the committed results."""
+    """The page with the tables of the committed results."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -168,4 +198,6 @@ def rendered(page: str) -> str:
     results = [
         (f"../{path.with_suffix('.png').relative_to(ROOT)}", json.loads(path.read_text())) for path in result_paths()
     ]
-    return f"{before}{BEGIN}\n{block(results)}\n{END}{after}"
+    soaks = [json.loads(path.read_text()) for path in soak_paths()]
+    text = "\n\n".join(part for part in (block(results), soak_block(soaks)) if part)
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"

@@ -359,7 +359,8 @@ class World:
         private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
         assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
         assert int(allocator._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
-        assert int((allocator._in_tree & (allocator._locks == 0)).sum()) == tree.evictable_size()
+        unlocked = int((allocator._in_tree & (allocator._locks == 0)).sum())
+        assert unlocked == tree.evictable_size(), "locks are not counted as the tree counts them"
         assert int(allocator._locks.min()) >= 0
         assert not (allocator._in_tree[allocator.free_pages]).any()
 
@@ -368,7 +369,8 @@ class World:
         pending = [eviction.cells for _, eviction in allocator._pending]
         mapped = residency.table[:, 1:]
         everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
-        assert torch.equal(everything.sort().values, torch.arange(1, residency.num_cells + 1, dtype=torch.int32))
+        once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
+        assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
         assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"
         for event, cells in self.evictions:
             assert event.passed or not torch.isin(cells, mapped).any(), "cells were handed out under a running forward"
