@@ -175,7 +175,7 @@ def soak_line(result: dict[str, Any]) -> str:
         f"{result['outcomes']['in full, as stock']} answers at budget 1.0 were compared with stock SGLang's, "
         f"{result['retracted']} requests retracted, {state['prefix_hits']} compressed prefixes hit. "
         f"After the last flush {state['cells_used']} of {state['cells_total']} cells were used. "
-        f"Resident memory was at most {early:.2f} GB in the first third of the time, {late:.2f} GB in the last. {verdict}"
+        f"Resident memory: at most {early:.2f} GB in the first third of the time, {late:.2f} GB in the last. {verdict}"
     )
 
 
