@@ -60,9 +60,9 @@ def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:
 @pytest.fixture
 def capacity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import capacity
+    import capacity_report
 
-    return capacity
+    return capacity_report
 
 
 def test_the_page_of_capacity_is_current(capacity: ModuleType) -> None:
