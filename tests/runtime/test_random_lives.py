@@ -15,6 +15,8 @@ from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import New
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.runtime_context import get_context
 
+from vlcache_sgl.api import Span
+
 SYSTEM = (1, 2, 3)
 IMAGES = tuple(tuple(range(100 * k, 100 * k + 6 + 7 * k)) for k in range(1, 6))
 
@@ -34,9 +36,10 @@ class CapacityMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([8, 24, 64]),
         eviction_policy=st.sampled_from(["slru", "lru"]),
         expected=st.sampled_from([0.0, 0.3, 1.0]),
+        trips=st.sampled_from([0.0, 0.3, 1.0]),
     )
-    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float) -> None:
-        """`expected`: share of an answer's limit that admission reckons with."""
+    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, trips: float) -> None:
+        """`expected`: share of an answer's limit that admission reckons with; `trips`: of questions that trip."""
         self.world = World(physical, chunk, eviction_policy)
         self.world.new_token_ratio_tracker = NewTokenRatioTracker(init=expected, min=0.0, decay=0.01, current=expected)
         self.world.random = random.Random(seed)
@@ -50,6 +53,16 @@ class CapacityMachine(RuleBasedStateMachine):
             free(slots)
 
         self.world.allocator.free = spy  # type: ignore[method-assign]
+        self.world.trip_share = trips
+        self.read: dict[tuple[str, int], torch.Tensor] = {}
+        hollow = self.world.allocator.hollow
+
+        def spy_on_hollow(slots: torch.Tensor) -> bool:
+            done = hollow(slots)
+            self.freed.update(slots.tolist() if done else ())
+            return done
+
+        self.world.allocator.hollow = spy_on_hollow  # type: ignore[method-assign]
 
     @rule(
         image=st.sampled_from(IMAGES),
@@ -60,6 +73,17 @@ class CapacityMachine(RuleBasedStateMachine):
     )
     def submit(self, image: tuple[int, ...], tail: list[int], key: str | None, compress: bool, tokens: int) -> None:
         self.world.submit((*SYSTEM, *image, *tail, 9), key=key, compress=compress, tokens=tokens)
+
+    @rule(
+        image=st.sampled_from(IMAGES),
+        tails=st.lists(st.lists(st.integers(10, 13), min_size=1, max_size=6), min_size=1, max_size=4),
+        tokens=st.integers(1, 20),
+    )
+    def ask_about_a_shared_picture(self, image: tuple[int, ...], tails: list[list[int]], tokens: int) -> None:
+        """Some find that its copy lacks too much, while others read it."""
+        span = Span(len(SYSTEM), len(SYSTEM) + len(image))
+        for tail in tails:
+            self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span)
 
     @rule(number=st.integers(0, 2**16), count=st.integers(3, 8))
     def submit_burst(self, number: int, count: int) -> None:
@@ -151,7 +175,20 @@ class CapacityMachine(RuleBasedStateMachine):
             if slot in owned and slot not in self.freed:
                 assert table[:, slot].tolist() == column, "a shared token changed"
         self.freed.clear()
+        self._readers_lose_nothing()
         self.columns = {slot: table[:, slot].tolist() for slot in owned}
+
+    def _readers_lose_nothing(self) -> None:
+        """What a request has found in the prefix tree it keeps to its end, whatever replaces it meanwhile."""
+        world = self.world
+        before, self.read = self.read, {}
+        for req in world.owners():
+            row = world.rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].long()
+            resident = world.arena.residency.table[:, row] >= 0
+            known = before.get((req.rid, req.retraction_count))
+            if known is not None:
+                assert torch.equal(resident[:, : known.shape[1]], known), "a reader's copy changed"
+            self.read[req.rid, req.retraction_count] = resident
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from types import SimpleNamespace
 
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, release_req
@@ -21,16 +22,26 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from vlcache_sgl.api import Span
 from vlcache_sgl.config import config_from
 from vlcache_sgl.runtime import admission
 from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
 from vlcache_sgl.runtime.arena import KVArena
+from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
 from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.runtime.sharing.expansion import Expansions
+from vlcache_sgl.runtime.sharing.images import SharedImages
 
 PLANES = 3
 SLOTS = 600
 MIN_TOKENS = 8
+
+
+class Reading:
+    """A guard's, of a question that misses everything: there is no model here that could miss anything."""
+
+    closed, missing, failure = True, 1.0, None
 
 
 class Event:
@@ -110,6 +121,13 @@ class World:
         self.late_share = 0.0
         """Of the compressions whose end the host learns of later."""
         self.random = random.Random(0)
+        self.trip_share = 0.0
+        """Of the questions about a shared picture, those that miss too much of it."""
+        self.images = SharedImages()
+        self.expansions = Expansions(self, self.images, 0.5, enforce=True, counters=Counters())
+        self.enable_overlap = False
+        self.tree.copy_listener = self.expansions.published
+        self.tree.reset_listener = self.images.clear
         self.aborted_for_memory = 0
         self.served = 0
         self.names = 0
@@ -117,9 +135,19 @@ class World:
     # -- what a client does -------------------------------------------------------------------------------------------
 
     def submit(
-        self, ids: tuple[int, ...], *, key: str | None = None, compress: bool = True, tokens: int = 4
+        self,
+        ids: tuple[int, ...],
+        *,
+        key: str | None = None,
+        compress: bool = True,
+        tokens: int = 4,
+        picture: Span | None = None,
     ) -> Req | None:
-        """Queue a request; None when it is refused because it can never fit."""
+        """Queue a request; None when it is refused because it can never fit.
+
+        Args:
+            picture: where a picture lies that is shared under a guard.
+        """
         room = self.allocator.max_new_tokens_for_memory(
             len(ids), tokens, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
         )
@@ -128,23 +156,43 @@ class World:
         self.names += 1
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=room), extra_key=key)
         if compress:
-            job = CompressionJob(self.choice, (), len(ids), MIN_TOKENS)
+            vision = () if picture is None else (picture,)
+            job = CompressionJob(self.choice, vision, len(ids), MIN_TOKENS, tokens=req.origin_input_ids)
             setattr(req, JOB_ATTRIBUTE, job)
-            req.extra_key = f"{key or ''}|kv"
+            job.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
+            if picture is not None:
+                job.image = self.images.find(job.tokens, picture.end, (job.base_key,))
+                self.expansions.name(req, job)
         self.waiting.append(req)
         return req
+
+    @property
+    def waiting_queue(self) -> list[Req]:
+        """As SGLang calls it."""
+        return self.waiting
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         job = job_of(req)
         if job is not None:
             job.restart()
+            self.expansions.name(req, job)
         self.waiting.append(req)
 
     # -- one step of the scheduler ------------------------------------------------------------------------------------
 
     def prefill(self) -> bool:
         """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
+        self.expansions.before_next_batch(None)
         admission.reopen(self, self.batch)
+        held = self.expansions.held()
+        self.expansions.reclaim()
+        self.waiting = [req for req in self.waiting if req not in held]
+        try:
+            return self._prefill()
+        finally:
+            self.waiting = [*held, *self.waiting]
+
+    def _prefill(self) -> bool:
         if not self.batch.reqs:
             self.batch.batch_is_full = False
         if (self.batch.batch_is_full or not self.waiting) and self.chunked_req is None:
@@ -211,6 +259,13 @@ class World:
                 job.reached = req.extend_end
                 if not job.done and req.extend_end >= job.length:
                     self._compress(req, job)
+                hit = bool(job.vision) and job.report["start"] >= job.pictures_end
+                if hit and req is not self.chunked_req and self.random.random() < self.trip_share:
+                    job.guard = Reading()  # type: ignore[assignment]
+        self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
+        for req in reqs:
+            if req.is_retracted:
+                continue
             # Published, and from now on resumed behind this chunk.
             checkpoint_kv_cache(req, self.tree)
             if req is not self.chunked_req:
@@ -219,6 +274,8 @@ class World:
         self._finish_those_at_their_end()
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
+        if job.image is not None and job.generation > job.image.generation:
+            job.image.learn()
         start = job.report["start"]
         slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.length].long()
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])
