@@ -85,6 +85,26 @@ class CapacityMachine(RuleBasedStateMachine):
         for tail in tails:
             self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span)
 
+    @rule(
+        image=st.sampled_from(IMAGES),
+        readers=st.integers(1, 3),
+        trippers=st.integers(1, 3),
+        tokens=st.integers(4, 30),
+        steps=st.integers(1, 12),
+    )
+    def replace_a_copy_that_is_read(
+        self, image: tuple[int, ...], readers: int, trippers: int, tokens: int, steps: int
+    ) -> None:
+        """Questions are being answered from a copy when others find it lacking."""
+        world, share = self.world, self.world.trip_share
+        for world.trip_share, count in ((0.0, 1 + readers), (1.0, trippers)):
+            for number in range(count):
+                self.ask_about_a_shared_picture(image, [[10 + number, 11]], tokens)
+                world.prefill()
+        world.trip_share = share
+        for _ in range(steps):
+            world.step()
+
     @rule(number=st.integers(0, 2**16), count=st.integers(3, 8))
     def submit_burst(self, number: int, count: int) -> None:
         """Long answers: they outgrow what admission expects of them."""

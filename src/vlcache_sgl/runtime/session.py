@@ -450,6 +450,8 @@ class Session:
                 "cells_free": residency.free_cells,
                 "cells_tree": allocator.tree_cells,
                 "cells_evictable": allocator.evictable_cells,
+                "pictures_whole": self.images.settled,
+                "sketch_bytes": self.images.sketch_bytes,
                 "cell_bytes": allocator.arena.cell_bytes,
                 "cells_per_token": residency.num_planes,
             },
