@@ -83,7 +83,7 @@ def experiments() -> dict[str, Experiment]:
         ),
         "recipes": Experiment(
             GROUNDED,
-            (("--task", "single", "--samples", "19", "--policy", *recipes(), "--budget", "0.4", "0.2", "0.1", "0.05"),),
+            (("--task", "single", "--samples", "20", "--policy", *recipes(), "--budget", "0.4", "0.2", "0.1", "0.05"),),
         ),
         "ablation": Experiment(
             GROUNDED,
