@@ -1,7 +1,7 @@
 """What compression costs in right answers, on the bundled models: the experiments of docs/fidelity.md.
 
-Each experiment is one or more calls of `vlcache eval` with the same output folder, so an interrupted run goes on where
-it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are
+Each experiment but `recall` (`recall.py`) is one or more calls of `vlcache eval` with the same output folder, so an
+interrupted run goes on where it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are
 made from these files alone:
 
     python benchmarks/fidelity.py                      # everything that is missing, then the page
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import recall
 from host import ROOT, host_block
 from rich.console import Console
 
@@ -34,6 +35,8 @@ from vlcache_sgl.policy.describe import describe
 PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
 OUT = ROOT / "out/fidelity"
 RESULTS = ROOT / "benchmarks/results"
+RECALL = "recall"
+"""The experiment that is no call of `vlcache eval`."""
 GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
 QUERY_AWARE = ("vlcache", "snapkv")
 AGNOSTIC = ("keydiff", "expected_attention", "infinipot_v", "compactor", "knorm", "random")
@@ -106,6 +109,11 @@ def experiments() -> dict[str, Experiment]:
     }
 
 
+def names() -> list[str]:
+    """All experiments."""
+    return [*experiments(), RECALL]
+
+
 def result_path(name: str) -> Path:
     """Where a finished experiment is committed."""
     return RESULTS / f"fidelity-{name}.json"
@@ -135,6 +143,18 @@ def run(name: str, experiment: Experiment, time_limit: float | None, console: Co
     return True
 
 
+def run_recall(console: Console) -> None:
+    """Both models, a few minutes; begins anew when it was interrupted."""
+    flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
+    console.rule(RECALL)
+    records = [record for model in (GROUNDED, UNGROUNDED) for record in recall.measure(model, flags, console)]
+    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {RECALL}", "server_flags": flags}
+    settings = {"budget": recall.BUDGET, "policies": {name: recall.policy(name) for name in recall.SCORES}}
+    result = {**head, "host": started, **settings, "summary": recall.summarise(records), "records": records}
+    result_path(RECALL).write_text(evaluation.dump(result))
+    console.print(f"written: {result_path(RECALL).relative_to(ROOT)}")
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +168,7 @@ def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "sensitivity": ("ablation", sensitivity_table),
         "long": ("long", long_table),
         "adversarial": ("adversarial", adversarial_table),
+        "recall": (RECALL, recall.table),
     }
     return {
         name: make(results[source]) + "\n\n" + origin(results[source]) if source in results else "Not measured yet."
@@ -158,10 +179,13 @@ def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def origin(result: Mapping[str, Any]) -> str:
     """Where the numbers come from."""
     host = result["host"]
-    return (
-        f"`{result['command']}`, model `{result['model']}`, {host['date'][:10]}, SGLang {host['packages']['sglang']}, "
-        f"{host['cores']} CPU cores, float32. Policies that failed: {sum(row['failed'] for row in result['summary'])}."
+    models = [result["model"]] if "model" in result else dict.fromkeys(row["model"] for row in result["summary"])
+    where = (
+        f"`{result['command']}`, model {' and '.join(f'`{model}`' for model in models)}, {host['date'][:10]}, "
+        f"SGLang {host['packages']['sglang']}, {host['cores']} CPU cores, float32."
     )
+    failed = [row["failed"] for row in result["summary"] if "failed" in row]
+    return f"{where} Policies that failed: {sum(failed)}." if failed else where
 
 
 def rows_of(result: Mapping[str, Any], task: str) -> dict[str, Mapping[str, Any]]:
@@ -285,11 +309,13 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         shown = ("vlcache", "snapkv", "pyramidkv", "h2o", "keydiff", "streaming", "random", "zipvl")
         rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
         plot_budgets(rows, FIGURES / "fidelity-recipes.png")
+    if RECALL in results:
+        recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
 
 
 def committed() -> dict[str, dict[str, Any]]:
     """The results that there are, by name."""
-    return {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
+    return {name: json.loads(result_path(name).read_text()) for name in names() if result_path(name).exists()}
 
 
 def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -314,14 +340,16 @@ def write_page() -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run what is missing, then write the page; 3 when something is not finished."""
     os.chdir(ROOT)  # the model's path is part of the results
-    chosen = arguments.names or list(experiments())
+    chosen = arguments.names or names()
     unfinished = []
     if not arguments.page:
         with interruptible():
             for name in chosen:
                 if result_path(name).exists() and not arguments.names:
                     continue
-                if not run(name, experiments()[name], arguments.time_limit, console):
+                if name == RECALL:
+                    run_recall(console)
+                elif not run(name, experiments()[name], arguments.time_limit, console):
                     unfinished.append(name)
     write_page()
     return 3 if unfinished else 0
@@ -329,9 +357,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of: {', '.join(experiments())}; default: what is missing"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())}; default: what is missing")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="of each experiment; run again to go on")
     parser.add_argument("--page", action="store_true", help="ask nothing, write tables and plots again")
 
