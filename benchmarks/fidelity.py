@@ -1,8 +1,8 @@
 """What compression costs in right answers, on the bundled models: the experiments of docs/fidelity.md.
 
 Each experiment but `recall` (`recall.py`) is one or more calls of `vlcache eval` with the same output folder, so an
-interrupted run goes on where it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and the
-page's tables and plots are made from these files alone:
+interrupted run goes on where it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and
+the page's tables and plots are made from these files alone:
 
     python benchmarks/fidelity.py                      # everything that is missing, then the page
     python benchmarks/fidelity.py requery --time-limit 8
