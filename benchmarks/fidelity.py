@@ -309,8 +309,62 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         shown = ("vlcache", "snapkv", "pyramidkv", "h2o", "keydiff", "streaming", "random", "zipvl")
         rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
         plot_budgets(rows, FIGURES / "fidelity-recipes.png")
+    if {"recipes", "requery"} <= set(results):
+        draw_front(results["recipes"], results["requery"], FIGURES / "fidelity.png")
     if RECALL in results:
         recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
+
+
+FRONT = {"vlcache": "#0b7285", "snapkv": "#e8590c", "h2o": "#2b8a3e", "keydiff": "#5f3dc4", "random": "#868e96"}
+"""Policies of the README's figure: post-vision rows, the last rows, all rows, keys alone, chance."""
+FRONT_BUDGETS = ("0.05", "0.1", "0.2", "0.4")
+
+
+def draw_front(recipes: Mapping[str, Any], requery: Mapping[str, Any], path: Path) -> None:
+    """The README's figure: right answers over budget, for the question that compresses and for those that share."""
+    from matplotlib.figure import Figure
+
+    single, records = rows_of(recipes, "single"), requery["records"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    first, later = figure.subplots(1, 2, sharey=True)
+    first.set_title("The question that compresses the picture", fontsize=12)
+    later.set_title("Questions 2 to 8 about the same picture", fontsize=12)
+    for axis, full in ((first, single[FULL]), (later, without_first(records, FULL))):
+        assert full is not None
+        axis.axhline(full["score"], color="black", linestyle=":", linewidth=1.5, label="full cache")
+        axis.set(xscale="log", xlim=(0.043, 0.46), ylim=(-0.04, 1.06), xlabel="budget: share of the prompt kept")
+        axis.set_xticks([float(budget) for budget in FRONT_BUDGETS], ["5 %", "10 %", "20 %", "40 %"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    for number, policy in enumerate(FRONT):
+        _front_line(first, number, policy, {b: single.get(f"{policy}@{b}") for b in FRONT_BUDGETS}, label=policy)
+        _front_line(later, number, policy, {b: without_first(records, f"{policy}@{b}") for b in FRONT_BUDGETS})
+    private = {b: without_first(records, f"vlcache@{b} private") for b in FRONT_BUDGETS}
+    _front_line(later, 0, "vlcache", private, linestyle="--", markerfacecolor="white")
+    later.text(0.0455, 0.91, "each question compressing for itself (vlcache)", color=FRONT["vlcache"])
+    later.text(0.0455, 0.66, "all sharing what the first question kept", color="#495057")
+    first.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    first.set_ylabel("right answers")
+    handles, _ = first.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _front_line(
+    axis: Any, number: int, policy: str, rows: Mapping[str, Mapping[str, Any] | None], **style: Any
+) -> None:
+    """One policy over budget with its intervals, beside the others: what is equal would be hidden otherwise."""
+    points = [(float(budget) * 1.022 ** (number - 2), row) for budget, row in rows.items() if row is not None]
+    if not points:
+        return
+    budgets, found = zip(*points, strict=True)
+    scores = [row["score"] for row in found]
+    low, high = zip(*(row["interval"] for row in found), strict=True)
+    colour = FRONT[policy]
+    axis.vlines(budgets, low, high, color=colour, alpha=0.4, linewidth=2)
+    look = {"color": colour, "marker": "o", "markersize": 5.5, "linewidth": 2, "zorder": 3 - 0.1 * number}
+    axis.plot(budgets, scores, **{**look, **style})
 
 
 def committed() -> dict[str, dict[str, Any]]:

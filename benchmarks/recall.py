@@ -114,7 +114,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             for number, row in enumerate(mine):
                 places = [layer + (number - (len(mine) - 1) / 2) * width for layer in range(len(row[key]))]
                 axis.bar(places, row[key], width, label=row["scores"], color=COLOURS[number % len(COLOURS)])
-            axis.axhline(float(BUDGET), color="black", linestyle=":", linewidth=1)
+            axis.axhline(float(BUDGET), color="black", linestyle=":", linewidth=1, label=f"budget {BUDGET}")
             axis.set(title=f"{title}, {Path(model).name}", ylim=(0, 1))
             axis.set_xticks(range(len(mine[0][key])))
             axis.grid(axis="y", alpha=0.25)
