@@ -40,6 +40,7 @@ def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:
     """Every condition has answered every sample, no policy failed, and the summary is that of the records."""
     results = fidelity.committed()
     assert "requery" in results
+    results.pop(fidelity.RECALL)
     for name, result in results.items():
         assert result["summary"] == json.loads(json.dumps(summarise(result["records"]))), name
         for task in {row["task"] for row in result["summary"]}:
@@ -49,6 +50,19 @@ def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:
         for row in result["summary"]:
             budget = float(parse_condition(row["condition"]).budget)
             assert row["ratio"] == pytest.approx(budget, abs=2e-3) or row["ratio"] < budget, row
+
+
+def test_recall_is_that_of_its_records(fidelity: ModuleType) -> None:
+    """Every picture under every score on both models, as many tokens kept by each, and shares between 0 and 1."""
+    result = fidelity.committed()[fidelity.RECALL]
+    recall = fidelity.recall
+    assert result["summary"] == json.loads(json.dumps(recall.summarise(result["records"])))
+    assert len(result["summary"]) == 2 * len(recall.SCORES)
+    assert {row["samples"] for row in result["summary"]} == {recall.PICTURES}
+    for record in result["records"]:
+        assert len(set(record["kept_tokens_per_layer"])) <= 2  # equal but for rounding
+        assert all(0 <= share <= 1 for figure in recall.FIGURES for share in record[figure])
+        assert record["steps"] > 0
 
 
 def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:

@@ -171,6 +171,10 @@ class World:
         """As SGLang calls it."""
         return self.waiting
 
+    @waiting_queue.setter
+    def waiting_queue(self, waiting: list[Req]) -> None:
+        self.waiting = waiting
+
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         job = job_of(req)
         if job is not None:
@@ -184,13 +188,8 @@ class World:
         """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
         self.expansions.before_next_batch(None)
         admission.reopen(self, self.batch)
-        held = self.expansions.held()
-        self.expansions.reclaim()
-        self.waiting = [req for req in self.waiting if req not in held]
-        try:
+        with self.expansions.holding_back():
             return self._prefill()
-        finally:
-            self.waiting = [*held, *self.waiting]
 
     def _prefill(self) -> bool:
         if not self.batch.reqs:

@@ -64,7 +64,7 @@ FIGURES = (
     Figure("cells_free", "gauge", "Cells that hold nothing."),
     Figure("cells_tree", "gauge", "Used cells that belong to the prefix tree, hence shared by all who match."),
     Figure("cells_evictable", "gauge", "Cells of the prefix tree that no running request relies on."),
-    Figure("pictures_whole", "gauge", "Pictures that are shared uncompressed: too many questions missed parts of them."),
+    Figure("pictures_whole", "gauge", "Pictures that are shared uncompressed: too many questions missed parts."),
     Figure("sketch_bytes", "gauge", "Bytes of the sketches of evicted keys that guards read."),
     Figure("cell_bytes", "gauge", "Bytes of a cell."),
     Figure("cells_per_token", "gauge", "Cells of an uncompressed token."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlcache_sgl.runtime.requests import (
     Choices,
     CompressionJob,
     job_of,
-    wants_positions,
+    wanted_report,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
 from vlcache_sgl.runtime.sharing.expansion import Expansions
@@ -39,6 +39,8 @@ JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
+UNEVICTED = "|recall"
+"""Ends the radix key of a request that only measures: it finds no compressed prefix, and leaves nothing behind."""
 ROWS_ATTRIBUTE = "vlcache_rows"
 """On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
@@ -63,6 +65,7 @@ class Session:
         self._tree: Any = None
         self._backend: Any = None
         self._model: Any = None
+        self._ranks = 1
         self._patches = Patches(runtime_points(self))
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -192,6 +195,7 @@ class Session:
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp(model_runner)
+        self._ranks = size
 
         self._model = model_runner.model
         model = model_runner.model_config
@@ -263,7 +267,9 @@ class Session:
         try:
             params = getattr(req.sampling_params, "custom_params", None)
             choice = self.choices.select(params, len(req.origin_input_ids))
-            positions = wants_positions(params)
+            report = wanted_report(params)
+            if report == "recall":
+                self._require_recall(req)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
@@ -280,9 +286,15 @@ class Session:
             self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        runs = vision_runs(req.multimodal_inputs, self._model) if positions else ()
+        positions, recall = report == "positions", report == "recall"
         job = CompressionJob(
-            choice, vision, len(req.origin_input_ids), self.config.min_tokens, runs=runs, positions=positions
+            choice,
+            vision,
+            len(req.origin_input_ids),
+            self.config.min_tokens,
+            runs=vision_runs(req.multimodal_inputs, self._model) if positions else (),
+            positions=positions,
+            measures_recall=recall,
         )
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
@@ -292,6 +304,10 @@ class Session:
         """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
         user_key, choice = req.extra_key or "", job.choice
         job.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
+        if job.measures_recall:
+            req.extra_key += UNEVICTED
+            req.skip_radix_cache_insert = True
+            return
         if not job.vision:
             return
         if choice.share == "off":
@@ -303,6 +319,18 @@ class Session:
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
 
+    def _require_recall(self, req: Any) -> None:
+        """
+        Raises:
+            ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
+        """
+        if self._backend.provider.on_device:
+            raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
+        if self._ranks > 1:
+            raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
+        if req.stream:
+            raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
         if self.compressor is None:
@@ -311,6 +339,9 @@ class Session:
         if rows is not None:
             setattr(forward_batch, ROWS_ATTRIBUTE, rows.tolist())
         if not batch.forward_mode.is_extend():
+            watched = [job if job is not None and job.recall is not None else None for job in map(job_of, batch.reqs)]
+            if any(watched):
+                setattr(forward_batch, JOBS_ATTRIBUTE, watched)
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
         jobs: list[CompressionJob | None] = []
@@ -376,16 +407,15 @@ class Session:
         reopen(scheduler, running_batch)
         if self._expansions is None:
             return original(scheduler, running_batch)
-        held = self._expansions.held()
-        self._expansions.reclaim()
-        if not held:
+        with self._expansions.holding_back():
             return original(scheduler, running_batch)
-        waiting = {id(req) for req in held}
-        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
-        try:
-            return original(scheduler, running_batch)
-        finally:
-            scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
+
+    def complete_reports(self, _: Any, reqs: Iterable[Any], *__: Any, **___: Any) -> None:
+        """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
+        for req in reqs:
+            job = job_of(req)
+            if job is not None and job.recall is not None and req.finished():
+                job.report["recall"] = job.recall.report(len(req.output_ids))
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
