@@ -70,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["command"] = shlex.join(["vlcache", "calibrate", *(sys.argv[1:] if argv is None else argv)])
     profile.parent.mkdir(parents=True, exist_ok=True)
     profile.write_text(dump(result))
-    console.print(layer_table(result, found))
+    console.print(layer_table(found))
+    console.print(
+        f"share {result['share']:.3f} of the picture, {result['kept']:.3f} of the prompt; later answers as the full "
+        f"cache's {result['score']:.2f}, right {result['right']:.2f} (full cache {result['full_right']:.2f}), "
+        f"n = {result['n']['later']}"
+    )
     if not found.finished:
         console.print(f"stopped after {len(result['trials'])} trials (--max-trials); more may find a smaller profile")
     console.print(f"written: {profile}", soft_wrap=True)
@@ -310,14 +315,9 @@ class Trials:
         }
 
 
-def layer_table(result: dict[str, Any], found: Found) -> Table:
+def layer_table(found: Found) -> Table:
     """The profile for people."""
-    title = (
-        f"share {result['share']:.3f} of the picture ({result['kept']:.3f} of the prompt): later answers as the full "
-        f"cache's {result['score']:.2f}, right {result['right']:.2f} (full cache {result['full_right']:.2f}), "
-        f"n = {result['n']['later']}"
-    )
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in ("layer", "keeps", "as the full cache without it"):
         table.add_column(name, justify="right")
     for layer, share in enumerate(found.shares):
