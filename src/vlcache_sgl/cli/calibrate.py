@@ -34,7 +34,7 @@ from vlcache_sgl.fidelity.run import FULL, Answers, Condition, EvalError, Record
 from vlcache_sgl.policy import resolve
 
 PROFILE = "profile.json"
-PICTURES, QUESTIONS, SEED = 8, 4, 50_000
+PICTURES, QUESTIONS, SEED = 16, 8, 50_000
 TOLERANCE = 0.02
 MAX_TRIALS = 150
 FLAGS = ("--kv-policy", "vlcache", "--kv-budget", "0.1", "--kv-budget-max", "1.0", "--kv-allow-policies", "*")
