@@ -6,14 +6,16 @@ Pure: what a setting is worth is asked of a function, so that the search can be 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Shares = tuple[float, ...]
 """Per layer the share of a picture's tokens that it keeps, in [0, 1]."""
 
-LEVELS = (0.5, 0.25, 0.1)
-"""Shares that a layer which cannot be emptied is lowered to, one after the other."""
+LEAST = 0.1
+"""Share that layers are lowered to before any is emptied: most of the saving for the least of the risk."""
+LEVELS = (0.5, 0.25)
+"""Shares that are tried, one after the other, for a layer which cannot be lowered to LEAST."""
 GROUPS = 8
 """A model with more layers is tried in this many groups of neighbours first."""
 
@@ -37,11 +39,11 @@ def blocks(layers: int, groups: int) -> list[tuple[int, ...]]:
 def most_trials(layers: int, groups: int = GROUPS) -> int:
     """How many settings `search` can ask for at most.
 
-    Every group is left out alone, and once more from what the others have left; a group that is needed is halved down
-    to single layers; and every layer may be needed and lowered to the last level.
+    Every group is emptied alone; lowering and emptying each halve a group that is needed down to single layers; and
+    every layer may take all levels.
     """
     groups = min(groups, layers)
-    return 2 * groups + 2 * (layers - groups) + layers * len(LEVELS)
+    return groups + 2 * (2 * layers - groups) + layers * len(LEVELS)
 
 
 class ExhaustedError(Exception):
@@ -61,8 +63,8 @@ class Found:
 
 
 def search(layers: int, measure: Callable[[Shares], float], least: float, groups: int = GROUPS) -> Found:
-    """Empty whole groups of layers, then parts of groups, then lower the layers that are left, as far as the score
-    stays at `least` or above.
+    """Lower groups of layers to LEAST, or parts of groups, or single layers to one of LEVELS, as far as the score stays
+    at `least` or above; then empty what can be emptied without any further loss.
 
     Args:
         measure: score of a setting, higher = better; raises ExhaustedError to end the search.  No setting is asked for
@@ -91,17 +93,26 @@ def _search(found: Found, score: Callable[[Shares], float], least: float, groups
         alone = score(_with(whole, group, 0.0))
         found.alone.update(dict.fromkeys(group, alone))
     # What costs least alone goes first; of equals the upper layers, which fewer layers could make use of.
-    pending = sorted(groups, key=lambda group: (found.alone[group[0]], group[0]), reverse=True)
-    while pending:
-        kept: list[tuple[int, ...]] = []
-        for group in pending:
-            if not _accept(found, score, least, group, 0.0) and len(group) > 1:
-                kept += _halves(group)
-        pending = kept
-    falling = sorted(_left(found.shares), key=lambda layer: (found.alone[layer], layer), reverse=True)
+    order = sorted(groups, key=lambda group: (found.alone[group[0]], group[0]), reverse=True)
+    _lower(found, score, least, order, LEAST)
+    falling = [layer for group in order for layer in reversed(group) if found.shares[layer] == 1.0]
     # Level by level, so that the first layer does not use up what may be lost.
     for level in LEVELS:
         falling = [layer for layer in falling if _accept(found, score, least, (layer,), level)]
+    # A layer's last tokens save little, and no question can read it without them: only where nothing is lost by it.
+    nearly = [tuple(layer for layer in group if found.shares[layer] == LEAST) for group in order]
+    if any(nearly):
+        _lower(found, score, score(found.shares), [group for group in nearly if group], 0.0)
+
+
+def _lower(
+    found: Found, score: Callable[[Shares], float], least: float, groups: Sequence[tuple[int, ...]], share: float
+) -> None:
+    """Lower as many of these layers as the score allows: whole groups first, then halves of those that failed."""
+    pending = list(groups)
+    while pending:
+        failed = [group for group in pending if not _accept(found, score, least, group, share)]
+        pending = [half for group in failed if len(group) > 1 for half in _halves(group)]
 
 
 def _accept(found: Found, score: Callable[[Shares], float], least: float, group: Sequence[int], share: float) -> bool:
@@ -122,7 +133,3 @@ def _halves(group: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The upper half first."""
     middle = len(group) // 2
     return [group[middle:], group[:middle]]
-
-
-def _left(shares: Shares) -> Iterator[int]:
-    return (layer for layer, share in enumerate(shares) if share > 0)
