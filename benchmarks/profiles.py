@@ -59,12 +59,17 @@ def conditions(name: str, profile: Mapping[str, Any]) -> dict[str, tuple[str, st
     shares, share = tuple(profile["weights"]), f"{profile['share']:g}"
     # What the profile keeps beside all text; the budget of uniform layers with the same memory.
     kept = f"{profile['kept']:g}"
+    enough = profile["full_score"] - profile["tolerance"]
+    least = min(
+        (trial for trial in profile["trials"] if trial["score"] >= enough), key=lambda t: (t["share"], -t["score"])
+    )
     return {
         "uniform": ("keydiff", share),
         "profile": (of_file(name), share),
         "uniform, text protected": ("keydiff:protect=text", kept),
         "profile beside the text": (policy_text("keydiff", shares), "0.999"),
-        **{f"the same, `{scorer}`": (policy_text(scorer, shares), "0.999") for scorer in OTHER_SCORERS},
+        "smallest trial in the tolerance": (policy_text("keydiff", tuple(least["weights"])), "0.999"),
+        **{f"the profile, `{scorer}`": (policy_text(scorer, shares), "0.999") for scorer in OTHER_SCORERS},
     }
 
 
