@@ -1,8 +1,8 @@
 """`vlcache calibrate`: which layers do later questions about a shared picture read?  Measured once per model.
 
 Question 1 about a picture compresses it without looking at itself, the next questions find that copy; what counts is
-how many of them are answered as by the full cache.  Layers are emptied one after the other, and those that cannot be
-are lowered, as long as the score holds.  The result is a profile, one share per layer, that `allocator=table` reads.
+how many of them are answered as by the full cache.  Layers are lowered one after the other as long as the score holds,
+then emptied where nothing is lost.  The result is a profile, one share per layer, that `allocator=table` reads.
 
 Every answer is written down at once: the same command goes on where it was interrupted.
 """
@@ -29,7 +29,7 @@ from vlcache_sgl.cli.eval import AT_ONCE, dump, minutes, progress_bar, server_bl
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
 from vlcache_sgl.fidelity.data import NUM_QUESTIONS, DataError, Sample, load_jsonl, receipts
-from vlcache_sgl.fidelity.profile import ExhaustedError, Found, Shares, mean_share, most_trials, search
+from vlcache_sgl.fidelity.profile import GROUPS, ExhaustedError, Found, Shares, mean_share, most_trials, search
 from vlcache_sgl.fidelity.run import FULL, Answers, Condition, EvalError, Record, ask_all, missing
 from vlcache_sgl.policy import resolve
 
@@ -345,7 +345,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=TOLERANCE, help=f"score that may be lost, a share; default: {TOLERANCE:g}"
     )
     how.add_argument(
-        "--groups", type=int, default=8, help="layers are tried in so many groups of neighbours first; default: 8"
+        "--groups",
+        type=int,
+        default=GROUPS,
+        help=f"layers are tried in so many groups of neighbours first; default: {GROUPS}",
     )
     how.add_argument("--max-trials", type=int, default=MAX_TRIALS, help=f"default: {MAX_TRIALS}")
     add_target_arguments(parser)
