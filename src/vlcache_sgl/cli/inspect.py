@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_sheet(seen, sheet)
     write_page(seen, page)
     console.print(f"full cache: {seen.full_answer}", markup=False)
+    if seen.sharing:
+        console.print(seen.sharing, markup=False)
     console.print(f"{seen.policy}, budget {seen.budget}: {seen.answer}", markup=False)
     console.print(f"written: {sheet} and {page}", markup=False)
     return 0
@@ -72,8 +74,12 @@ def inspect(
         params["kv_policy"] = arguments.policy
     if arguments.budget:
         params["kv_budget"] = arguments.budget
-    # A prefix of its own: the picture is compressed for this question, whoever has asked about it before.
-    answer = client.ask(question, *images, custom_params=params, cache_salt=uuid.uuid4().hex, **options)
+    if arguments.share:
+        params["kv_share"] = arguments.share
+    # A prefix of its own: the picture is compressed for these questions, whoever has asked about it before.
+    options.update(custom_params=params, cache_salt=uuid.uuid4().hex)
+    earlier = [client.ask(text, *images, **options) for text in arguments.after]
+    answer = client.ask(question, *images, **options)
     return read_report(
         answer.report,
         images,
@@ -82,6 +88,7 @@ def inspect(
         policy,
         budget,
         Path(str(server.server_info()["model_path"])).name,
+        before=earlier[-1].report if earlier else None,
     )
 
 
@@ -103,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", metavar="TEXT", help="what to ask about them")
     parser.add_argument("--policy", help="value of kv_policy; default: the server's, or vlcache")
     parser.add_argument("--budget", help="value of kv_budget; default: the server's, or 0.1")
+    parser.add_argument("--share", help="value of kv_share: policy, tiered or off; default: the server's")
+    parser.add_argument(
+        "--after",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="questions that are asked before about the same pictures: shows what they have left for --question",
+    )
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"of each answer; default: {MAX_TOKENS}")
     parser.add_argument(
         "--output", type=Path, default=Path("out/inspect"), help="path without suffix; default: out/inspect"

@@ -32,6 +32,7 @@ def write_page(seen: Inspection, path: Path) -> None:
             layers=seen.layers,
             last_layer=seen.layers - 1,
             ratio=f"{seen.ratio:.1%}",
+            sharing=f"<p>{html.escape(seen.sharing)}{_KEY if seen.before is not None else ''}</p>" * bool(seen.sharing),
             # "</" would end the script.
             data=json.dumps(_data(seen)).replace("</", "<\\/"),
         ),
@@ -44,6 +45,7 @@ def _data(seen: Inspection) -> dict[str, Any]:
         "images": [data_url(image) for image in seen.images],
         "length": seen.kept.shape[1],
         "kept": [np.flatnonzero(layer).tolist() for layer in seen.kept],
+        "before": None if seen.before is None else [np.flatnonzero(layer).tolist() for layer in seen.before],
         "vision": seen.vision,
         "looks": [_look(look) for look in seen.looks],
     }
@@ -61,6 +63,7 @@ def _look(look: Look) -> dict[str, Any]:
     }
 
 
+_KEY = '<span class="key" style="background:#e8590c"></span>gained since the question before'
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -90,6 +93,7 @@ _PAGE = Template("""<!doctype html>
 <tr><td>$policy, budget $budget</td><td>$answer</td><td class="$tone">$verdict</td></tr>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>
+$sharing
 
 <h2>What a layer keeps of the picture</h2>
 <p>
@@ -113,11 +117,12 @@ _PAGE = Template("""<!doctype html>
 const data = $data;
 const VISION = "#0b7285", TEXT = "#e8590c", EMPTY = "#f1f3f5";
 const layers = data.kept.length;
-const kept = data.kept.map(positions => {
+const rows = lists => lists.map(positions => {
   const row = new Uint8Array(data.length);
   for (const p of positions) row[p] = 1;
   return row;
 });
+const kept = rows(data.kept), before = data.before && rows(data.before);
 const share = new Float32Array(data.length);
 for (const row of kept) for (let p = 0; p < data.length; p++) share[p] += row[p] / layers;
 const isVision = new Uint8Array(data.length);
@@ -159,8 +164,9 @@ function draw() {
     for (let r = 0; r < look.rows; r++) for (let k = 0; k < look.columns; k++) {
       const p = look.first + r * look.step + k;
       const veil = all.checked ? .9 * (1 - share[p]) : (row[p] ? 0 : .8);
-      if (veil > 0) {
-        c.fillStyle = "rgba(173,181,189," + veil + ")";
+      const gained = before && !all.checked && row[p] && !before[layer][p];
+      if (veil > 0 || gained) {
+        c.fillStyle = gained ? "rgba(232,89,12,.4)" : "rgba(173,181,189," + veil + ")";
         c.fillRect(...box(look, r, k, image.width, image.height));
       }
     }

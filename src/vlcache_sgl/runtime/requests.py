@@ -191,6 +191,8 @@ class CompressionJob:
     """How well the present prefill finds what it looks for."""
     trips: int = 0
     """How often it did not, and started over."""
+    missed: float = 0.0
+    """The reading of the last time."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
 
@@ -211,7 +213,7 @@ class CompressionJob:
         self.guard = None
         self.report.clear()
         if self.trips:
-            self.report["recomputed"] = self.trips
+            self.report.update(recomputed=self.trips, missed=self.missed)
 
 
 JOB_ATTRIBUTE = "vlcache_job"

@@ -72,6 +72,7 @@ class Expansions:
             job.report["guard"] = {"missing": round(missing, 4), "threshold": self._threshold, "tripped": trips}
             self._counters.guard_read(missing, trips)
             if trips and self._enforce and self._may_retract(req, job, batch):
+                job.missed = round(missing, 4)
                 self._send_back(req, job)
                 gone.append(req)
         return gone
