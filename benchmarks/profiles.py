@@ -35,8 +35,6 @@ END = "<!-- results:end -->"
 OUT = ROOT / "out/profiles"
 MODELS = ("grounded", "ungrounded")
 PICTURES = 20
-OTHER_SCORERS = ("infinipot_v", "random")
-"""Beside `keydiff`, with which the profiles were made: whether the choice of tokens matters."""
 
 
 def profile_path(name: str) -> Path:
@@ -59,17 +57,11 @@ def conditions(name: str, profile: Mapping[str, Any]) -> dict[str, tuple[str, st
     shares, share = tuple(profile["weights"]), f"{profile['share']:g}"
     # What the profile keeps beside all text; the budget of uniform layers with the same memory.
     kept = f"{profile['kept']:g}"
-    enough = profile["full_score"] - profile["tolerance"]
-    least = min(
-        (trial for trial in profile["trials"] if trial["score"] >= enough), key=lambda t: (t["share"], -t["score"])
-    )
     return {
         "uniform": ("keydiff", share),
         "profile": (of_file(name), share),
         "uniform, text protected": ("keydiff:protect=text", kept),
         "profile beside the text": (policy_text("keydiff", shares), "0.999"),
-        "smallest trial in the tolerance": (policy_text("keydiff", tuple(least["weights"])), "0.999"),
-        **{f"the profile, `{scorer}`": (policy_text(scorer, shares), "0.999") for scorer in OTHER_SCORERS},
     }
 
 
@@ -84,19 +76,24 @@ def run(name: str, console: Console) -> bool:
             if code := evaluation.main([*task, "--policy", policy, "--budget", budget]):
                 console.print(f"{name}: not finished, exit code {code}", style="red")
                 return False
-    result = json.loads((folder / evaluation.RESULT).read_text())
+    commit(name, profile, flags, started)
+    console.print(f"written: {result_path(name).relative_to(ROOT)}")
+    return True
+
+
+def commit(name: str, profile: Mapping[str, Any], flags: Sequence[str], started: Mapping[str, Any]) -> None:
+    """Write the result, with where it came from."""
+    result = json.loads((OUT / name / evaluation.RESULT).read_text())
     head = {
         "task": "profile",
         "command": f"python benchmarks/profiles.py {name}",
         "profile": str(profile_path(name)),
         "weights": profile["weights"],
         "rows": {row: f"{policy}@{budget}" for row, (policy, budget) in conditions(name, profile).items()},
-        "server_flags": flags,
+        "server_flags": list(flags),
         "host": started,
     }
     result_path(name).write_text(evaluation.dump({**head, **result}))
-    console.print(f"written: {result_path(name).relative_to(ROOT)}")
-    return True
 
 
 def block(name: str, result: Mapping[str, Any]) -> str:
