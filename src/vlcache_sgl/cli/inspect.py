@@ -20,7 +20,7 @@ from vlcache_sgl.cli.client import Client, said
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
 from vlcache_sgl.inspection.layout import Inspection, read_report
-from vlcache_sgl.inspection.page import write_page
+from vlcache_sgl.inspection.page import percents, write_page
 from vlcache_sgl.inspection.sheet import draw_sheet
 from vlcache_sgl.tasks.receipts import make_picture
 
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_page(seen, page)
     console.print(f"full cache: {seen.full_answer}", markup=False)
     console.print(f"{seen.policy}, budget {seen.budget}: {seen.answer}", markup=False)
+    if seen.attention:
+        shares = percents(seen.attention)
+        console.print(f"attention of the full cache's answer on what is kept, by layer: {shares}", soft_wrap=True)
     console.print(f"written: {sheet} and {page}", markup=False)
     return 0
 
@@ -66,12 +69,16 @@ def inspect(
     state = server.kv_policy()
     policy, budget = arguments.policy or state["policy"], arguments.budget or state["budget"]
     options: dict[str, Any] = {"max_tokens": arguments.max_tokens, "return_meta_info": True}
-    full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
-    params = {"kv_report": "positions"}
+    params: dict[str, str] = {}
     if arguments.policy:
         params["kv_policy"] = arguments.policy
     if arguments.budget:
         params["kv_budget"] = arguments.budget
+    try:
+        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+    except openai.BadRequestError:  # not on a GPU; anything else that is wrong is said to the next two as well
+        full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
+    params["kv_report"] = "positions"
     # A prefix of its own: the picture is compressed for this question, whoever has asked about it before.
     answer = client.ask(question, *images, custom_params=params, cache_salt=uuid.uuid4().hex, **options)
     return read_report(
@@ -82,6 +89,7 @@ def inspect(
         policy,
         budget,
         Path(str(server.server_info()["model_path"])).name,
+        full.report.get("recall", {}).get("attention_mass", ()),
     )
 
 

@@ -60,6 +60,9 @@ class Inspection:
     vision: tuple[tuple[int, int], ...]
     """Begin and end of the runs of vision tokens, ascending."""
     looks: tuple[Look, ...]
+    attention: tuple[float, ...] = ()
+    """Per layer the share, in [0, 1], of the full cache's attention while it answered that falls on what is kept; empty
+    where the server cannot measure it."""
 
     @property
     def layers(self) -> int:
@@ -96,11 +99,13 @@ def read_report(
     policy: str,
     budget: str,
     model: str,
+    attention: Sequence[float] = (),
 ) -> Inspection:
     """An inspection from a server's report with positions.
 
     Args:
         answers: with the full cache, with the compressed one.
+        attention: as in `Inspection`.
 
     Raises:
         ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the pictures.
@@ -136,6 +141,7 @@ def read_report(
         kept=kept,
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
+        attention=tuple(attention),
     )
 
 
