@@ -1,8 +1,8 @@
 """What compression costs in right answers, on the bundled models: the experiments of docs/fidelity.md.
 
-Each experiment but `recall` (`recall.py`) is one or more calls of `vlcache eval` with the same output folder, so an
-interrupted run goes on where it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and
-the page's tables and plots are made from these files alone:
+Each experiment but `recall` (`recall.py`) and `inspect` is one or more calls of `vlcache eval` with the same output
+folder, so an interrupted run goes on where it stopped.  A finished experiment becomes
+`benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are made from these files alone:
 
     python benchmarks/fidelity.py                      # everything that is missing, then the page
     python benchmarks/fidelity.py requery --time-limit 8
@@ -22,21 +22,25 @@ from typing import Any, NamedTuple
 
 import recall
 from host import ROOT, host_block
+from PIL import Image
 from rich.console import Console
 
 from vlcache_sgl.cli import eval as evaluation
+from vlcache_sgl.cli import inspect as inspection
 from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
 from vlcache_sgl.fidelity.report import by_index, markdown_table, percent, plot_budgets, plot_index
 from vlcache_sgl.fidelity.run import FULL
 from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.inspection.layout import read_report
+from vlcache_sgl.inspection.sheet import draw_sheet
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
 
 PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
 OUT = ROOT / "out/fidelity"
 RESULTS = ROOT / "benchmarks/results"
-RECALL = "recall"
-"""The experiment that is no call of `vlcache eval`."""
+RECALL, INSPECT = "recall", "inspect"
+"""The experiments that are no calls of `vlcache eval`."""
 GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
 QUERY_AWARE = ("vlcache", "snapkv")
 AGNOSTIC = ("keydiff", "expected_attention", "infinipot_v", "compactor", "knorm", "random")
@@ -45,6 +49,8 @@ SCORERS = {"accumulated": "h2o", "window": "snapkv", "post-vision": "vlcache", "
 ALLOCATORS = {"uniform": "uniform", "pyramid": "pyramid", "density": "vlcache", "equal mass": "prefixkv"}
 THRESHOLDS = ("0.001", "0.1")
 ROWS = ("1", "4", "16")
+INSPECTED = argparse.Namespace(image=None, question=None, policy=None, budget=None, max_tokens=inspection.MAX_TOKENS)
+"""Arguments of `vlcache inspect`: its own picture and question, the server's policy and budget."""
 ALONE = "recent=0.1,floor=0.5"
 """Selection of every cell of the ablation: that of the recipe `vlcache`."""
 
@@ -111,7 +117,7 @@ def experiments() -> dict[str, Experiment]:
 
 def names() -> list[str]:
     """All experiments."""
-    return [*experiments(), RECALL]
+    return [*experiments(), RECALL, INSPECT]
 
 
 def result_path(name: str) -> Path:
@@ -153,6 +159,17 @@ def run_recall(console: Console) -> None:
     result = {**head, "host": started, **settings, "summary": recall.summarise(records), "records": records}
     result_path(RECALL).write_text(evaluation.dump(result))
     console.print(f"written: {result_path(RECALL).relative_to(ROOT)}")
+
+
+def run_inspect(console: Console) -> None:
+    """One picture, as `vlcache inspect` sees it."""
+    flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
+    images, question = inspection.pictures_of(INSPECTED)
+    with ServerProcess(GROUNDED, flags, title=INSPECT, console=console) as server:
+        seen = inspection.inspect(server, images, question, INSPECTED)
+    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {INSPECT}", "server_flags": flags}
+    result_path(INSPECT).write_text(evaluation.dump({**head, "host": started, "inspection": seen}))
+    console.print(f"written: {result_path(INSPECT).relative_to(ROOT)}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -313,6 +330,12 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         draw_front(results["recipes"], results["requery"], FIGURES / "fidelity.png")
     if RECALL in results:
         recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
+    if INSPECT in results:
+        path = FIGURES / "inspect.png"
+        images, _ = inspection.pictures_of(INSPECTED)
+        draw_sheet(read_report(images=images, **results[INSPECT]["inspection"]), path)
+        # Half the size, and nobody sees it.
+        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 FRONT = {"vlcache": "#0b7285", "snapkv": "#e8590c", "h2o": "#2b8a3e", "keydiff": "#5f3dc4", "random": "#868e96"}
@@ -403,6 +426,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
                     continue
                 if name == RECALL:
                     run_recall(console)
+                elif name == INSPECT:
+                    run_inspect(console)
                 elif not run(name, experiments()[name], arguments.time_limit, console):
                     unfinished.append(name)
     write_page()

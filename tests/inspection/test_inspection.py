@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlcache_sgl.inspection import layout, sheet
+from vlcache_sgl.inspection import layout, page, sheet
 from vlcache_sgl.inspection.layout import Inspection, overlay, read_report
 from vlcache_sgl.inspection.page import write_page
 from vlcache_sgl.inspection.sheet import draw_sheet, shown_layers
@@ -32,7 +32,7 @@ def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLA
     return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m")
 
 
-@pytest.mark.parametrize("module", [layout, sheet])
+@pytest.mark.parametrize("module", [layout, page, sheet])
 def test_examples(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
 

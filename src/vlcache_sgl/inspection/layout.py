@@ -61,6 +61,9 @@ class Inspection:
     vision: tuple[tuple[int, int], ...]
     """Begin and end of the runs of vision tokens, ascending."""
     looks: tuple[Look, ...]
+    attention: tuple[float, ...] = ()
+    """Per layer the share, in [0, 1], of the full cache's attention while it answered that falls on what is kept; empty
+    where the server cannot measure it."""
     before: Mask | None = None
     """`[layers, prompt tokens]`: what the shared copy held when the question before this one was answered."""
     sharing: str = ""
@@ -137,12 +140,14 @@ def read_report(
     policy: str,
     budget: str,
     model: str,
+    attention: Sequence[float] = (),
     before: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """An inspection from a server's report with positions.
 
     Args:
         answers: with the full cache, with the compressed one.
+        attention: as in `Inspection`.
         before: the report on the question before, where one copy serves both.
 
     Raises:
@@ -177,6 +182,7 @@ def read_report(
         kept=kept,
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
+        attention=tuple(attention),
         before=earlier,
         sharing=sharing_sentence(report),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -33,11 +34,23 @@ def write_page(seen: Inspection, path: Path) -> None:
             last_layer=seen.layers - 1,
             ratio=f"{seen.ratio:.1%}",
             sharing=f"<p>{html.escape(seen.sharing)}{_KEY if seen.before is not None else ''}</p>" * bool(seen.sharing),
+            attention=_ATTENTION + percents(seen.attention) if seen.attention else "",
             # "</" would end the script.
             data=json.dumps(_data(seen)).replace("</", "<\\/"),
         ),
         encoding="utf-8",
     )
+
+
+def percents(shares: Sequence[float]) -> str:
+    """
+    >>> percents((0.5, 0.934))
+    '50 %, 93 %'
+    """
+    return ", ".join(f"{100 * share:.0f} %" for share in shares)
+
+
+_ATTENTION = "Of the attention of the full cache's answer, what is kept has, by layer: "
 
 
 def _data(seen: Inspection) -> dict[str, Any]:
@@ -107,6 +120,7 @@ $sharing
   <span class="key" style="background:#0b7285"></span>vision
   <span class="key" style="background:#e8590c"></span>text</h2>
 <canvas id="bars"></canvas>
+<p class="quiet">$attention</p>
 
 <h2>Layers (down) and positions in the prompt (across)</h2>
 <canvas id="map"></canvas>

@@ -14,6 +14,8 @@ from vlcache_sgl.inspection.layout import Inspection, Look, overlay, places
 MOST_LAYERS = 12
 """Overlays on a sheet; of a deeper model evenly chosen layers are shown (the page shows all)."""
 _ACROSS = 6
+_MOST_LABELS = 40
+"""Layers beside whose bars there is room for a number."""
 _VISION, _TEXT, _GREY = "#0b7285", "#e8590c", "#868e96"
 
 
@@ -104,6 +106,15 @@ def _top(figure: Any, seen: Inspection) -> None:
     bars.barh(layers, text, left=vision, color=_TEXT, label="text")
     bars.axvline(seen.kept.sum(1).mean(), color="black", linestyle="--", linewidth=1, label="average")
     bars.set(xlabel="tokens kept", ylabel="layer")
+    if 0 < len(seen.attention) <= _MOST_LABELS:
+        bars.set_xlabel("tokens kept; beside the bars: their share of the answer's attention")
+        bars.margins(x=0.15)
+        paper = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
+        for layer, share in enumerate(seen.attention):
+            place = (seen.kept[layer].sum(), layer)
+            bars.annotate(
+                f"{share:.0%}", place, (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=paper
+            )
     bars.invert_yaxis()
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.set_title("layer budgets", fontsize=10)
