@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl._version import __version__
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
@@ -19,7 +18,6 @@ from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.media import vision_runs, vision_spans
-from vlcache_sgl.runtime.metrics import Metrics
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
     JOB_ATTRIBUTE,
@@ -32,6 +30,7 @@ from vlcache_sgl.runtime.rotary import model_rotary
 from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
+from vlcache_sgl.runtime.status import Status
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
@@ -59,10 +58,7 @@ class Session:
         self._private = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
-        self.metrics: Metrics | None = None
-        self._metrics_stale = True
-        self._published_free = -1
-        self._tree: Any = None
+        self._status: Status | None = None
         self._backend: Any = None
         self._model: Any = None
         self._ranks = 1
@@ -108,10 +104,14 @@ class Session:
         scheduler.tree_cache.row_listener = self._backend.invalidate
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self.images.clear
-        self._tree = scheduler.tree_cache
         reporter = scheduler.metrics_reporter
-        if reporter.current_scheduler_metrics_enabled:
-            self.metrics = Metrics(reporter.metrics_collector.labels)
+        labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
+        assert self.compressor is not None
+        self._status = Status(self.config, self.choices.default, self.compressor, self.images, labels)
+
+    def _note_change(self) -> None:
+        if self._status is not None:
+            self._status.stale = True
 
     # -- pools ------------------------------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class Session:
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
-        self._metrics_stale = True
+        self._note_change()
         vision = vision_spans(req.multimodal_inputs)
         reason = None
         if choice.budget.keeps_all:
@@ -362,7 +362,7 @@ class Session:
         """Around the model's forward: at its end, compress the prompts that are complete."""
         if self._backend is None:
             return original(runner, forward_batch, *args, **kw)
-        self._metrics_stale = True
+        self._note_change()
         jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
         scored = jobs is not None and any(job is not None and job.scoring is not None for job in jobs)
         started = time.perf_counter()
@@ -423,84 +423,20 @@ class Session:
 
     # -- the truth over HTTP ----------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
-        assert self._tree is not None
-        allocator = self._tree.token_to_kv_pool_allocator
-        allocator.settle()
-        if self.compressor is not None:
-            self.compressor.settle_counts(wait=True)
-        residency, arena = allocator.residency, allocator.arena
-        slots_used = residency.num_slots - allocator.available_size()
-        return {
-            "version": __version__,
-            "policy": self.choices.default.policy.spec,
-            "budget": str(self.config.budget),
-            "fingerprint": self.choices.default.fingerprint,
-            "scope": self.config.scope,
-            "min_tokens": self.config.min_tokens,
-            "overcommit": self.config.overcommit_factor,
-            "cells_total": residency.num_cells,
-            "cells_used": residency.used_cells,
-            "cells_free": residency.free_cells,
-            "cells_tree": allocator.tree_cells,
-            "cells_requests": allocator.request_cells,
-            "cells_evictable": allocator.evictable_cells,
-            # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
-            "cells_fragmented": residency.free_cells % residency.num_planes,
-            # What the tokens in use would hold uncompressed is 1.
-            "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
-            "bytes_per_cell": arena.cell_bytes,
-            "cells_per_token": residency.num_planes,
-            "physical_tokens_total": self.physical_tokens,
-            "virtual_slots_total": residency.num_slots,
-            "virtual_slots_free": allocator.available_size(),
-            "share": self.config.share,
-            "guard": self.config.guard,
-            "pictures_known": len(self.images),
-            "pictures_whole": self.images.settled,
-            "sketch_bytes": self.images.sketch_bytes,
-            "integrity": allocator.verify_byte_accounting(),
-            **self.counters.as_dict(),
-        }
-
     def publish_metrics(self, *_: Any, **__: Any) -> None:
         """After SGLang has published its own figures."""
-        if self.metrics is None or self.compressor is None:
-            return
-        allocator = self._tree.token_to_kv_pool_allocator
-        allocator.settle()
-        self.compressor.settle_counts()
-        residency = allocator.residency
-        self.metrics.publish(
-            self.counters,
-            {
-                "cells_total": residency.num_cells,
-                "cells_used": residency.used_cells,
-                "cells_free": residency.free_cells,
-                "cells_tree": allocator.tree_cells,
-                "cells_evictable": allocator.evictable_cells,
-                "pictures_whole": self.images.settled,
-                "sketch_bytes": self.images.sketch_bytes,
-                "cell_bytes": allocator.arena.cell_bytes,
-                "cells_per_token": residency.num_planes,
-            },
-            counted=self.compressor.all_counted,
-        )
-        self._metrics_stale = False
+        if self._status is not None:
+            self._status.publish()
 
     def publish_when_idle(self, *_: Any, **__: Any) -> None:
         """After SGLang's idle housekeeping, which spins: once per change."""
-        if self.metrics is None:
-            return
-        free = self._tree.token_to_kv_pool_allocator.residency.free_cells
-        if self._metrics_stale or free != self._published_free:
-            self._published_free = free
-            self.publish_metrics()
+        if self._status is not None:
+            self._status.publish_when_idle()
 
     def add_state(self, output: Any, *_: Any, **__: Any) -> None:
         """After SGLang has collected its internal state."""
-        output.internal_state["kv_policy"] = self.state()
+        if self._status is not None:
+            output.internal_state["kv_policy"] = self._status.state()
 
 
 def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:
