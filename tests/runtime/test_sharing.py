@@ -116,21 +116,21 @@ def test_policy_sharing_is_left_alone_until_a_question_trips() -> None:
 
 
 def test_an_image_settles() -> None:
-    image = SharedImage(1)
+    images, image = SharedImages(), SharedImage(1)
     budgets = []
     for _ in range(LEVELS + 1):
         budgets.append(image.budget(0.2))
         image.tripped = 1
-        image.learn()
+        images.learn(image)
     assert budgets == [0.2, 0.2, 0.4, 1.0]
     assert image.settled
-    image.learn()
-    assert image.level == LEVELS
+    images.learn(image)
+    assert (image.level, images.settled) == (LEVELS, 1)
 
 
 def test_a_storm_settles_it_at_once() -> None:
     image = SharedImage(1, tripped=8)
-    image.learn()
+    SharedImages().learn(image)
     assert image.budget(0.1) == 1.0
 
 

@@ -274,7 +274,7 @@ class World:
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
         if job.image is not None and job.generation > job.image.generation:
-            job.image.learn()
+            self.images.learn(job.image)
         start = job.report["start"]
         slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.length].long()
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])

@@ -83,8 +83,8 @@ class Status:
             **self._compressor.counters.as_dict(),
         }
 
-    def publish(self, *_: Any, **__: Any) -> None:
-        """After SGLang has published its own figures."""
+    def publish(self) -> None:
+        """Publish all figures."""
         if self._metrics is None:
             return
         allocator = self._allocator
@@ -108,8 +108,8 @@ class Status:
         )
         self.stale = False
 
-    def publish_when_idle(self, *_: Any, **__: Any) -> None:
-        """After SGLang's idle housekeeping, which spins: once per change."""
+    def publish_when_idle(self) -> None:
+        """The same, once per change."""
         if self._metrics is None:
             return
         free = self._allocator.residency.free_cells

@@ -62,6 +62,8 @@ class SharedImage:
     """The request that makes the next copy, SGLang's object; None: nobody does."""
     tripped: int = 0
     """Questions that found the current copy lacking."""
+    forgotten: bool = False
+    """Whether requests that still name it are the last to do so."""
     stale: list[StaleCopy] = field(default_factory=list)
     sketches: dict[bytes, PrefixSketch] = field(default_factory=dict)
     """Of the current copy and what follows it in prompts, by the tokens up to their end."""
@@ -82,10 +84,6 @@ class SharedImage:
         and with it a system prompt."""
         return f"#{self.number}.{generation}" if generation else ""
 
-    def learn(self) -> None:
-        """The next copy is about to be chosen: by how often the present one was found lacking."""
-        self.level = min(LEVELS, self.level + max(1, self.tripped))
-
 
 class SharedImages:
     """All pictures of one scheduler process."""
@@ -93,6 +91,10 @@ class SharedImages:
     def __init__(self) -> None:
         self._images: OrderedDict[bytes, SharedImage] = OrderedDict()
         self._created = 0
+        self.sketch_bytes = 0
+        """Bytes of all sketches."""
+        self.settled = 0
+        """Pictures that are kept whole from now on."""
         self._replaced: dict[int, SharedImage] = {}
         """Pictures with copies that still hold cells."""
 
@@ -112,13 +114,38 @@ class SharedImages:
         self._images.move_to_end(key)
         return image
 
+    def learn(self, image: SharedImage) -> None:
+        """The next copy of `image` is about to be chosen: by how often the present one was found lacking."""
+        before = image.settled
+        image.level = min(LEVELS, image.level + max(1, image.tripped))
+        self.settled += image.settled - before
+
+    def remember(self, image: SharedImage, digest: bytes, sketch: PrefixSketch, most_bytes: int) -> None:
+        """Keep a sketch; the oldest pictures lose theirs until all of them take at most `most_bytes`."""
+        if image.forgotten:
+            return
+        self._drop(image, digest)
+        image.sketches[digest] = sketch
+        self.sketch_bytes += sketch.nbytes
+        for other in self._images.values():
+            if self.sketch_bytes <= most_bytes:
+                return
+            for known in list(other.sketches):
+                self._drop(other, known)
+
+    def _drop(self, image: SharedImage, digest: bytes) -> None:
+        sketch = image.sketches.pop(digest, None)
+        self.sketch_bytes -= sketch.nbytes if sketch is not None else 0
+
     def replaced(self, image: SharedImage, copy: StaleCopy) -> None:
         """The leader has published the next generation of `image`; `copy` is the one before."""
         image.generation += 1
         image.tripped = 0
         image.leader = None
         image.stale.append(copy)
-        image.sketches = {key: s for key, s in image.sketches.items() if s.generation == image.generation}
+        for digest, sketch in list(image.sketches.items()):
+            if sketch.generation != image.generation:
+                self._drop(image, digest)
         self._replaced[image.number] = image
 
     def with_stale(self) -> list[SharedImage]:
@@ -130,27 +157,12 @@ class SharedImages:
         """Drop the oldest that nobody is making a copy of."""
         for key, image in self._images.items():
             if image.leader is None and not image.stale:
+                for digest in list(image.sketches):
+                    self._drop(image, digest)
+                self.settled -= image.settled
+                image.forgotten = True
                 del self._images[key]
                 return
-
-    def trim(self, most_bytes: int) -> None:
-        """Drop the oldest sketches until all of them take at most `most_bytes`."""
-        excess = self.sketch_bytes - most_bytes
-        for image in self._images.values():
-            if excess <= 0:
-                return
-            excess -= sum(sketch.nbytes for sketch in image.sketches.values())
-            image.sketches.clear()
-
-    @property
-    def sketch_bytes(self) -> int:
-        """Bytes of all sketches."""
-        return sum(sketch.nbytes for image in self._images.values() for sketch in image.sketches.values())
-
-    @property
-    def settled(self) -> int:
-        """Pictures that are kept whole from now on."""
-        return sum(image.settled for image in self._images.values())
 
     def __iter__(self) -> Iterator[SharedImage]:
         return iter(self._images.values())
@@ -162,6 +174,7 @@ class SharedImages:
         """The prefix cache was flushed."""
         self._images.clear()
         self._replaced.clear()
+        self.sketch_bytes = self.settled = 0
 
 
 def prefix_digest(tokens: Sequence[int], end: int, begin: bytes = b"") -> bytes:

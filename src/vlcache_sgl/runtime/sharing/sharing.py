@@ -30,14 +30,14 @@ class Sharing:
         policy: makes copies for everybody.
         model: what policies are told of the model.
         images: what is shared.
-        most_bytes: of the arena; sketches may take `SHARE` of it.
+        arena_bytes: sketches may take `SHARE` of them.
     """
 
-    def __init__(self, config: KVConfig, policy: Policy, model: Prompt, images: SharedImages, most_bytes: int) -> None:
+    def __init__(self, config: KVConfig, policy: Policy, model: Prompt, images: SharedImages, arena_bytes: int) -> None:
         self._config = config
         self._policy = policy
         self._images = images
-        self._sketch_bytes = int(SHARE * most_bytes)
+        self._most_bytes = int(SHARE * arena_bytes)
         self.weights = layer_weights(policy, model, config.share_budget)
         """What each layer is worth to later questions, sum 1."""
 
@@ -55,7 +55,7 @@ class Sharing:
         if image is None:
             return own
         if image.leader is not None and job.generation > image.generation:
-            image.learn()
+            self._images.learn(image)
         split = job.pictures_end - prompt.start
         if split <= 0 or (job.choice.share != "tiered" and image.level == 0):
             return own
@@ -91,8 +91,8 @@ class Sharing:
             logger.warning("no sketch of a picture: %s: %s", type(error).__name__, error)
             return
         digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
-        job.image.sketches[digest] = PrefixSketch(job.generation, job.pictures_end, layers)
-        self._images.trim(self._sketch_bytes)
+        sketch = PrefixSketch(job.generation, job.pictures_end, layers)
+        self._images.remember(job.image, digest, sketch, self._most_bytes)
 
     def _sketch(self, keep: torch.Tensor, keys: torch.Tensor) -> KeySketch | None:
         """`keep` `[G, m]`, equally many per group; `keys` `[m, K, D]`."""
