@@ -232,7 +232,7 @@ def guard(result: Result) -> str:
 def overhead(result: Result) -> str:
     """What observing costs."""
     lines = []
-    for plain, watched in (("policy", "policy, observe"), ("tiered", "tiered, observe")):
+    for plain, watched in (("tiered", "tiered, observe"), ("tiered", "tiered, profile, observe")):
         off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in (plain, watched))
         readings = [sum("missing" in q for q in r["questions"]) for r in on]
         reading = median(r["guard_ms"] / count for r, count in zip(on, readings, strict=True))
@@ -241,7 +241,7 @@ def overhead(result: Result) -> str:
         follow = [median(q["prefill_ms"] for r in rs for q in r["questions"][1:]) for rs in (off, on)]
         lines.append(
             [
-                plain,
+                watched,
                 f"{picture:.1f}",
                 f"{sketch:.2f} ({sketch / picture:.1%})",
                 f"{reading:.2f} ({reading / picture:.1%})",
@@ -282,6 +282,20 @@ def sketch(result: Result) -> str:
     return f"{markdown_table(head, lines)}\n\n{text}"
 
 
+def rows_read(result: Result) -> str:
+    """Which rows of a question tell its own copy from another's."""
+    lines = [
+        [
+            f"last {row['rows']}" if row["rows"] else "all",
+            row["method"],
+            *(f"{row[key]:.3f}" for key in ("own_mean", "own_most", "other_mean", "other_least")),
+        ]
+        for row in result["rows"]
+    ]
+    head = ("rows", "mass", "own question: mean", "at most", "other questions: mean", "at least")
+    return markdown_table(head, lines, left=2)
+
+
 def scorers(result: Result) -> str:
     """Scores for copies, without and with a profile."""
     rows = {row["arm"]: row for row in result["summary"]}
@@ -318,6 +332,7 @@ BLOCKS = {
     "guard": ("guard", guard),
     "overhead": ("guard", overhead),
     "sketch": ("sketch", sketch),
+    "rows": ("sketch", rows_read),
     "scorers": ("scorers", scorers),
     "frontier": ("frontier", frontier),
 }

@@ -133,6 +133,9 @@ METHODS: dict[str, Callable[[Tensor, int, Tensor], Sketched]] = {
     "product codes": lambda keys, _, books: product_codes(keys, books),
 }
 """By name; arguments are the evicted keys `[K, e, D]` float32, the picture's tokens, and the layer's codebooks."""
+SERVED = ("true", "low rank, float32", "low rank, bfloat16")
+LAST_ROWS = (1, 4, 8, 0)
+"""How many of a question's last rows a reading might look at; 0 = all of them."""
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -219,8 +222,8 @@ def code_books(model: Recorder, pictures: Sequence[Picture]) -> list[Tensor]:
     return books
 
 
-def shares_of(model: Recorder, layer: int, keep: Tensor, sketches: Mapping[str, Sketched]) -> dict[str, float]:
-    """Mean missing share of the present prompt's rows and heads in one layer, by method and in truth."""
+def shares_of(model: Recorder, layer: int, keep: Tensor, sketches: Mapping[str, Sketched]) -> dict[str, Tensor]:
+    """`[rows]`: missing share of the present prompt's rows in one layer, mean over heads, by method and in truth."""
     queries, keys, _ = model.seen[layer]
     rows = queries[model.span.stop :]
     tokens, heads = len(keys), keys.shape[1]
@@ -229,7 +232,7 @@ def shares_of(model: Recorder, layer: int, keep: Tensor, sketches: Mapping[str, 
     grouped = rows.view(len(rows), heads, -1, rows.shape[-1])
     logits = torch.einsum("rkgd,nkd->rkgn", grouped, keys).flatten(1, 2)
     kept = logits.masked_fill(~visible[:, None], -math.inf).logsumexp(-1)
-    return {name: float(missing_share(kept, sketch.log_mass(rows)).mean()) for name, sketch in sketches.items()}
+    return {name: missing_share(kept, sketch.log_mass(rows)).mean(1) for name, sketch in sketches.items()}
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -256,8 +259,16 @@ def measure(pictures: int, console: Console) -> tuple[list[dict[str, Any]], dict
         for index, question in enumerate(picture.questions):
             model.prefill(picture, question, keep)
             shares = [shares_of(model, layer, keep, sketches) for layer, sketches in enumerate(layers)]
-            by_method = {name: [round(share[name], 5) for share in shares] for name in ("true", *METHODS)}
-            records.append({"seed": FIRST_SEED + number, "question": index + 1, "shares": by_method})
+            by_method = {name: [round(float(s[name].mean()), 5) for s in shares] for name in ("true", *METHODS)}
+            by_rows = {
+                str(last): {
+                    name: round(float(torch.stack([s[name][-last:].mean() for s in shares]).mean()), 5)
+                    for name in SERVED
+                }
+                for last in LAST_ROWS
+            }
+            record = {"seed": FIRST_SEED + number, "question": index + 1, "rows": len(shares[0]["true"])}
+            records.append({**record, "shares": by_method, "last_rows": by_rows})
     return records, {name: sum(values) / len(values) for name, values in sizes.items()}
 
 
@@ -283,6 +294,20 @@ def summarise(records: Sequence[Mapping[str, Any]], sizes: Mapping[str, float]) 
     return rows
 
 
+def summarise_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the copy's own question and others read from their last rows, mean over layers."""
+    rows = []
+    for last in LAST_ROWS:
+        for name in SERVED:
+            readings = [(record["question"] == 1, record["last_rows"][str(last)][name]) for record in records]
+            own, other = ([value for mine, value in readings if mine is which] for which in (True, False))
+            rows.append(
+                {"rows": last, "method": name, "own_mean": round(sum(own) / len(own), 4), "own_most": max(own)}
+                | {"other_mean": round(sum(other) / len(other), 4), "other_least": min(other)}
+            )
+    return rows
+
+
 def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> None:
     """Measure and write `path`."""
     records, sizes = measure(1 if quick else PICTURES, console)
@@ -296,6 +321,7 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         "kept": KEPT,
         "tokens": tokens,
         "summary": summarise(records, sizes),
+        "rows": summarise_rows(records),
         "sizes": sizes,
         "records": records,
     }

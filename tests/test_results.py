@@ -109,6 +109,7 @@ def test_sharing_results_are_whole(sharing: ModuleType) -> None:
         if name == "sketch":
             again = sharing.sharing_sketch.summarise(records, result["sizes"])
             assert result["summary"] == json.loads(json.dumps(again))
+            assert result["rows"] == sharing.sharing_sketch.summarise_rows(records)
             continue
         assert result["summary"] == json.loads(json.dumps(sharing.summarise(records))), name
         assert {record["arm"] for record in records} == set(result["arms"]), name
