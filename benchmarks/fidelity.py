@@ -1,8 +1,8 @@
 """What compression costs in right answers, on the bundled models: the experiments of docs/fidelity.md.
 
-Each experiment is one or more calls of `vlcache eval` with the same output folder, so an interrupted run goes on where
-it stopped.  A finished experiment becomes `benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are
-made from these files alone:
+Each experiment but `recall` (`recall.py`) and `inspect` is one or more calls of `vlcache eval` with the same output
+folder, so an interrupted run goes on where it stopped.  A finished experiment becomes
+`benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are made from these files alone:
 
     python benchmarks/fidelity.py                      # everything that is missing, then the page
     python benchmarks/fidelity.py requery --time-limit 8
@@ -20,20 +20,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import recall
 from host import ROOT, host_block
+from PIL import Image
 from rich.console import Console
 
 from vlcache_sgl.cli import eval as evaluation
+from vlcache_sgl.cli import inspect as inspection
 from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
 from vlcache_sgl.fidelity.report import by_index, markdown_table, percent, plot_budgets, plot_index
 from vlcache_sgl.fidelity.run import FULL
 from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.inspection.layout import read_report
+from vlcache_sgl.inspection.sheet import draw_sheet
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
 
 PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
 OUT = ROOT / "out/fidelity"
 RESULTS = ROOT / "benchmarks/results"
+RECALL, INSPECT = "recall", "inspect"
+"""The experiments that are no calls of `vlcache eval`."""
 GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
 QUERY_AWARE = ("vlcache", "snapkv")
 AGNOSTIC = ("keydiff", "expected_attention", "infinipot_v", "compactor", "knorm", "random")
@@ -42,6 +49,8 @@ SCORERS = {"accumulated": "h2o", "window": "snapkv", "post-vision": "vlcache", "
 ALLOCATORS = {"uniform": "uniform", "pyramid": "pyramid", "density": "vlcache", "equal mass": "prefixkv"}
 THRESHOLDS = ("0.001", "0.1")
 ROWS = ("1", "4", "16")
+INSPECTED = argparse.Namespace(image=None, question=None, policy=None, budget=None, max_tokens=inspection.MAX_TOKENS)
+"""Arguments of `vlcache inspect`: its own picture and question, the server's policy and budget."""
 ALONE = "recent=0.1,floor=0.5"
 """Selection of every cell of the ablation: that of the recipe `vlcache`."""
 
@@ -83,7 +92,7 @@ def experiments() -> dict[str, Experiment]:
         ),
         "recipes": Experiment(
             GROUNDED,
-            (("--task", "single", "--samples", "19", "--policy", *recipes(), "--budget", "0.4", "0.2", "0.1", "0.05"),),
+            (("--task", "single", "--samples", "20", "--policy", *recipes(), "--budget", "0.4", "0.2", "0.1", "0.05"),),
         ),
         "ablation": Experiment(
             GROUNDED,
@@ -104,6 +113,11 @@ def experiments() -> dict[str, Experiment]:
             ),
         ),
     }
+
+
+def names() -> list[str]:
+    """All experiments."""
+    return [*experiments(), RECALL, INSPECT]
 
 
 def result_path(name: str) -> Path:
@@ -135,6 +149,29 @@ def run(name: str, experiment: Experiment, time_limit: float | None, console: Co
     return True
 
 
+def run_recall(console: Console) -> None:
+    """Both models, a few minutes; begins anew when it was interrupted."""
+    flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
+    console.rule(RECALL)
+    records = [record for model in (GROUNDED, UNGROUNDED) for record in recall.measure(model, flags, console)]
+    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {RECALL}", "server_flags": flags}
+    settings = {"budget": recall.BUDGET, "policies": {name: recall.policy(name) for name in recall.SCORES}}
+    result = {**head, "host": started, **settings, "summary": recall.summarise(records), "records": records}
+    result_path(RECALL).write_text(evaluation.dump(result))
+    console.print(f"written: {result_path(RECALL).relative_to(ROOT)}")
+
+
+def run_inspect(console: Console) -> None:
+    """One picture, as `vlcache inspect` sees it."""
+    flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
+    images, question = inspection.pictures_of(INSPECTED)
+    with ServerProcess(GROUNDED, flags, title=INSPECT, console=console) as server:
+        seen = inspection.inspect(server, images, question, INSPECTED)
+    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {INSPECT}", "server_flags": flags}
+    result_path(INSPECT).write_text(evaluation.dump({**head, "host": started, "inspection": seen}))
+    console.print(f"written: {result_path(INSPECT).relative_to(ROOT)}")
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +185,7 @@ def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "sensitivity": ("ablation", sensitivity_table),
         "long": ("long", long_table),
         "adversarial": ("adversarial", adversarial_table),
+        "recall": (RECALL, recall.table),
     }
     return {
         name: make(results[source]) + "\n\n" + origin(results[source]) if source in results else "Not measured yet."
@@ -158,10 +196,13 @@ def page_blocks(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def origin(result: Mapping[str, Any]) -> str:
     """Where the numbers come from."""
     host = result["host"]
-    return (
-        f"`{result['command']}`, model `{result['model']}`, {host['date'][:10]}, SGLang {host['packages']['sglang']}, "
-        f"{host['cores']} CPU cores, float32. Policies that failed: {sum(row['failed'] for row in result['summary'])}."
+    models = [result["model"]] if "model" in result else dict.fromkeys(row["model"] for row in result["summary"])
+    where = (
+        f"`{result['command']}`, model {' and '.join(f'`{model}`' for model in models)}, {host['date'][:10]}, "
+        f"SGLang {host['packages']['sglang']}, {host['cores']} CPU cores, float32."
     )
+    failed = [row["failed"] for row in result["summary"] if "failed" in row]
+    return f"{where} Policies that failed: {sum(failed)}." if failed else where
 
 
 def rows_of(result: Mapping[str, Any], task: str) -> dict[str, Mapping[str, Any]]:
@@ -285,11 +326,73 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         shown = ("vlcache", "snapkv", "pyramidkv", "h2o", "keydiff", "streaming", "random", "zipvl")
         rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
         plot_budgets(rows, FIGURES / "fidelity-recipes.png")
+    if {"recipes", "requery"} <= set(results):
+        draw_front(results["recipes"], results["requery"], FIGURES / "fidelity.png")
+    if RECALL in results:
+        recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
+    if INSPECT in results:
+        path = FIGURES / "inspect.png"
+        images, _ = inspection.pictures_of(INSPECTED)
+        draw_sheet(read_report(images=images, **results[INSPECT]["inspection"]), path)
+        # Half the size, and nobody sees it.
+        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+FRONT = {"vlcache": "#0b7285", "snapkv": "#e8590c", "h2o": "#2b8a3e", "keydiff": "#5f3dc4", "random": "#868e96"}
+"""Policies of the README's figure: post-vision rows, the last rows, all rows, keys alone, chance."""
+FRONT_BUDGETS = ("0.05", "0.1", "0.2", "0.4")
+
+
+def draw_front(recipes: Mapping[str, Any], requery: Mapping[str, Any], path: Path) -> None:
+    """The README's figure: right answers over budget, for the question that compresses and for those that share."""
+    from matplotlib.figure import Figure
+
+    single, records = rows_of(recipes, "single"), requery["records"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    first, later = figure.subplots(1, 2, sharey=True)
+    first.set_title("The question that compresses the picture", fontsize=12)
+    later.set_title("Questions 2 to 8 about the same picture", fontsize=12)
+    for axis, full in ((first, single[FULL]), (later, without_first(records, FULL))):
+        assert full is not None
+        axis.axhline(full["score"], color="black", linestyle=":", linewidth=1.5, label="full cache")
+        axis.set(xscale="log", xlim=(0.043, 0.46), ylim=(-0.04, 1.06), xlabel="budget: share of the prompt kept")
+        axis.set_xticks([float(budget) for budget in FRONT_BUDGETS], ["5 %", "10 %", "20 %", "40 %"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    for number, policy in enumerate(FRONT):
+        _front_line(first, number, policy, {b: single.get(f"{policy}@{b}") for b in FRONT_BUDGETS}, label=policy)
+        _front_line(later, number, policy, {b: without_first(records, f"{policy}@{b}") for b in FRONT_BUDGETS})
+    private = {b: without_first(records, f"vlcache@{b} private") for b in FRONT_BUDGETS}
+    _front_line(later, 0, "vlcache", private, linestyle="--", markerfacecolor="white")
+    later.text(0.0455, 0.91, "each question compressing for itself (vlcache)", color=FRONT["vlcache"])
+    later.text(0.0455, 0.66, "all sharing what the first question kept", color="#495057")
+    first.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    first.set_ylabel("right answers")
+    handles, _ = first.get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _front_line(
+    axis: Any, number: int, policy: str, rows: Mapping[str, Mapping[str, Any] | None], **style: Any
+) -> None:
+    """One policy over budget with its intervals, beside the others: what is equal would be hidden otherwise."""
+    points = [(float(budget) * 1.022 ** (number - 2), row) for budget, row in rows.items() if row is not None]
+    if not points:
+        return
+    budgets, found = zip(*points, strict=True)
+    scores = [row["score"] for row in found]
+    low, high = zip(*(row["interval"] for row in found), strict=True)
+    colour = FRONT[policy]
+    axis.vlines(budgets, low, high, color=colour, alpha=0.4, linewidth=2)
+    look = {"color": colour, "marker": "o", "markersize": 5.5, "linewidth": 2, "zorder": 3 - 0.1 * number}
+    axis.plot(budgets, scores, **{**look, **style})
 
 
 def committed() -> dict[str, dict[str, Any]]:
     """The results that there are, by name."""
-    return {name: json.loads(result_path(name).read_text()) for name in experiments() if result_path(name).exists()}
+    return {name: json.loads(result_path(name).read_text()) for name in names() if result_path(name).exists()}
 
 
 def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -314,14 +417,18 @@ def write_page() -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run what is missing, then write the page; 3 when something is not finished."""
     os.chdir(ROOT)  # the model's path is part of the results
-    chosen = arguments.names or list(experiments())
+    chosen = arguments.names or names()
     unfinished = []
     if not arguments.page:
         with interruptible():
             for name in chosen:
                 if result_path(name).exists() and not arguments.names:
                     continue
-                if not run(name, experiments()[name], arguments.time_limit, console):
+                if name == RECALL:
+                    run_recall(console)
+                elif name == INSPECT:
+                    run_inspect(console)
+                elif not run(name, experiments()[name], arguments.time_limit, console):
                     unfinished.append(name)
     write_page()
     return 3 if unfinished else 0
@@ -329,9 +436,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options."""
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of: {', '.join(experiments())}; default: what is missing"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())}; default: what is missing")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="of each experiment; run again to go on")
     parser.add_argument("--page", action="store_true", help="ask nothing, write tables and plots again")
 

@@ -6,13 +6,15 @@ and flushes under load.  The pool makes requests wait, evict and retract each ot
 SGLang gave before are asked again and again at budget 1.0.
 
 The exit code is 0 when every request was answered as it should be (wrong ones with a 4xx), the answers at budget 1.0
-are stock's, requests were retracted, no cell was lost, the processes' memory stayed bounded and the server lives.
+are stock's, requests were retracted, no cell was lost, the processes' memory stayed bounded and the server lives.  The
+JSON file has the outcomes, and memory and cells over time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import threading
@@ -21,11 +23,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from host import ROOT
+from host import ROOT, command_line, device_name, host_block
 from load import PLACE, Prompt, make_prompt
 from PIL import Image
 from rich.console import Console
@@ -44,6 +47,8 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4194304",
     # So that memory has levelled off after a minute: a full cache of picture embeddings is no leak.
     "SGLANG_VLM_CACHE_SIZE_MB": "16",
+    # Or SGLang admits nobody whose own answer might not fit, and nobody is ever retracted.
+    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "64",
 }
 TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
 RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
@@ -60,16 +65,21 @@ CHOICES: tuple[dict[str, Any] | None, ...] = (
 GROWTH_ALLOWED = 0.15
 """Of resident memory, from the first third of the time to the last."""
 TALKERS, TALK_TOKENS = 4, 900
+POPULAR = 10
 KNOWN = 16
 ANSWER_TOKENS = 12
+MINUTES = 20.0
+FAILED = "failed"
+"""How outcomes begin that should not be."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `run.py soak`."""
-    parser.add_argument("--minutes", type=float, default=20.0, help="default 20")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"default {MINUTES:g}")
     parser.add_argument("--clients", type=int, default=12, help="requests in flight; default 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "models/tinyvlm/grounded"))
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for a shorter run")
 
 
 def known_questions(seed: int) -> list[dict[str, Any]]:
@@ -154,7 +164,7 @@ class Client(threading.Thread):
             try:
                 self.outcomes[deed()] += 1
             except (httpx.HTTPError, ValueError, KeyError) as error:
-                self.outcomes[f"failed: {deed.__name__}: {type(error).__name__}"] += 1
+                self.outcomes[f"{FAILED}: {deed.__name__}: {type(error).__name__}"] += 1
 
     def _post(self, path: str, body: Any) -> httpx.Response:
         content = body if isinstance(body, str) else json.dumps(body)
@@ -167,12 +177,12 @@ class Client(threading.Thread):
         choice = self._random.choice([{"kv_budget": 1.0}, {"kv_budget": 1.0}, None])
         reply = self._post("/generate", with_choice(self._plan.known[number], choice))
         if reply.status_code != 200:
-            return f"failed: a known question: status {reply.status_code}: {reply.text[:200]}"
+            return f"{FAILED}: a known question: status {reply.status_code}: {reply.text[:200]}"
         text = reply.json()["text"]
         if choice is None:
             return "compressed, as stock" if text == self._plan.answers[number] else "compressed, not as stock"
         if text != self._plan.answers[number]:
-            return f"failed: question {number} in full: {text!r}, stock said {self._plan.answers[number]!r}"
+            return f"{FAILED}: question {number} in full: {text!r}, stock said {self._plan.answers[number]!r}"
         return "in full, as stock"
 
     def _send_wrong(self) -> str:
@@ -180,7 +190,7 @@ class Client(threading.Thread):
         reply = self._post("/generate", body)
         if 400 <= reply.status_code < 500:
             return "refused"
-        return f"failed: status {reply.status_code} for {str(body)[:200]}"
+        return f"{FAILED}: status {reply.status_code} for {str(body)[:200]}"
 
     def _talk(self) -> str:
         """A long answer, read to its end: `TALKERS` of these at once are more than the pool holds."""
@@ -188,9 +198,9 @@ class Client(threading.Thread):
         text = f"<|im_start|>user\nNumber {self._random.randrange(10**6)}?<|im_end|>\n<|im_start|>assistant\n"
         reply = self._post("/generate", {"text": text, "sampling_params": sampling})
         if reply.status_code != 200:
-            return f"failed: a long answer: status {reply.status_code}: {reply.text[:200]}"
+            return f"{FAILED}: a long answer: status {reply.status_code}: {reply.text[:200]}"
         count = int(reply.json()["meta_info"]["completion_tokens"])
-        return "talked" if count == TALK_TOKENS else f"failed: {count} tokens of a long answer"
+        return "talked" if count == TALK_TOKENS else f"{FAILED}: {count} tokens of a long answer"
 
     def _flush(self) -> str:
         """SGLang refuses while requests run, and that is fine."""
@@ -198,26 +208,26 @@ class Client(threading.Thread):
 
     def _request(self) -> dict[str, Any]:
         draw = self._random
-        # One in two pictures recurs: 20 popular ones, shared by all clients.
+        # One in two recurs, policy included: prefixes are shared by all clients.
         popular = draw.random() < 0.5
-        seed = draw.randrange(20) if popular else draw.randrange(10**6)
-        kind = draw.random()
+        seed = draw.randrange(POPULAR if popular else 10**6)
+        what = random.Random(seed)
+        choice, kind = what.choice(CHOICES), what.random()
         if kind < 0.2:
             body: dict[str, Any] = {"text": f"<|im_start|>user\nNumber {seed}?<|im_end|>\n<|im_start|>assistant\n"}
         elif kind < 0.5:
-            rows, cols = draw.choice(GRIDS)
+            rows, cols = what.choice(GRIDS)
             drawn = sheet(seed % 4, rows, cols)
-            shift = (0, 0) if popular else (CELL * draw.randrange(rows), CELL * draw.randrange(cols))
+            shift = (CELL * what.randrange(rows), CELL * what.randrange(cols))
             image = Image.fromarray(np.roll(np.asarray(drawn.image), shift, axis=(0, 1)))
             text = f"<|im_start|>user\n{PLACE}{drawn.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
             body = {"text": text, "image_data": [data_url(image)]}
         else:
-            body = long_prompt(draw.choice([300, 600, 1200, 2400]), seed % 20).body(1)
+            body = long_prompt(what.choice([300, 600, 1200, 2400]), seed % 20).body(1)
         tokens = draw.choice([1, 8, 64, 256])
-        # Not `ignore_eos`: SGLang would reserve such answers in full, and nobody would ever be retracted.
         body["sampling_params"] = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
         body |= {"stream": True, "rid": f"soak-{draw.getrandbits(64):x}"}
-        return with_choice(body, draw.choice(CHOICES))
+        return with_choice(body, choice)
 
     def _converse(self) -> str:
         body = self._request()
@@ -225,13 +235,13 @@ class Client(threading.Thread):
         count = 0
         with httpx.stream("POST", f"{self._plan.url}/generate", json=body, timeout=600) as reply:
             if reply.status_code != 200:
-                return f"failed: status {reply.status_code}"
+                return f"{FAILED}: status {reply.status_code}"
             for line in reply.iter_lines():
                 if not line.startswith("data: {"):
                     continue
                 message = json.loads(line.removeprefix("data: "))
                 if "error" in message:
-                    return f"failed: error in stream: {str(message['error'])[:200]}"
+                    return f"{FAILED}: error in stream: {str(message['error'])[:200]}"
                 count = int(message["meta_info"]["completion_tokens"])
                 if fate == "leave":
                     return "left"
@@ -240,7 +250,7 @@ class Client(threading.Thread):
                     fate = "aborted"
         if fate != "read":
             return "aborted"
-        return "answered" if count == body["sampling_params"]["max_new_tokens"] else f"failed: {count} tokens"
+        return "answered" if count == body["sampling_params"]["max_new_tokens"] else f"{FAILED}: {count} tokens"
 
 
 def ask_stock(model: str, known: Sequence[dict[str, Any]], console: Console) -> list[str]:
@@ -251,7 +261,8 @@ def ask_stock(model: str, known: Sequence[dict[str, Any]], console: Console) -> 
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
-    """Run for the given minutes; returns the exit code."""
+    """Run for the given minutes and write a JSON file; the exit code says whether all was well."""
+    host = host_block()
     known = known_questions(arguments.seed)
     with interruptible():
         answers = ask_stock(arguments.model, known, console)
@@ -263,48 +274,87 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
                 Client(plan, 1000 * arguments.seed + number, talks=number < TALKERS)
                 for number in range(arguments.clients)
             ]
-            problems, memory = watch(server, clients, console)
+            problems, samples = watch(server, clients, console)
             outcomes = sum((client.outcomes for client in clients), Counter())
             problems += aftermath(server, outcomes)
-            problems += grown(memory)
+            problems += grown(samples)
             retracted = sum(map(int, RETRACTED.findall(server.log_tail(10**6))))
             if not retracted:
                 problems.append("nobody was retracted: the pool is too large to show anything")
-            console.print(dict(sorted(outcomes.items())))
-            console.print(
-                f"{retracted} requests were retracted; resident memory at most {max(memory, default=0) / 1e9:.2f} GB"
-            )
-            for problem in dict.fromkeys(problems):
-                console.print(problem, style="red", markup=False)
-            console.print("[red]failed[/red]" if problems else "[green]passed[/green]: nothing lost")
-            return 1 if problems else 0
+            state = server.kv_policy() if server.running else {}
+    result = {
+        "task": "soak",
+        "command": command_line(),
+        "host": host,
+        "model": Path(arguments.model).parent.name,
+        "server_flags": [*FLAGS, *POLICY],
+        "environment": ENVIRONMENT,
+        "minutes": arguments.minutes,
+        "clients": arguments.clients,
+        "load_average_at_end": round(os.getloadavg()[0], 2),
+        "problems": list(dict.fromkeys(problems)),
+        "requests": outcomes.total(),
+        "outcomes": dict(sorted(outcomes.items())),
+        "retracted": retracted,
+        "kv_policy_at_end": {key: value for key, value in state.items() if not isinstance(value, list)},
+        "samples": [list(sample) for sample in samples],
+    }
+    write(result, arguments, console)
+    return 1 if problems else 0
 
 
-def watch(server: ServerProcess, clients: Sequence[Client], console: Console) -> tuple[list[str], list[int]]:
-    """Let the clients run; problems seen meanwhile, and the server's resident bytes over time."""
+def write(result: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:
+    """The result on the console and as JSON."""
+    folder = arguments.output or ROOT / ("benchmarks/results" if arguments.minutes >= MINUTES else "out")
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{device_name()}-{result['model']}-soak-sglang{result['host']['packages']['sglang']}"
+    path = folder / f"{stem}.json"
+    path.write_text(
+        re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1)) + "\n"
+    )
+    memory = max((memory for _, memory, _ in result["samples"]), default=0)
+    console.print(result["outcomes"])
+    console.print(f"{result['retracted']} requests were retracted; resident memory at most {memory / 1e9:.2f} GB")
+    for problem in result["problems"]:
+        console.print(problem, style="red", markup=False)
+    console.print("[red]failed[/red]" if result["problems"] else "[green]passed[/green]: nothing lost")
+    console.print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+
+
+class Sample(NamedTuple):
+    """The server at one moment."""
+
+    seconds: float
+    """Since the clients started."""
+    memory: int
+    """Resident bytes of all its processes."""
+    cells_used: int
+
+
+def watch(server: ServerProcess, clients: Sequence[Client], console: Console) -> tuple[list[str], list[Sample]]:
+    """Let the clients run; problems seen meanwhile, and the server over time."""
     problems: list[str] = []
-    memory: list[int] = []
+    samples: list[Sample] = []
+    started = time.monotonic()
     for client in clients:
         client.start()
     with console.status("soaking") as status:
         while any(client.is_alive() for client in clients):
             time.sleep(3)
             if not server.running:
-                return [*problems, "the server died"], memory
+                return [*problems, "the server died"], samples
             state = server.kv_policy()
             problems += unbalanced(state)
-            memory.append(server.memory_bytes())
+            memory, used = server.memory_bytes(), state["cells_used"]
+            samples.append(Sample(round(time.monotonic() - started, 1), memory, used))
             sent = sum((client.outcomes for client in clients), Counter())
-            status.update(
-                f"{sent.total()} requests, {state['cells_used']} of {state['cells_total']} cells, "
-                f"{memory[-1] / 1e9:.2f} GB"
-            )
-    return problems, memory
+            status.update(f"{sent.total()} requests, {used} of {state['cells_total']} cells, {memory / 1e9:.2f} GB")
+    return problems, samples
 
 
 def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
     """What is wrong when all clients have gone."""
-    problems = [outcome for outcome in outcomes if outcome.startswith("failed")]
+    problems = [outcome for outcome in outcomes if outcome.startswith(FAILED)]
     if not outcomes["in full, as stock"]:
         problems.append("no answer at budget 1.0 was compared")
     if server.running:
@@ -315,6 +365,8 @@ def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
         problems += state["integrity"]
         if state["cells_used"]:
             problems.append(f"{state['cells_used']} cells are still used after the flush")
+        if not state["prefix_hits"]:
+            problems.append("nobody found a compressed prefix")
         if state["policy_failures"]:
             problems.append(f"the policy failed {state['policy_failures']} times")
     if found := TROUBLE.search(log := server.log_tail(10**6)):
@@ -322,8 +374,9 @@ def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
     return problems
 
 
-def grown(memory: Sequence[int]) -> list[str]:
+def grown(samples: Sequence[Sample]) -> list[str]:
     """A line when resident memory went on growing after the first third of the time."""
+    memory = [sample.memory for sample in samples]
     third = len(memory) // 3
     if third == 0:
         return []

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from vlcache_sgl.fidelity.data import FIRST_SEED
 from vlcache_sgl.fidelity.report import summarise
 from vlcache_sgl.fidelity.run import parse_condition
 
@@ -40,6 +41,7 @@ def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:
     """Every condition has answered every sample, no policy failed, and the summary is that of the records."""
     results = fidelity.committed()
     assert "requery" in results
+    del results[fidelity.RECALL], results[fidelity.INSPECT]
     for name, result in results.items():
         assert result["summary"] == json.loads(json.dumps(summarise(result["records"]))), name
         for task in {row["task"] for row in result["summary"]}:
@@ -51,6 +53,19 @@ def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:
             assert row["ratio"] == pytest.approx(budget, abs=2e-3) or row["ratio"] < budget, row
 
 
+def test_recall_is_that_of_its_records(fidelity: ModuleType) -> None:
+    """Every picture under every score on both models, as many tokens kept by each, and shares between 0 and 1."""
+    result = fidelity.committed()[fidelity.RECALL]
+    recall = fidelity.recall
+    assert result["summary"] == json.loads(json.dumps(recall.summarise(result["records"])))
+    assert len(result["summary"]) == 2 * len(recall.SCORES)
+    assert {row["samples"] for row in result["summary"]} == {recall.PICTURES}
+    for record in result["records"]:
+        assert len(set(record["kept_tokens_per_layer"])) <= 2  # equal but for rounding
+        assert all(0 <= share <= 1 for figure in recall.FIGURES for share in record[figure])
+        assert record["steps"] > 0
+
+
 def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:
     """After a new result: `python benchmarks/policies.py --page`."""
     page = policies.PAGE.read_text()
@@ -60,9 +75,9 @@ def test_the_page_of_measured_policies_is_current(policies: ModuleType) -> None:
 @pytest.fixture
 def capacity(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import capacity
+    import capacity_report
 
-    return capacity
+    return capacity_report
 
 
 def test_the_page_of_capacity_is_current(capacity: ModuleType) -> None:
@@ -171,3 +186,37 @@ def test_intervals_are_those_of_wilson(policies: ModuleType) -> None:
             assert (share - bound) ** 2 == pytest.approx(policies.Z**2 * bound * (1 - bound) / count, abs=2e-3)
     assert policies.wilson(0, 10)[0] == 0.0
     assert policies.wilson(20, 20)[1] == 1.0
+
+
+@pytest.fixture
+def profiles(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import profiles
+
+    return profiles
+
+
+def test_the_page_of_calibration_is_current(profiles: ModuleType) -> None:
+    """After a new result: `python benchmarks/profiles.py --page`."""
+    page = profiles.PAGE.read_text()
+    assert page == profiles.rendered(page, profiles.committed())
+
+
+def test_profiles_were_checked_on_other_pictures(profiles: ModuleType) -> None:
+    results = profiles.committed()
+    assert "grounded" in results
+    for name, result in results.items():
+        profile = json.loads((BENCHMARKS.parent / profiles.profile_path(name)).read_text())
+        assert result["weights"] == profile["weights"], f"{name} was calibrated again and not checked"
+        assert result["rows"] == {
+            row: f"{policy}@{budget}" for row, (policy, budget) in profiles.conditions(name, profile).items()
+        }
+        assert result["summary"] == json.loads(json.dumps(summarise(result["records"])))
+        assert {row["condition"] for row in result["summary"]} == {"full", *result["rows"].values()}
+        assert {(row["samples"], row["failed"]) for row in result["summary"]} == {(profiles.PICTURES, 0)}
+        seeds = [int(sample.removeprefix("receipt-").split()[0]) for sample in profile["samples"]]
+        assert not set(seeds) & set(range(FIRST_SEED, FIRST_SEED + 10_000)), (
+            f"{name} was calibrated on held-out pictures"
+        )
+        best = next((trial for trial in profile["trials"] if trial["weights"] == profile["weights"]), None)
+        assert best is None or best["score"] == profile["score"] >= profile["full_score"] - profile["tolerance"]

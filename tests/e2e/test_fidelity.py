@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_an_inspection(ours_tenth: Any, picture: Any, tmp_path: Path, capsys: An
     page = (tmp_path / "seen.html").read_text()
     assert f"<td>{question.answer}</td>" in page
     assert "10.0% of 6 layers" in page
+    (shares,) = re.findall(r"what is kept, by layer: ([\d %,]+)", " ".join(printed.split()))
+    assert shares.count("%") == 6
+    assert f"what is kept has, by layer: {shares.strip()}" in page
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vlcache_sgl.runtime.metrics import FIGURES, PREFIX
 
+ROOT = Path(__file__).parents[2]
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 SUFFIX = {"counter": "_total", "gauge": "", "histogram": "_count"}
 
@@ -89,6 +93,25 @@ def test_labels_are_sglangs(metered: Any, picture: Any) -> None:
     server.ask(picture(7700, 20, 20).questions[0].text, picture(7700, 20, 20).image)
     found = Scrape(server)
     assert found.labels("vlcache:cells_used") == found.labels("sglang:num_running_reqs")
+
+
+def test_the_dashboard_finds_what_it_asks_for(metered: Any, picture: Any) -> None:
+    """Every series that a panel names, and every label that it selects or groups by."""
+    server, drawn = metered, picture(7705, 20, 20)
+    server.ask(drawn.questions[0].text, drawn.image)
+    server.ask(drawn.questions[0].text, drawn.image, custom_params={"kv_budget": 1.0})
+    found = scrape_when(server, "vlcache:cells_used", server.settled()["cells_used"])
+    panels = json.loads((ROOT / "dashboards/vlcache.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert len(queries) > 20
+    for query in queries:
+        grouped = [label for group in re.findall(r"\bby \(([^)]*)\)", query) for label in group.split(", ")]
+        asked = re.findall(r"(vlcache:\w+)\{([^}]*)\}", query)
+        assert len(asked) == query.count("vlcache:"), query
+        for name, selectors in asked:
+            labels = {*found.labels(name), "instance", "job"}  # Prometheus adds these two
+            missing = {*grouped, *re.findall(r"(\w+)=", selectors)} - labels
+            assert not missing, (query, missing)
 
 
 def test_an_emptied_cache_shows_at_once(metered: Any) -> None:

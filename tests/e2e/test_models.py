@@ -5,7 +5,9 @@ Bundled weights answer questions; these only have to be computed alike.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "models/tinyvlm/grounded"
 COMMON = (
     *("--chunked-prefill-size", "512", "--max-total-tokens", "16384", "--max-running-requests", "8"),
     *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
@@ -81,11 +84,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     folder = tmp_path_factory.mktemp("tiny")
-    return lambda name: script.make_tiny(name, folder / name)
+    return lambda name: BUNDLED if name == BUNDLED.name else script.make_tiny(name, folder / name)
 
 
 def served(servers: Any, tiny: Any, name: str, *flags: str) -> Any:
-    return servers.get(*flags, model=tiny(name), common=("--dtype", MODELS[name].dtype, *COMMON))
+    dtype = MODELS[name].dtype if name in MODELS else "float32"
+    return servers.get(*flags, model=tiny(name), common=("--dtype", dtype, *COMMON))
 
 
 def outputs(server: Any, images: list[Image.Image], question: str = "What is the code of red K?", **more: Any) -> Any:
@@ -161,3 +165,73 @@ def test_two_pictures_in_one_prompt(servers: Any, tiny: Any, name: str) -> None:
     report = outputs(server, images, custom_params={"kv_report": "positions"}, return_meta_info=True).report
     lengths = [run["end"] - run["begin"] for run in report["vision"]]
     assert lengths == [rows * columns for ((rows, columns, _),) in model.grids[:2]]
+
+
+# -- video ------------------------------------------------------------------------------------------------------------
+
+FRAMES = {BUNDLED.name: 28, "qwen2_vl": 28, "qwen3_vl": 32}
+"""Models that read videos, with the width of a token in pixels; a token spans two of the frames that are taken."""
+ROWS, COLUMNS = 10, 20
+
+
+@pytest.fixture(scope="module", params=FRAMES)
+def film_model(request: pytest.FixtureRequest) -> str:
+    """Of module scope, as `name`."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        VideoDecoder(film(28, 0))
+    except (ImportError, RuntimeError):
+        pytest.skip("SGLang reads videos with torchcodec, which finds no FFmpeg libraries")
+    return str(request.param)
+
+
+def film(token: int, seed: int) -> bytes:
+    """Two seconds of noise, four pictures each, which SGLang thins to two a second: two tokens deep."""
+    frames = [picture((COLUMNS * token, ROWS * token), 10 * seed + number) for number in range(8)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250)
+    return file.getvalue()
+
+
+def watch(server: Any, video: bytes, question: str = "What is the code of red K?", **more: Any) -> Any:
+    url = "data:video/mp4;base64," + base64.b64encode(video).decode()
+    parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
+    return server.ask({"role": "user", "content": parts}, max_tokens=TOKENS, logprobs=True, ignore_eos=True, **more)
+
+
+def test_a_video_at_budget_one_is_stock(servers: Any, tiny: Any, film_model: str) -> None:
+    stock, ours = served(servers, tiny, film_model), served(servers, tiny, film_model, *TENTH)
+    video = film(FRAMES[film_model], 1)
+    for question in ("What is the code of red K?", "blue A?"):
+        theirs = watch(stock, video, question)
+        mine = watch(ours, video, question, custom_params={"kv_budget": 1.0})
+        assert (mine.prompt_tokens, mine.cached_tokens) == (theirs.prompt_tokens, theirs.cached_tokens)
+        assert mine.choices[0].tokens == theirs.choices[0].tokens
+        assert np.allclose(mine.choices[0].logprobs, theirs.choices[0].logprobs, atol=1e-4)
+
+
+def test_frames_of_a_video_are_found(servers: Any, tiny: Any, film_model: str) -> None:
+    """As vision tokens in their places, compressed and shared like pictures."""
+    server, video = served(servers, tiny, film_model, *TENTH), film(FRAMES[film_model], 2)
+    server.flush()
+    before = server.settled()
+    answer = watch(server, video, custom_params={"kv_report": "positions"}, return_meta_info=True)
+    after, runs = server.settled(), answer.report["vision"]
+    grid = {"rows": ROWS, "columns": COLUMNS, "newlines": False, "fit": "stretch"}
+    assert [grid for run in runs for grid in run["grids"]] == [grid] * 2
+    assert {(run["modality"], run["item"]) for run in runs} == {("video", 0)}
+    assert len(runs) == (2 if film_model == "qwen3_vl" else 1)  # Qwen3-VL says the time before each
+    tokens = sum(run["end"] - run["begin"] for run in runs)
+    assert tokens == 2 * ROWS * COLUMNS
+    layers = len(answer.report["kept_positions"])
+    kept = sum(len(layer) for layer in answer.report["kept_positions"])
+    assert kept == after["cells_kept"] - before["cells_kept"] == round(0.1 * layers * answer.prompt_tokens)
+    assert after["vision_seen_by_layer"][0] - (before["vision_seen_by_layer"] or [0])[0] == tokens
+    assert kept <= after["cells_used"] <= kept + layers * TOKENS
+    assert after["integrity"] == []
+    assert watch(server, video, "blue A?").cached_tokens >= tokens
+    assert watch(server, film(FRAMES[film_model], 3)).cached_tokens < ROWS * COLUMNS
+    server.flush()
+    assert server.settled()["cells_used"] == 0
+    server.assert_alive()

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlcache_sgl.inspection import layout, sheet
+from vlcache_sgl.inspection import layout, page, sheet
 from vlcache_sgl.inspection.layout import Inspection, overlay, read_report
 from vlcache_sgl.inspection.page import write_page
 from vlcache_sgl.inspection.sheet import draw_sheet, shown_layers
 
-WHITE = Image.new("RGB", (60, 40), (0, 0, 0))
+BLACK = Image.new("RGB", (60, 40), (0, 0, 0))
 
 
 def grid(rows: int, columns: int, newlines: bool = False, fit: str = "stretch") -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "newlines": newlines, "fit": fit}
 
 
-def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = WHITE, question: str = "q?") -> Inspection:
+def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLACK, question: str = "q?") -> Inspection:
     """A prompt of three text tokens, one picture, two text tokens."""
     end = 3 + sum(g["rows"] * (g["columns"] + g["newlines"]) for g in grids)
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
@@ -32,7 +32,7 @@ def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = WHI
     return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m")
 
 
-@pytest.mark.parametrize("module", [layout, sheet])
+@pytest.mark.parametrize("module", [layout, page, sheet])
 def test_examples(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
 
@@ -57,7 +57,7 @@ def test_tiles_follow_the_overview_and_skip_newlines() -> None:
 
 def test_the_overlay_veils_what_is_evicted() -> None:
     found = seen([[3]], grid(2, 3))
-    pixels = np.asarray(overlay(WHITE, found.looks[0], found.look(found.looks[0], 0)))
+    pixels = np.asarray(overlay(BLACK, found.looks[0], found.look(found.looks[0], 0)))
     assert (pixels[:20, :20] == 0).all()
     assert (pixels[:20, 20:] > 100).all()
     assert (pixels[20:] > 100).all()
@@ -66,10 +66,10 @@ def test_the_overlay_veils_what_is_evicted() -> None:
 def test_padding_is_outside_of_the_picture() -> None:
     """60 x 40 in a square of 60: a grid of 6 x 6 has its first and last row half outside, in the padding."""
     found = seen([list(range(3, 9))], grid(6, 6, fit="pad"))
-    pixels = np.asarray(overlay(WHITE, found.looks[0], found.look(found.looks[0], 0)))
+    pixels = np.asarray(overlay(BLACK, found.looks[0], found.look(found.looks[0], 0)))
     assert (pixels > 100).all()  # row 0 covers lines -10 to 0
     found = seen([list(range(9, 15))], grid(6, 6, fit="pad"))
-    pixels = np.asarray(overlay(WHITE, found.looks[0], found.look(found.looks[0], 0)))
+    pixels = np.asarray(overlay(BLACK, found.looks[0], found.look(found.looks[0], 0)))
     assert (pixels[:10] == 0).all()
     assert (pixels[10:] > 100).all()
 
@@ -113,4 +113,39 @@ NOWHERE = {"begin": 1, "end": 2, "item": 0, "grids": []}
 )
 def test_says_when_there_is_nothing_to_see(report: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_report(report, [WHITE], "q", ("", ""), "p", "0.1", "m")
+        read_report(report, [BLACK], "q", ("", ""), "p", "0.1", "m")
+
+
+def shared_report(positions: list[list[int]], **more: Any) -> dict[str, Any]:
+    """Of a question about the picture that another one has asked about."""
+    grid = {"rows": 2, "columns": 3, "newlines": False, "fit": "stretch"}
+    run = {"begin": 2, "end": 8, "modality": "image", "item": 0, "grids": [grid]}
+    return {"kept_positions": positions, "vision": [run], **more}
+
+
+def test_what_a_copy_has_gained_is_tinted(tmp_path: Path) -> None:
+    report = shared_report([[0, 2, 3, 7, 8, 9]], recomputed=1, missed=0.41, share_budget=0.2, generation=1)
+    seen = read_report(report, [BLACK], "second?", ("a", "a"), "vlcache", "0.1", "m", before=shared_report([[0, 2, 8]]))
+    look = seen.looks[0]
+    gained = seen.gained(look, 0)
+    assert gained is not None
+    assert gained.tolist() == [[False, True, False], [False, False, True]]
+    pixels = np.asarray(overlay(BLACK, look, seen.look(look, 0), gained))
+    corner = pixels[0, 0].tolist(), pixels[-1, -1].tolist()
+    assert corner[0] == [0, 0, 0]
+    assert corner[1][0] > corner[1][2], "orange"
+    assert seen.sharing == (
+        "a copy for all questions, number 1, 20% of pictures; "
+        "it missed about 41% in the copy before: the picture was computed anew"
+    )
+    draw_sheet(seen, tmp_path / "sheet.png")
+    write_page(seen, tmp_path / "page.html")
+    assert "gained since the question before" in (tmp_path / "page.html").read_text()
+    assert Image.open(tmp_path / "sheet.png").width > 1000
+
+
+def test_a_guard_that_is_content_is_told_too() -> None:
+    report = shared_report([[0, 2]], guard={"missing": 0.03, "threshold": 0.2, "tripped": False})
+    seen = read_report(report, [BLACK], "?", ("a", "a"), "vlcache", "0.1", "m")
+    assert seen.sharing == "the question misses about 3% of its attention in the shared copy"
+    assert seen.gained(seen.looks[0], 0) is None

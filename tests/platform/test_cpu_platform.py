@@ -141,6 +141,13 @@ def test_every_replaced_function_exists_and_is_called_alike(srt: ModuleType) -> 
         assert list(inspect.signature(original).parameters) == list(inspect.signature(replacement).parameters), target
 
 
+def test_frames_stay_where_they_are(srt: ModuleType) -> None:
+    owner, _, name = srt.PINNING.rpartition(".")
+    assert getattr(pkgutil.resolve_name(owner), name).__name__ in ("pin_memory", srt.leave_unpinned.__name__)
+    frames = torch.zeros(2, 3)
+    assert srt.leave_unpinned(frames) is frames
+
+
 def test_sglang_knows_the_variable_of_ranks(srt: ModuleType) -> None:
     from sglang.srt.utils import numa_utils
 
@@ -152,7 +159,7 @@ def test_sglang_knows_the_variable_of_ranks(srt: ModuleType) -> None:
     [(None, "X86", False), ("0|1", "X86", True), (None, "ARM", True)],
     ids=["one rank", "ranks", "one rank on ARM"],
 )
-def test_replaces_nothing_for_one_rank_on_x86(
+def test_replaces_nothing_of_sglang_for_one_rank_on_x86(
     srt: ModuleType, monkeypatch: pytest.MonkeyPatch, variable: str | None, arch: str, replaces: bool
 ) -> None:
     registered: list[str] = []
@@ -162,7 +169,7 @@ def test_replaces_nothing_for_one_rank_on_x86(
     if variable is not None:
         monkeypatch.setenv(srt.BIND_VARIABLE, variable)
     srt.CpuPlatform()
-    assert registered == (list(srt.REPLACED) if replaces else [])
+    assert registered == [srt.PINNING, *(srt.REPLACED if replaces else ())]
 
 
 # --- defaults of flags

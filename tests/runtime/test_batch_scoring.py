@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharing_parts import make_sharing
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import KVBudget
@@ -64,7 +65,7 @@ class World:
         self.table = torch.zeros(8, 128, dtype=torch.int32, device=DEVICE)
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM, device=DEVICE)
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters)
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model))
         self.compressor.allocator = self.allocator
         self.backend = parts.make_backend(name, self.arena, self.table, self.compressor)
         self.lengths = dict.fromkeys(range(8), 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sharing_parts import make_sharing
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import KVBudget
@@ -47,7 +48,7 @@ class Bench:
         self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=400, need_sort=False)
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM)
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters)
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model))
         self.compressor.allocator = self.allocator
         torch.manual_seed(1)
         self.queries = torch.randn(LAYERS, LENGTH, HEADS, DIM) * 2
@@ -256,7 +257,8 @@ class Ranks:
         def rank(number: int) -> tuple[Bench, CompressionJob, torch.Tensor]:
             bench = benches[number]
             model = Prompt(0, 0, (), LAYERS, 2 * HEADS, 2 * KV_HEADS, DIM)
-            bench.compressor = Compressor(model, HeadGather(self.of(number), number, 2), bench.counters)
+            heads = HeadGather(self.of(number), number, 2)
+            bench.compressor = Compressor(model, heads, bench.counters, make_sharing(model))
             bench.compressor.allocator = bench.allocator
             bench.queries, bench.keys = bench.queries * (1 + number), bench.keys.roll(number, 0)
             job = bench.job(policy)

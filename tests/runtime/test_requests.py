@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vlcache_sgl.config import ConfigError, config_from
 from vlcache_sgl.policy import PolicyError
-from vlcache_sgl.runtime.requests import LONGEST_SPEC, Choices, wants_positions
+from vlcache_sgl.runtime.requests import LONGEST_SPEC, Choices, wanted_report
 
 LONGEST_MESSAGE = 4000
 
@@ -69,7 +69,7 @@ def test_deeply_nested_parameters(key: str | None) -> None:
 def check(params: Any) -> None:
     try:
         choice = DEFAULT.select(params, 1000)
-        wants_positions(params)
+        wanted_report(params)
     except (ConfigError, PolicyError) as error:
         message = str(error)
         assert 0 < len(message) < LONGEST_MESSAGE

@@ -69,7 +69,7 @@ def evaluate(
         total = sum(len(sample.questions) for sample, _ in work)
         say_cost(client, work, total, arguments.at_once, console)
         limit_s = 60 * arguments.time_limit if arguments.time_limit else None
-        with _progress(console) as progress:
+        with progress_bar(console) as progress:
             bar = progress.add_task("asking", total=total)
             for _ in ask_all(
                 client,
@@ -105,11 +105,12 @@ def say_cost(
     prefills = sum(1 if condition.sharing == "shared" else len(sample.questions) for sample, condition in work)
     console.print(
         f"{total} questions, {prefills} of them with a picture to prefill, {at_once} at once. "
-        f"One takes {seconds:.1f} s and has {asked['prompt_tokens']} tokens: at most about {_minutes(total * seconds)}."
+        f"One takes {seconds:.1f} s and has {asked['prompt_tokens']} tokens: at most about {minutes(total * seconds)}."
     )
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A duration for people."""
     return f"{math.ceil(seconds / 60)} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
@@ -192,7 +193,8 @@ def samples_of(arguments: argparse.Namespace) -> list[Sample]:
     return found
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Answers that are there, of all; gone when it is full."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
 

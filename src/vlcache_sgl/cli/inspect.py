@@ -19,8 +19,8 @@ from rich.console import Console
 from vlcache_sgl.cli.client import Client, said
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
-from vlcache_sgl.inspection.layout import Inspection, read_report
-from vlcache_sgl.inspection.page import write_page
+from vlcache_sgl.inspection.layout import read_report
+from vlcache_sgl.inspection.page import percents, write_page
 from vlcache_sgl.inspection.sheet import draw_sheet
 from vlcache_sgl.tasks.receipts import make_picture
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images, question = pictures_of(arguments)
         flags = ("--kv-policy", arguments.policy or "vlcache", "--kv-budget", arguments.budget or "0.1")
         with interruptible(), target(arguments, flags, console) as server:
-            seen = inspect(server, images, question, arguments)
+            seen = read_report(images=images, **inspect(server, images, question, arguments))
     except (OSError, UnidentifiedImageError, ServerError, ValueError, openai.OpenAIError) as error:
         console.print(f"vlcache inspect: {said(error)}", style="red", markup=False, soft_wrap=True)
         return 2
@@ -48,41 +48,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_sheet(seen, sheet)
     write_page(seen, page)
     console.print(f"full cache: {seen.full_answer}", markup=False)
+    if seen.sharing:
+        console.print(seen.sharing, markup=False)
     console.print(f"{seen.policy}, budget {seen.budget}: {seen.answer}", markup=False)
+    if seen.attention:
+        shares = percents(seen.attention)
+        console.print(f"attention of the full cache's answer on what is kept, by layer: {shares}", soft_wrap=True)
     console.print(f"written: {sheet} and {page}", markup=False)
     return 0
 
 
 def inspect(
     server: RunningServer, images: Sequence[Image.Image], question: str, arguments: argparse.Namespace
-) -> Inspection:
-    """Ask with the full cache and compressed.
+) -> dict[str, Any]:
+    """Ask with the full cache and compressed; what `read_report` wants besides the pictures, ready for JSON.
+
+    Args:
+        arguments: with `policy`, `budget` (None: the server's) and `max_tokens`.
 
     Raises:
-        ValueError: when the prompt is not compressed, or the model's layout is not known.
         openai.OpenAIError: when the server refuses the policy or the budget.
     """
     client = Client(server.openai_url)
     state = server.kv_policy()
     policy, budget = arguments.policy or state["policy"], arguments.budget or state["budget"]
     options: dict[str, Any] = {"max_tokens": arguments.max_tokens, "return_meta_info": True}
-    full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
-    params = {"kv_report": "positions"}
+    params: dict[str, str] = {}
     if arguments.policy:
         params["kv_policy"] = arguments.policy
     if arguments.budget:
         params["kv_budget"] = arguments.budget
-    # A prefix of its own: the picture is compressed for this question, whoever has asked about it before.
-    answer = client.ask(question, *images, custom_params=params, cache_salt=uuid.uuid4().hex, **options)
-    return read_report(
-        answer.report,
-        images,
-        question,
-        (full.text.strip(), answer.text.strip()),
-        policy,
-        budget,
-        Path(str(server.server_info()["model_path"])).name,
-    )
+    if arguments.share:
+        params["kv_share"] = arguments.share
+    try:
+        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+    except openai.BadRequestError:  # not on a GPU; anything else that is wrong is said to the next two as well
+        full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
+    params["kv_report"] = "positions"
+    # A prefix of its own: the picture is compressed for these questions, whoever has asked about it before.
+    options.update(custom_params=params, cache_salt=uuid.uuid4().hex)
+    earlier = [client.ask(text, *images, **options) for text in arguments.after]
+    answer = client.ask(question, *images, **options)
+    return {
+        "report": answer.report,
+        "question": question,
+        "answers": (full.text.strip(), answer.text.strip()),
+        "policy": policy,
+        "budget": budget,
+        "model": Path(str(server.server_info()["model_path"])).name,
+        "attention": full.report.get("recall", {}).get("attention_mass", ()),
+        "before": earlier[-1].report if earlier else None,
+    }
 
 
 def pictures_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
@@ -103,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", metavar="TEXT", help="what to ask about them")
     parser.add_argument("--policy", help="value of kv_policy; default: the server's, or vlcache")
     parser.add_argument("--budget", help="value of kv_budget; default: the server's, or 0.1")
+    parser.add_argument("--share", help="value of kv_share: policy, tiered or off; default: the server's")
+    parser.add_argument(
+        "--after",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="questions that are asked before about the same pictures: shows what they have left for --question",
+    )
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"of each answer; default: {MAX_TOKENS}")
     parser.add_argument(
         "--output", type=Path, default=Path("out/inspect"), help="path without suffix; default: out/inspect"

@@ -156,6 +156,12 @@ def requery(number: int) -> Sample:
     return Sample(f"requery-{number}", "requery", _ask(picture.questions), lambda: [picture.image])
 
 
+def receipts(seed: int, questions: int) -> Sample:
+    """The picture of that seed with so many questions: for pictures that no task of `TASKS` shows."""
+    picture = _drawn(seed, SIDE, SIDE, questions)
+    return Sample(f"receipt-{seed} x{questions}", "receipts", _ask(picture.questions), lambda: [picture.image])
+
+
 def images(number: int) -> Sample:
     """Three pictures, one question that only one of them answers."""
     seeds = [FIRST_SEED + 2000 + 3 * number + i for i in range(3)]

@@ -17,6 +17,7 @@ MOST_PIXELS = 720
 """Longer side of a drawn picture."""
 _VEIL_COLOUR = (173, 181, 189)
 """Grey, not white: on a scanned page what is kept must stand out from what is veiled."""
+GAINED_COLOUR = (232, 89, 12)
 _VEIL = 0.8
 """How much of the veil's colour covers what is evicted."""
 
@@ -60,6 +61,13 @@ class Inspection:
     vision: tuple[tuple[int, int], ...]
     """Begin and end of the runs of vision tokens, ascending."""
     looks: tuple[Look, ...]
+    attention: tuple[float, ...] = ()
+    """Per layer the share, in [0, 1], of the full cache's attention while it answered that falls on what is kept; empty
+    where the server cannot measure it."""
+    before: Mask | None = None
+    """`[layers, prompt tokens]`: what the shared copy held when the question before this one was answered."""
+    sharing: str = ""
+    """One sentence on the shared copy and the guard; empty where nothing was shared."""
 
     @property
     def layers(self) -> int:
@@ -83,27 +91,20 @@ class Inspection:
         found: Mask = self.kept[layer][look.positions]
         return found
 
+    def gained(self, look: Look, layer: int) -> Mask | None:
+        """`[rows, columns]`: what the copy has gained there; None where there was no copy before."""
+        return None if self.before is None else self.look(look, layer) & ~self.before[layer][look.positions]
+
     def layers_keeping(self, look: Look) -> Numbers:
         """`[rows, columns]`: share of the layers that keep a place."""
         return np.asarray(self.kept[:, look.positions].mean(0), dtype=np.float64)
 
 
-def read_report(
-    report: Mapping[str, Any],
-    images: Sequence[Image.Image],
-    question: str,
-    answers: tuple[str, str],
-    policy: str,
-    budget: str,
-    model: str,
-) -> Inspection:
-    """An inspection from a server's report with positions.
-
-    Args:
-        answers: with the full cache, with the compressed one.
+def kept_mask(report: Mapping[str, Any]) -> Mask:
+    """`[layers, prompt tokens]` from a server's report with positions.
 
     Raises:
-        ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the pictures.
+        ValueError: when there are none.
     """
     if "kept_positions" not in report:
         raise ValueError(f"nothing was compressed: {report.get('skipped') or report.get('failed') or 'no report'}")
@@ -114,6 +115,45 @@ def read_report(
     kept = np.zeros((len(report["kept_positions"]), length), dtype=bool)
     for layer, positions in zip(kept, report["kept_positions"], strict=True):
         layer[positions] = True
+    return kept
+
+
+def sharing_sentence(report: Mapping[str, Any]) -> str:
+    """What a report says of sharing, in words; empty when it says nothing."""
+    said = []
+    if "share_budget" in report:
+        said.append(
+            f"a copy for all questions, number {report['generation']}, {report['share_budget']:.0%} of pictures"
+        )
+    if guard := report.get("guard"):
+        said.append(f"the question misses about {guard['missing']:.0%} of its attention in the shared copy")
+    if "recomputed" in report:
+        said.append(f"it missed about {report['missed']:.0%} in the copy before: the picture was computed anew")
+    return "; ".join(said)
+
+
+def read_report(
+    report: Mapping[str, Any],
+    images: Sequence[Image.Image],
+    question: str,
+    answers: tuple[str, str],
+    policy: str,
+    budget: str,
+    model: str,
+    attention: Sequence[float] = (),
+    before: Mapping[str, Any] | None = None,
+) -> Inspection:
+    """An inspection from a server's report with positions.
+
+    Args:
+        answers: with the full cache, with the compressed one.
+        attention: as in `Inspection`.
+        before: the report on the question before, where one copy serves both.
+
+    Raises:
+        ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the pictures.
+    """
+    kept = kept_mask(report)
     looks = []
     for run in report["vision"]:
         first = run["begin"]
@@ -125,6 +165,12 @@ def read_report(
             first += rows * (columns + newlines)
     if not looks:
         raise ValueError("the server does not know how this model's vision tokens lie on a picture")
+    earlier = None
+    if before is not None:
+        # Questions differ in length; nobody looks behind the pictures.
+        found, earlier = kept_mask(before), np.zeros_like(kept)
+        common = min(found.shape[1], kept.shape[1])
+        earlier[:, :common] = found[:, :common]
     return Inspection(
         images=tuple(shrunk(image) for image in images),
         question=question,
@@ -136,6 +182,9 @@ def read_report(
         kept=kept,
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
+        attention=tuple(attention),
+        before=earlier,
+        sharing=sharing_sentence(report),
     )
 
 
@@ -160,15 +209,19 @@ def places(look: Look, width: int, height: int) -> tuple[npt.NDArray[np.int64], 
     return lines.astype(np.int64), columns.astype(np.int64)
 
 
-def overlay(image: Image.Image, look: Look, kept: Mask) -> Image.Image:
+def overlay(image: Image.Image, look: Look, kept: Mask, gained: Mask | None = None) -> Image.Image:
     """The picture with everything veiled that is not kept.
 
     Args:
         kept: `[rows, columns]`.
+        gained: the same, what of it is tinted.
     """
     lines, columns = places(look, image.width, image.height)
     shown = kept[lines[:, None], columns[None, :]]
     pixels = np.asarray(image, dtype=np.float64)
     grey = pixels.mean(-1, keepdims=True).repeat(3, -1)
     veiled = grey * (1 - _VEIL) + np.array(_VEIL_COLOUR) * _VEIL
+    if gained is not None:
+        tinted = pixels * 0.6 + np.array(GAINED_COLOUR) * 0.4
+        pixels = np.where(gained[lines[:, None], columns[None, :]][..., None], tinted, pixels)
     return Image.fromarray(np.where(shown[..., None], pixels, veiled).astype(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -32,6 +33,8 @@ def write_page(seen: Inspection, path: Path) -> None:
             layers=seen.layers,
             last_layer=seen.layers - 1,
             ratio=f"{seen.ratio:.1%}",
+            sharing=f"<p>{html.escape(seen.sharing)}{_KEY if seen.before is not None else ''}</p>" * bool(seen.sharing),
+            attention=_ATTENTION + percents(seen.attention) if seen.attention else "",
             # "</" would end the script.
             data=json.dumps(_data(seen)).replace("</", "<\\/"),
         ),
@@ -39,11 +42,23 @@ def write_page(seen: Inspection, path: Path) -> None:
     )
 
 
+def percents(shares: Sequence[float]) -> str:
+    """
+    >>> percents((0.5, 0.934))
+    '50 %, 93 %'
+    """
+    return ", ".join(f"{100 * share:.0f} %" for share in shares)
+
+
+_ATTENTION = "Of the attention of the full cache's answer, what is kept has, by layer: "
+
+
 def _data(seen: Inspection) -> dict[str, Any]:
     return {
         "images": [data_url(image) for image in seen.images],
         "length": seen.kept.shape[1],
         "kept": [np.flatnonzero(layer).tolist() for layer in seen.kept],
+        "before": None if seen.before is None else [np.flatnonzero(layer).tolist() for layer in seen.before],
         "vision": seen.vision,
         "looks": [_look(look) for look in seen.looks],
     }
@@ -61,6 +76,7 @@ def _look(look: Look) -> dict[str, Any]:
     }
 
 
+_KEY = '<span class="key" style="background:#e8590c"></span>gained since the question before'
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -90,6 +106,7 @@ _PAGE = Template("""<!doctype html>
 <tr><td>$policy, budget $budget</td><td>$answer</td><td class="$tone">$verdict</td></tr>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>
+$sharing
 
 <h2>What a layer keeps of the picture</h2>
 <p>
@@ -103,6 +120,7 @@ _PAGE = Template("""<!doctype html>
   <span class="key" style="background:#0b7285"></span>vision
   <span class="key" style="background:#e8590c"></span>text</h2>
 <canvas id="bars"></canvas>
+<p class="quiet">$attention</p>
 
 <h2>Layers (down) and positions in the prompt (across)</h2>
 <canvas id="map"></canvas>
@@ -113,11 +131,12 @@ _PAGE = Template("""<!doctype html>
 const data = $data;
 const VISION = "#0b7285", TEXT = "#e8590c", EMPTY = "#f1f3f5";
 const layers = data.kept.length;
-const kept = data.kept.map(positions => {
+const rows = lists => lists.map(positions => {
   const row = new Uint8Array(data.length);
   for (const p of positions) row[p] = 1;
   return row;
 });
+const kept = rows(data.kept), before = data.before && rows(data.before);
 const share = new Float32Array(data.length);
 for (const row of kept) for (let p = 0; p < data.length; p++) share[p] += row[p] / layers;
 const isVision = new Uint8Array(data.length);
@@ -159,8 +178,9 @@ function draw() {
     for (let r = 0; r < look.rows; r++) for (let k = 0; k < look.columns; k++) {
       const p = look.first + r * look.step + k;
       const veil = all.checked ? .9 * (1 - share[p]) : (row[p] ? 0 : .8);
-      if (veil > 0) {
-        c.fillStyle = "rgba(173,181,189," + veil + ")";
+      const gained = before && !all.checked && row[p] && !before[layer][p];
+      if (veil > 0 || gained) {
+        c.fillStyle = gained ? "rgba(232,89,12,.4)" : "rgba(173,181,189," + veil + ")";
         c.fillRect(...box(look, r, k, image.width, image.height));
       }
     }

@@ -14,6 +14,8 @@ from vlcache_sgl.inspection.layout import Inspection, Look, overlay, places
 MOST_LAYERS = 12
 """Overlays on a sheet; of a deeper model evenly chosen layers are shown (the page shows all)."""
 _ACROSS = 6
+_MOST_LABELS = 40
+"""Layers beside whose bars there is room for a number."""
 _VISION, _TEXT, _GREY = "#0b7285", "#e8590c", "#868e96"
 
 
@@ -27,7 +29,7 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
     shape = sum(picture.height / picture.width for picture in pictures)  # height of one column of overlays, in widths
     width = 15.0
     cell = width / _ACROSS
-    heights = [1.3, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
+    heights = [1.6 if seen.sharing else 1.3, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(4, 1, height_ratios=heights)
     head, top, middle, bottom = parts
@@ -41,7 +43,7 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
         line, column = divmod(number, _ACROSS)
         for place, look in enumerate(seen.looks):
             axis = grid[line * len(seen.looks) + place][column]
-            _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer)))
+            _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer), seen.gained(look, layer)))
             name = f", {look.title}" if len(seen.looks) > 1 else ""
             axis.set_title(f"layer {layer}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -75,8 +77,13 @@ def _head(figure: Any, seen: Inspection) -> None:
             9.5,
         ),
     ]
+    if seen.sharing:
+        key = "; orange: gained since the question before" if seen.before is not None else ""
+        lines.insert(3, (textwrap.shorten(seen.sharing + key, 180), _VISION, 11))
     for number, (text, colour, size) in enumerate(lines):
-        figure.text(0.01, 0.86 - 0.25 * number, text, color=colour, fontsize=size, va="center", parse_math=False)
+        figure.text(
+            0.01, 0.88 - (1.0 / len(lines)) * number, text, color=colour, fontsize=size, va="center", parse_math=False
+        )
 
 
 def _top(figure: Any, seen: Inspection) -> None:
@@ -99,6 +106,15 @@ def _top(figure: Any, seen: Inspection) -> None:
     bars.barh(layers, text, left=vision, color=_TEXT, label="text")
     bars.axvline(seen.kept.sum(1).mean(), color="black", linestyle="--", linewidth=1, label="average")
     bars.set(xlabel="tokens kept", ylabel="layer")
+    if 0 < len(seen.attention) <= _MOST_LABELS:
+        bars.set_xlabel("tokens kept; beside the bars: their share of the answer's attention")
+        bars.margins(x=0.15)
+        paper = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
+        for layer, share in enumerate(seen.attention):
+            place = (seen.kept[layer].sum(), layer)
+            bars.annotate(
+                f"{share:.0%}", place, (4, 0), textcoords="offset points", va="center", fontsize=8, bbox=paper
+            )
     bars.invert_yaxis()
     bars.yaxis.get_major_locator().set_params(integer=True)
     bars.set_title("layer budgets", fontsize=10)

@@ -54,6 +54,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def __init__(self) -> None:
         """Made once in every process, before SGLang applies what is registered here."""
         super().__init__()
+        HookRegistry.register(PINNING, leave_unpinned, HookType.REPLACE)
         # With one rank on x86 nothing of SGLang is replaced; applying a hook costs each process a second of imports.
         if BIND_VARIABLE in os.environ or self.cpu_arch != CpuArchEnum.X86:
             for target, replacement in REPLACED.items():
@@ -126,6 +127,13 @@ def bind_rank(*, local_omp_cpuid: str, dist_init_method: str | None = None) -> N
         host.bind_threads(host.parse_cpu_list(local_omp_cpuid))
 
 
+def leave_unpinned(tensor: torch.Tensor, device: object = None) -> torch.Tensor:
+    """In place of torch's method, which fails where there is no device to pin memory for: SGLang pins the frames of
+    videos without asking its platform."""
+    return tensor
+
+
+PINNING = "torch.Tensor.pin_memory"
 REPLACED: dict[str, Callable[..., Any]] = {
     # Keeps ranks on cores of their own.  SGLang calls its kernels for it: without them the original does nothing on
     # x86, which leaves all ranks on all cores, and crashes on ARM.

@@ -24,6 +24,7 @@ from vlcache_sgl.runtime.allocator import VirtualSlotAllocator, passed_event
 from vlcache_sgl.runtime.attention.provider import ExtendRequest, Memory
 from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.recall import Recall
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.residency import EVICTED
 from vlcache_sgl.runtime.scoring import KeysValues, Scoring
@@ -197,7 +198,20 @@ class Compressor:
         except Exception as error:
             self.fail(job, error)
             return
-        self._evict(job, prompt, slots, plan)
+        if job.measures_recall:
+            job.recall = job.recall or Recall(plan.keep, prompt)  # a retracted request decides twice, and alike
+            self.counters.skipped("recall")
+        else:
+            self._evict(job, prompt, slots, plan)
+        per_layer = [int(tokens) for tokens in plan.counts.tolist()]
+        job.report.update(
+            policy=job.choice.policy.spec,
+            budget=str(job.choice.budget),
+            prompt_tokens=prompt.length,
+            shared_tokens=prompt.start,
+            kept_tokens_per_layer=per_layer,
+            ratio=round(sum(per_layer) / (prompt.owned * len(per_layer)), 4),
+        )
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
@@ -241,20 +255,11 @@ class Compressor:
         done = passed_event(slots.device)
         self.allocator.retire(eviction, done)
         # From the plan, not from the device: the host need not wait to know them.
-        per_layer = [int(tokens) for tokens in plan.counts.tolist()]
-        kept = [tokens * arena.groups for tokens in per_layer]
+        kept = [int(tokens) * arena.groups for tokens in plan.counts.tolist()]
         seen = slots.numel() * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
-        job.report.update(
-            policy=job.choice.policy.spec,
-            budget=str(job.choice.budget),
-            prompt_tokens=prompt.length,
-            shared_tokens=prompt.start,
-            kept_tokens_per_layer=per_layer,
-            ratio=round(sum(kept) / (seen * len(kept)), 4),
-        )
 
     @property
     def all_counted(self) -> bool:

@@ -16,7 +16,8 @@ class Counters:
 
     requests_compressed: int = 0
     requests_skipped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``short`` (below --kv-min-tokens), ``scope`` (no image), ``budget`` (1.0 keeps everything)."""
+    """By reason: ``short`` (below --kv-min-tokens), ``scope`` (no image), ``budget`` (1.0 keeps everything), ``recall``
+    (decided on and measured, not evicted from)."""
     policy_failures: int = 0
     cells_seen: int = 0
     cells_kept: int = 0

@@ -51,6 +51,11 @@ FIGURES = (
     Figure("kept_ratio", "histogram", "Kept share of a compressed prompt's own tokens, in [0, 1]."),
     Figure("prefix_hits", "counter", "Prompts that found vision tokens in a compressed prefix."),
     Figure("prefix_hit_tokens", "counter", "Tokens of these prompts that came from the prefix."),
+    Figure("guard_readings", "counter", "Questions about a shared picture whose missing attention was estimated."),
+    Figure("guard_missing", "counter", "Sum of these estimates, each a share in [0, 1]."),
+    Figure("guard_trips", "counter", "Readings above --kv-guard-threshold."),
+    Figure("expansions", "counter", "Pictures computed anew because of one; several trips may share one."),
+    Figure("guard_seconds", "counter", "Host time spent on guard readings, within forwards."),
     Figure("prefill_seconds", "counter", "Wall time of forwards that contained a compressed prompt."),
     Figure("scoring_seconds", "counter", "Host time spent on scoring, within vlcache:prefill_seconds."),
     Figure("selection_seconds", "counter", "Host time spent on budgets, selection and eviction, likewise."),
@@ -59,6 +64,8 @@ FIGURES = (
     Figure("cells_free", "gauge", "Cells that hold nothing."),
     Figure("cells_tree", "gauge", "Used cells that belong to the prefix tree, hence shared by all who match."),
     Figure("cells_evictable", "gauge", "Cells of the prefix tree that no running request relies on."),
+    Figure("pictures_whole", "gauge", "Pictures that are shared uncompressed: too many questions missed parts."),
+    Figure("sketch_bytes", "gauge", "Bytes of the sketches of evicted keys that guards read."),
     Figure("cell_bytes", "gauge", "Bytes of a cell."),
     Figure("cells_per_token", "gauge", "Cells of an uncompressed token."),
 )
@@ -105,6 +112,11 @@ class Metrics:
         self._raise_to("policy_failures", counters.policy_failures)
         self._raise_to("prefix_hits", counters.prefix_hits)
         self._raise_to("prefix_hit_tokens", counters.prefix_hit_tokens)
+        self._raise_to("guard_readings", counters.guard_readings)
+        self._raise_to("guard_missing", counters.guard_missing)
+        self._raise_to("guard_trips", counters.guard_trips)
+        self._raise_to("expansions", counters.expansions)
+        self._raise_to("guard_seconds", counters.guard_ms / 1e3)
         self._raise_to("prefill_seconds", counters.prefill_ms / 1e3)
         self._raise_to("scoring_seconds", counters.scoring_ms / 1e3)
         self._raise_to("selection_seconds", counters.selection_ms / 1e3)

@@ -167,4 +167,10 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             is_request_level,
             "reporting per request what was done",
         ),
+        PatchPoint(
+            f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.stream_output",
+            "before",
+            session.complete_reports,
+            "reporting what is known at the end of an answer",
+        ),
     ]

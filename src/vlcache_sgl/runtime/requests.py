@@ -16,13 +16,14 @@ from vlcache_sgl.runtime.sharing.tier import require_agnostic
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
     from vlcache_sgl.runtime.media import Run
+    from vlcache_sgl.runtime.recall import Recall
     from vlcache_sgl.runtime.scoring import Scoring
     from vlcache_sgl.runtime.sharing.guard import GuardReading
     from vlcache_sgl.runtime.sharing.images import SharedImage
 
 REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
 """What of `custom_params` chooses how a request is compressed."""
-REPORTS = ("summary", "positions")
+REPORTS = ("summary", "positions", "recall")
 """What `custom_params["kv_report"]` may ask for; the first is the default."""
 LONGEST_SPEC = 512
 """Characters of a `kv_policy`: it is remembered, and quoted in messages."""
@@ -141,8 +142,8 @@ class Choices:
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
 
 
-def wants_positions(custom_params: object) -> bool:
-    """Whether a request asks which positions each layer keeps.
+def wanted_report(custom_params: object) -> str:
+    """Which of REPORTS a request asks for.
 
     Raises:
         ConfigError: for an unknown `kv_report`; the message is for the client.
@@ -150,7 +151,7 @@ def wants_positions(custom_params: object) -> bool:
     asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
     if asked not in REPORTS:
         raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {shown(asked)}")
-    return bool(asked == "positions")
+    return str(asked)
 
 
 @dataclass
@@ -167,6 +168,10 @@ class CompressionJob:
     """What the report says of the vision tokens; only with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
+    measures_recall: bool = False
+    """Whether nothing is evicted, and the report says what of the answer's attention the decision would have kept."""
+    recall: Recall | None = None
+    """Set when the decision has fallen; only with `measures_recall`."""
     scoring: Scoring | None = None
     done: bool = False
     """Whether the decision has fallen, either way."""
@@ -186,6 +191,8 @@ class CompressionJob:
     """How well the present prefill finds what it looks for."""
     trips: int = 0
     """How often it did not, and started over."""
+    missed: float = 0.0
+    """The reading of the last time."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
 
@@ -206,7 +213,7 @@ class CompressionJob:
         self.guard = None
         self.report.clear()
         if self.trips:
-            self.report["recomputed"] = self.trips
+            self.report.update(recomputed=self.trips, missed=self.missed)
 
 
 JOB_ATTRIBUTE = "vlcache_job"

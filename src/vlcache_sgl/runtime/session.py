@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vlcache_sgl._version import __version__
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
@@ -19,19 +18,19 @@ from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.media import vision_runs, vision_spans
-from vlcache_sgl.runtime.metrics import Metrics
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
     JOB_ATTRIBUTE,
     Choices,
     CompressionJob,
     job_of,
-    wants_positions,
+    wanted_report,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
 from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
+from vlcache_sgl.runtime.status import Status
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
@@ -39,6 +38,8 @@ JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
+UNEVICTED = "|recall"
+"""Ends the radix key of a request that only measures: it finds no compressed prefix, and leaves nothing behind."""
 ROWS_ATTRIBUTE = "vlcache_rows"
 """On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
@@ -57,12 +58,10 @@ class Session:
         self._private = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
-        self.metrics: Metrics | None = None
-        self._metrics_stale = True
-        self._published_free = -1
-        self._tree: Any = None
+        self._status: Status | None = None
         self._backend: Any = None
         self._model: Any = None
+        self._ranks = 1
         self._patches = Patches(runtime_points(self))
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -105,10 +104,14 @@ class Session:
         scheduler.tree_cache.row_listener = self._backend.invalidate
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self.images.clear
-        self._tree = scheduler.tree_cache
         reporter = scheduler.metrics_reporter
-        if reporter.current_scheduler_metrics_enabled:
-            self.metrics = Metrics(reporter.metrics_collector.labels)
+        labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
+        assert self.compressor is not None
+        self._status = Status(self.config, self.choices.default, self.compressor, self.images, labels)
+
+    def _note_change(self) -> None:
+        if self._status is not None:
+            self._status.stale = True
 
     # -- pools ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +195,7 @@ class Session:
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp(model_runner)
+        self._ranks = size
 
         self._model = model_runner.model
         model = model_runner.model_config
@@ -263,11 +267,13 @@ class Session:
         try:
             params = getattr(req.sampling_params, "custom_params", None)
             choice = self.choices.select(params, len(req.origin_input_ids))
-            positions = wants_positions(params)
+            report = wanted_report(params)
+            if report == "recall":
+                self._require_recall(req)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
-        self._metrics_stale = True
+        self._note_change()
         vision = vision_spans(req.multimodal_inputs)
         reason = None
         if choice.budget.keeps_all:
@@ -280,9 +286,15 @@ class Session:
             self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        runs = vision_runs(req.multimodal_inputs, self._model) if positions else ()
+        positions, recall = report == "positions", report == "recall"
         job = CompressionJob(
-            choice, vision, len(req.origin_input_ids), self.config.min_tokens, runs=runs, positions=positions
+            choice,
+            vision,
+            len(req.origin_input_ids),
+            self.config.min_tokens,
+            runs=vision_runs(req.multimodal_inputs, self._model) if positions else (),
+            positions=positions,
+            measures_recall=recall,
         )
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
@@ -292,6 +304,10 @@ class Session:
         """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
         user_key, choice = req.extra_key or "", job.choice
         job.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
+        if job.measures_recall:
+            req.extra_key += UNEVICTED
+            req.skip_radix_cache_insert = True
+            return
         if not job.vision:
             return
         if choice.share == "off":
@@ -303,6 +319,18 @@ class Session:
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
 
+    def _require_recall(self, req: Any) -> None:
+        """
+        Raises:
+            ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
+        """
+        if self._backend.provider.on_device:
+            raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
+        if self._ranks > 1:
+            raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
+        if req.stream:
+            raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
         if self.compressor is None:
@@ -311,6 +339,9 @@ class Session:
         if rows is not None:
             setattr(forward_batch, ROWS_ATTRIBUTE, rows.tolist())
         if not batch.forward_mode.is_extend():
+            watched = [job if job is not None and job.recall is not None else None for job in map(job_of, batch.reqs)]
+            if any(watched):
+                setattr(forward_batch, JOBS_ATTRIBUTE, watched)
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
         jobs: list[CompressionJob | None] = []
@@ -331,7 +362,7 @@ class Session:
         """Around the model's forward: at its end, compress the prompts that are complete."""
         if self._backend is None:
             return original(runner, forward_batch, *args, **kw)
-        self._metrics_stale = True
+        self._note_change()
         jobs = getattr(forward_batch, JOBS_ATTRIBUTE, None)
         scored = jobs is not None and any(job is not None and job.scoring is not None for job in jobs)
         started = time.perf_counter()
@@ -376,16 +407,15 @@ class Session:
         reopen(scheduler, running_batch)
         if self._expansions is None:
             return original(scheduler, running_batch)
-        held = self._expansions.held()
-        self._expansions.reclaim()
-        if not held:
+        with self._expansions.holding_back():
             return original(scheduler, running_batch)
-        waiting = {id(req) for req in held}
-        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
-        try:
-            return original(scheduler, running_batch)
-        finally:
-            scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
+
+    def complete_reports(self, _: Any, reqs: Iterable[Any], *__: Any, **___: Any) -> None:
+        """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
+        for req in reqs:
+            job = job_of(req)
+            if job is not None and job.recall is not None and req.finished():
+                job.report["recall"] = job.recall.report(len(req.output_ids))
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
@@ -393,82 +423,20 @@ class Session:
 
     # -- the truth over HTTP ----------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
-        assert self._tree is not None
-        allocator = self._tree.token_to_kv_pool_allocator
-        allocator.settle()
-        if self.compressor is not None:
-            self.compressor.settle_counts(wait=True)
-        residency, arena = allocator.residency, allocator.arena
-        slots_used = residency.num_slots - allocator.available_size()
-        return {
-            "version": __version__,
-            "policy": self.choices.default.policy.spec,
-            "budget": str(self.config.budget),
-            "fingerprint": self.choices.default.fingerprint,
-            "scope": self.config.scope,
-            "min_tokens": self.config.min_tokens,
-            "overcommit": self.config.overcommit_factor,
-            "cells_total": residency.num_cells,
-            "cells_used": residency.used_cells,
-            "cells_free": residency.free_cells,
-            "cells_tree": allocator.tree_cells,
-            "cells_requests": allocator.request_cells,
-            "cells_evictable": allocator.evictable_cells,
-            # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
-            "cells_fragmented": residency.free_cells % residency.num_planes,
-            # What the tokens in use would hold uncompressed is 1.
-            "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
-            "bytes_per_cell": arena.cell_bytes,
-            "cells_per_token": residency.num_planes,
-            "physical_tokens_total": self.physical_tokens,
-            "virtual_slots_total": residency.num_slots,
-            "virtual_slots_free": allocator.available_size(),
-            "share": self.config.share,
-            "guard": self.config.guard,
-            "pictures_known": len(self.images),
-            "pictures_whole": self.images.settled,
-            "sketch_bytes": self.images.sketch_bytes,
-            "integrity": allocator.verify_byte_accounting(),
-            **self.counters.as_dict(),
-        }
-
     def publish_metrics(self, *_: Any, **__: Any) -> None:
         """After SGLang has published its own figures."""
-        if self.metrics is None or self.compressor is None:
-            return
-        allocator = self._tree.token_to_kv_pool_allocator
-        allocator.settle()
-        self.compressor.settle_counts()
-        residency = allocator.residency
-        self.metrics.publish(
-            self.counters,
-            {
-                "cells_total": residency.num_cells,
-                "cells_used": residency.used_cells,
-                "cells_free": residency.free_cells,
-                "cells_tree": allocator.tree_cells,
-                "cells_evictable": allocator.evictable_cells,
-                "cell_bytes": allocator.arena.cell_bytes,
-                "cells_per_token": residency.num_planes,
-            },
-            counted=self.compressor.all_counted,
-        )
-        self._metrics_stale = False
+        if self._status is not None:
+            self._status.publish()
 
     def publish_when_idle(self, *_: Any, **__: Any) -> None:
         """After SGLang's idle housekeeping, which spins: once per change."""
-        if self.metrics is None:
-            return
-        free = self._tree.token_to_kv_pool_allocator.residency.free_cells
-        if self._metrics_stale or free != self._published_free:
-            self._published_free = free
-            self.publish_metrics()
+        if self._status is not None:
+            self._status.publish_when_idle()
 
     def add_state(self, output: Any, *_: Any, **__: Any) -> None:
         """After SGLang has collected its internal state."""
-        output.internal_state["kv_policy"] = self.state()
+        if self._status is not None:
+            output.internal_state["kv_policy"] = self._status.state()
 
 
 def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:

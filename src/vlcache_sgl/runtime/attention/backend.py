@@ -26,6 +26,7 @@ from vlcache_sgl.runtime.attention.provider import (
 )
 from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.compressor import Compressor
+from vlcache_sgl.runtime.recall import Recall
 from vlcache_sgl.runtime.requests import CompressionJob
 
 
@@ -61,6 +62,7 @@ class ResidencyBackend(AttentionBackend):
         self._voting: BatchScoring | None = None
         # Requests with a guard, by their rows of the batch that it reads.
         self._guarded: list[tuple[CompressionJob, slice]] = []
+        self._watched: list[tuple[int, Recall, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -89,8 +91,10 @@ class ResidencyBackend(AttentionBackend):
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
         self._voting = None
+        self._watched = []
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
+            self._plan_recall(forward_batch)
         else:
             self._plan_extend(forward_batch)
 
@@ -135,6 +139,13 @@ class ResidencyBackend(AttentionBackend):
                 want_lse=bool(self._guarded) or (self._voting is not None and self._voting.takes_lse),
             )
         )
+
+    def _plan_recall(self, forward_batch: Any) -> None:
+        """Look up the cells of requests whose attention is measured: rarely any."""
+        for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
+            if job is not None and job.recall is not None:
+                slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
+                self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
 
     def _rows_of(self, forward_batch: Any) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -203,6 +214,9 @@ class ResidencyBackend(AttentionBackend):
             shape = (-1, layer.tp_k_head_num, layer.head_dim)
             self._write(planes, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        for number, recall, cells in self._watched:
+            keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
+            recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 

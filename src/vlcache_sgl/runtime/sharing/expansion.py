@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ class Expansions:
             job.report["guard"] = {"missing": round(missing, 4), "threshold": self._threshold, "tripped": trips}
             self._counters.guard_read(missing, trips)
             if trips and self._enforce and self._may_retract(req, job, batch):
+                job.missed = round(missing, 4)
                 self._send_back(req, job)
                 gone.append(req)
         return gone
@@ -145,6 +148,18 @@ class Expansions:
         gone = [req for req in last_batch.reqs if req.is_retracted and job_of(req) is not None]
         if gone:
             last_batch.filter_batch(reqs_to_exclude=[*gone, *filter(None, [self._scheduler.chunked_req])])
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """While SGLang chooses whom to start: requests that wait for a copy are out of its queue."""
+        scheduler, held = self._scheduler, self.held()
+        self.reclaim()
+        waiting = {id(req) for req in held}
+        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
+        try:
+            yield
+        finally:
+            scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
     def held(self) -> list[Any]:
         """Waiting requests that must not start yet; gives the others the name of their picture's present copy."""

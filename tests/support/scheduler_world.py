@@ -1,0 +1,456 @@
+"""A scheduler's life over the real allocator, arena, residency, admission and SGLang's tree, without a model.
+
+What the model's forward would do is one number per cell: which token of which prefix, in which plane.  Whoever reads a
+cell that was freed, or handed to somebody else, reads another number.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, release_req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
+from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
+from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+from sglang.srt.mem_cache.allocation import alloc_token_slots
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from vlcache_sgl.api import Span
+from vlcache_sgl.config import config_from
+from vlcache_sgl.runtime import admission
+from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
+from vlcache_sgl.runtime.arena import KVArena
+from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
+from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.runtime.sharing.expansion import Expansions
+from vlcache_sgl.runtime.sharing.images import SharedImages
+
+PLANES = 3
+SLOTS = 600
+MIN_TOKENS = 8
+
+
+class Reading:
+    """A guard's, of a question that misses everything: there is no model here that could miss anything."""
+
+    closed, missing, failure = True, 1.0, None
+
+
+class Event:
+    """Of a device that is behind: passes when somebody waits for it, or when time goes on."""
+
+    def __init__(self) -> None:
+        self.passed = False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.passed = True
+
+
+class Batch:
+    """The running requests, as admission sees SGLang's batch."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.reqs: list[Req] = []
+        self.batch_is_full = False
+
+    def batch_size(self) -> int:
+        return len(self.reqs)
+
+    def check_decode_mem(self) -> bool:
+        world = self._world
+        return bool(world.allocator.check_decode_capacity(num_tokens=len(self.reqs), tree_cache=world.tree))
+
+
+class World:
+    """One scheduler over real parts.  Names as on SGLang's `Scheduler`, because the hooks are given this."""
+
+    def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru") -> None:
+        """`physical`: uncompressed tokens that the arena holds."""
+        self.arena = KVArena(
+            num_cells=physical * PLANES,
+            groups=1,
+            size=SLOTS,
+            page_size=1,
+            dtype=torch.float32,
+            head_num=1,
+            head_dim=1,
+            v_head_dim=1,
+            layer_num=PLANES,
+            device="cpu",
+            enable_memory_saver=False,
+            start_layer=0,
+            end_layer=PLANES - 1,
+            enable_alt_stream=False,
+        )
+        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=physical, need_sort=False)
+        self.rows = ReqToTokenPool(size=16, max_context_len=2 * physical, device="cpu", enable_memory_saver=False)
+        self.tree = CompressedPrefixTree(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=1,
+                tree_components=(ComponentType.FULL,),
+                eviction_policy=eviction_policy,
+            )
+        )
+        self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache = self.allocator, self.rows, self.tree
+        self.policy = SchedulePolicy("fcfs", self.tree, False, False, False)
+        self.new_token_ratio_tracker = NewTokenRatioTracker(init=0.5, min=0.1, decay=0.01, current=0.3)
+        config = config_from({"kv_policy": "vlcache"})
+        assert config is not None
+        self.choice = Choices(config).default
+        self.chunk = chunk
+        self.waiting: list[Req] = []
+        self.chunked_req: Req | None = None
+        self.batch = Batch(self)
+        self.evictions: list[tuple[Event, torch.Tensor]] = []
+        """With the cells that a forward may read until the event has passed."""
+        self.late_share = 0.0
+        """Of the compressions whose end the host learns of later."""
+        self.random = random.Random(0)
+        self.trip_share = 0.0
+        """Of the questions about a shared picture, those that miss too much of it."""
+        self.images = SharedImages()
+        self.expansions = Expansions(self, self.images, 0.5, enforce=True, counters=Counters())
+        self.enable_overlap = False
+        self.tree.copy_listener = self.expansions.published
+        self.tree.reset_listener = self.images.clear
+        self.aborted_for_memory = 0
+        self.served = 0
+        self.names = 0
+
+    # -- what a client does -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        ids: tuple[int, ...],
+        *,
+        key: str | None = None,
+        compress: bool = True,
+        tokens: int = 4,
+        picture: Span | None = None,
+    ) -> Req | None:
+        """Queue a request; None when it is refused because it can never fit.
+
+        Args:
+            picture: where a picture lies that is shared under a guard.
+        """
+        room = self.allocator.max_new_tokens_for_memory(
+            len(ids), tokens, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
+        )
+        if room is None:
+            return None
+        self.names += 1
+        req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=room), extra_key=key)
+        if compress:
+            vision = () if picture is None else (picture,)
+            job = CompressionJob(self.choice, vision, len(ids), MIN_TOKENS, tokens=req.origin_input_ids)
+            setattr(req, JOB_ATTRIBUTE, job)
+            job.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
+            if picture is not None:
+                job.image = self.images.find(job.tokens, picture.end, (job.base_key,))
+                self.expansions.name(req, job)
+        self.waiting.append(req)
+        return req
+
+    @property
+    def waiting_queue(self) -> list[Req]:
+        """As SGLang calls it."""
+        return self.waiting
+
+    @waiting_queue.setter
+    def waiting_queue(self, waiting: list[Req]) -> None:
+        self.waiting = waiting
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        job = job_of(req)
+        if job is not None:
+            job.restart()
+            self.expansions.name(req, job)
+        self.waiting.append(req)
+
+    # -- one step of the scheduler ------------------------------------------------------------------------------------
+
+    def prefill(self) -> bool:
+        """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
+        self.expansions.before_next_batch(None)
+        admission.reopen(self, self.batch)
+        with self.expansions.holding_back():
+            return self._prefill()
+
+    def _prefill(self) -> bool:
+        if not self.batch.reqs:
+            self.batch.batch_is_full = False
+        if (self.batch.batch_is_full or not self.waiting) and self.chunked_req is None:
+            return False
+        self.policy.calc_priority(self.waiting, self.batch)
+        admission.spare_waiting_prefixes(None, self.policy, self.waiting)
+        adder = PrefillAdder(
+            1,
+            self.tree,
+            self.allocator,
+            self.batch,
+            self.new_token_ratio_tracker.current,
+            10_000,
+            self.chunk,
+        )
+        if self.chunked_req is not None:
+            self.chunked_req.init_next_round_input()
+            self.chunked_req = adder.add_chunked_req(self.chunked_req)
+        for req in list(self.waiting):
+            if adder.budget_state() == AddReqResult.OTHER or len(self.batch.reqs) + len(adder.can_run_list) >= 12:
+                break
+            req.init_next_round_input(self.tree)
+            result = adder.add_one_req(req, has_chunked_req=self.chunked_req is not None, truncation_align_size=None)
+            if result != AddReqResult.CONTINUE:
+                if result == AddReqResult.NO_TOKEN:
+                    self.batch.batch_is_full = bool(adder.can_run_list or self.batch.reqs)
+                break
+        if not adder.can_run_list:
+            return False
+        self.waiting = [req for req in self.waiting if req not in adder.can_run_list]
+        if adder.new_chunked_req is not None:
+            assert self.chunked_req is None
+            self.chunked_req = adder.new_chunked_req
+        self._extend(adder.can_run_list)
+        return True
+
+    def _extend(self, reqs: list[Req]) -> None:
+        prefixes = [
+            self.rows.req_to_token[req.kv.req_pool_idx, : req.prefix_len].long()
+            if req.kv.holds_kv
+            else self.tree.prefix_device_indices(req).long()
+            for req in reqs
+        ]
+        assert self.rows.alloc(reqs) is not None
+        # Raises when admission has let in more than there is.
+        slots = alloc_token_slots(self.tree, sum(req.extend_len for req in reqs))
+        for req, prefix, mine in zip(reqs, prefixes, slots.split([req.extend_len for req in reqs]), strict=True):
+            row = req.kv.req_pool_idx
+            self.rows.write((row, slice(0, req.prefix_len)), prefix.to(torch.int32))
+            self.rows.write((row, slice(req.prefix_len, req.extend_end)), mine.to(torch.int32))
+            req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
+            req.is_retracted = False
+            self._write(req, req.prefix_len, req.extend_end)
+            if req.extend_batch_idx == 0 and not req.retracted_stain:
+                req.cached_tokens_seen = req.prefix_len
+            req.extend_batch_idx += 1
+            job = job_of(req)
+            if job is not None:
+                if job.reached is not None and job.reached != req.prefix_len:
+                    job.restart()
+                if job.reached is None:
+                    job.report["start"] = req.prefix_len
+                    job.done = job.length - req.prefix_len < MIN_TOKENS
+                job.reached = req.extend_end
+                if not job.done and req.extend_end >= job.length:
+                    self._compress(req, job)
+                hit = bool(job.vision) and job.report["start"] >= job.pictures_end
+                if hit and req is not self.chunked_req and self.random.random() < self.trip_share:
+                    job.guard = Reading()  # type: ignore[assignment]
+        self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
+        for req in reqs:
+            if req.is_retracted:
+                continue
+            # Published, and from now on resumed behind this chunk.
+            checkpoint_kv_cache(req, self.tree)
+            if req is not self.chunked_req:
+                req.output_ids.append(50 + len(req.output_ids))
+                self.batch.reqs.append(req)
+        self._finish_those_at_their_end()
+
+    def _compress(self, req: Req, job: CompressionJob) -> None:
+        if job.image is not None and job.generation > job.image.generation:
+            job.image.learn()
+        start = job.report["start"]
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.length].long()
+        keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])
+        event = Event() if self.random.random() < self.late_share else None
+        eviction = self.arena.residency.evict(slots, keep)
+        self.allocator.retire(eviction, event)
+        if event is not None:
+            self.evictions.append((event, eviction.cells))
+        job.done = True
+
+    def decode(self) -> None:
+        """One token for every running request; who does not fit is sent back, the last chunk first."""
+
+        def step(_: World, batch: Batch) -> None:
+            while batch.reqs and not batch.check_decode_mem():
+                if len(batch.reqs) == 1:
+                    self.aborted_for_memory += 1
+                self.retract(batch.reqs[-1])
+            if not batch.reqs:
+                return
+            slots = alloc_token_slots(self.tree, len(batch.reqs))
+            for req, slot in zip(batch.reqs, slots, strict=True):
+                end = req.kv.kv_allocated_len
+                self.rows.write((req.kv.req_pool_idx, slice(end, end + 1)), slot[None].to(torch.int32))
+                req.kv.kv_committed_len = req.kv.kv_allocated_len = end + 1
+                self._write(req, end, end + 1)
+                req.output_ids.append(50 + len(req.output_ids))
+
+        before = len(self.batch.reqs)
+        admission.make_room(step, self, self.batch)
+        self.new_token_ratio_tracker.decay_step()
+        self._finish_those_at_their_end()
+        if len(self.batch.reqs) < before:
+            self.batch.batch_is_full = False
+
+    def _finish_those_at_their_end(self) -> None:
+        for req in list(self.batch.reqs):
+            if len(req.output_ids) >= req.sampling_params.max_new_tokens:
+                self.finish(req)
+
+    def finish(self, req: Req) -> None:
+        req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
+        req.finished_len = len(req.output_ids)
+        release_kv_cache(req, self.tree, checkpoint=True)
+        self.batch.reqs.remove(req)
+        self.batch.batch_is_full = False
+        self.served += 1
+
+    def abort(self, req: Req) -> None:
+        """The client is gone: in the queue, between two chunks, or while it runs."""
+        if req in self.waiting:
+            self.waiting.remove(req)
+            return
+        req.finished_reason = FINISH_ABORT("gone")
+        if req is self.chunked_req:
+            release_kv_cache(req, self.tree, checkpoint=False)
+            self.chunked_req = None
+        else:
+            release_kv_cache(req, self.tree, checkpoint=True)
+            self.batch.reqs.remove(req)
+            self.batch.batch_is_full = False
+
+    def retract(self, req: Req) -> None:
+        self.batch.reqs.remove(req)
+        release_req(
+            req=req,
+            remaing_req_count=len(self.batch.reqs),
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=self.tree,
+            hisparse_coordinator=None,
+        )
+        self.batch.batch_is_full = False
+        self._add_request_to_queue(req, is_retracted=True)
+
+    def flush(self) -> None:
+        """As SGLang does when nothing runs."""
+        self.tree.reset()
+        self.rows.clear()
+        self.allocator.clear()
+
+    def step(self) -> None:
+        """Prefill first, as SGLang does; now and then a decode step between two chunks, as it can be told to."""
+        decodes = self.batch.reqs and self.random.random() < 0.3
+        if (decodes or not self.prefill()) and self.batch.reqs:
+            self.decode()
+
+    def catch_up(self) -> None:
+        """The device has computed everything."""
+        for event, _ in self.evictions:
+            event.passed = True
+        self.evictions.clear()
+
+    def run_dry(self) -> None:
+        """Serve everybody; fails when nobody has finished for long."""
+        served, idle = self.served, 0
+        while idle < 500:
+            self.catch_up()
+            if not self.owners() and not self.waiting:
+                return
+            self.step()
+            served, idle = self.served, idle + 1 if served == self.served else 0
+        raise AssertionError(f"{len(self.waiting)} wait, {len(self.batch.reqs)} run, chunk: {self.chunked_req}")
+
+    # -- what must hold -----------------------------------------------------------------------------------------------
+
+    def owners(self) -> list[Req]:
+        return [*self.batch.reqs, *([self.chunked_req] if self.chunked_req is not None else [])]
+
+    def _tokens(self, req: Req) -> list[int]:
+        return [*req.origin_input_ids, *req.output_ids]
+
+    def _marks(self, req: Req, begin: int, end: int) -> torch.Tensor:
+        """`[planes, tokens]` whole numbers that float32 holds exactly: token, its whole prefix, its key, the plane."""
+        tokens = self._tokens(req)
+        marks = [
+            [hash((req.extra_key, *tokens[: i + 1], plane)) % 2**24 for i in range(begin, end)]
+            for plane in range(PLANES)
+        ]
+        return torch.tensor(marks, dtype=torch.float32).view(PLANES, end - begin)
+
+    def _write(self, req: Req, begin: int, end: int) -> None:
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, begin:end].long()
+        cells = self.arena.write_cells(slots)
+        assert (cells > 0).all(), "a new token has no cell in some plane"
+        marks = self._marks(req, begin, end)
+        for plane in range(PLANES):
+            keys = marks[plane].view(-1, 1, 1)
+            self.arena.write(cells[plane : plane + 1], keys, -keys)
+
+    def check(self) -> None:
+        self._check_slots()
+        self._check_cells()
+        self._check_reads()
+
+    def _check_slots(self) -> None:
+        allocator, tree = self.allocator, self.tree
+        private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
+        assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
+        assert int(allocator._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
+        unlocked = int((allocator._in_tree & (allocator._locks == 0)).sum())
+        assert unlocked == tree.evictable_size(), "locks are not counted as the tree counts them"
+        assert int(allocator._locks.min()) >= 0
+        assert not (allocator._in_tree[allocator.free_pages]).any()
+
+    def _check_cells(self) -> None:
+        allocator, residency = self.allocator, self.arena.residency
+        pending = [eviction.cells for _, eviction in allocator._pending]
+        mapped = residency.table[:, 1:]
+        everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
+        once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
+        assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
+        assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"
+        for event, cells in self.evictions:
+            assert event.passed or not torch.isin(cells, mapped).any(), "cells were handed out under a running forward"
+        in_tree = allocator._in_tree.nonzero().flatten()
+        waiting = sum(len(cells) for cells in pending)
+        assert int((residency.table[:, in_tree] >= 0).sum()) <= allocator.tree_cells
+        assert allocator.tree_cells + allocator.request_cells == residency.used_cells
+        assert residency.free_cells + int((mapped >= 0).sum()) + waiting == residency.num_cells
+        if not pending:
+            assert allocator.verify_byte_accounting() == []
+
+    def _check_reads(self) -> None:
+        table = self.arena.residency.table
+        for req in self.owners():
+            end = req.kv.kv_allocated_len
+            slots = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
+            cells = table[:, slots].long()
+            marks = self._marks(req, 0, end)
+            kept = cells >= 0
+            assert torch.equal(self.arena.arena[cells.clamp(min=0), 0, 0, 0][kept], marks[kept]), (
+                f"{req.rid} reads others"
+            )
+            job = job_of(req)
+            if job is None or not job.done:
+                own = kept[:, req.kv.cache_protected_len :]
+                assert own.all(), "evicted before the decision"
+            assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"
