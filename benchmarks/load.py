@@ -34,9 +34,9 @@ class Prompt:
     text: str
     image_data: tuple[str, ...]
 
-    def body(self, tokens: int) -> dict[str, Any]:
-        """The request for exactly `tokens` greedy tokens, streamed."""
-        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+    def body(self, tokens: int, **sampling: Any) -> dict[str, Any]:
+        """The request for exactly `tokens` greedy tokens, streamed; `sampling` adds to SGLang's parameters."""
+        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True, **sampling}
         images = list(self.image_data)
         return {"text": self.text, "image_data": images, "sampling_params": sampling, "stream": True}
 
@@ -48,6 +48,8 @@ class Timeline:
     sent: float = 0.0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     """Seconds of `time.perf_counter`, tokens so far."""
+    text: str = ""
+    """The answer."""
     meta: dict[str, Any] = field(default_factory=dict)
     """SGLang's `meta_info` of the last message."""
 
@@ -84,28 +86,32 @@ def make_long_prompt(tokens: int, seed: int) -> Prompt:
     return Prompt(one.text.replace(PLACE, "".join(words) + PLACE), one.image_data)
 
 
+def stream(http: httpx.Client, url: str, payload: str) -> Timeline:
+    """Send one request, made into JSON beforehand, and read its answer to the end."""
+    line = Timeline(sent=time.perf_counter())
+    headers = {"Content-Type": "application/json"}
+    with http.stream("POST", f"{url}/generate", content=payload, headers=headers) as reply:
+        reply.raise_for_status()
+        for text in reply.iter_lines():
+            if not text.startswith("data: {"):
+                continue
+            message = json.loads(text.removeprefix("data: "))
+            if "error" in message:
+                raise RuntimeError(message["error"])
+            line.text, line.meta = message["text"], message["meta_info"]
+            line.arrivals.append((time.perf_counter(), int(line.meta["completion_tokens"])))
+    return line
+
+
 def send_together(url: str, prompts: Sequence[Prompt], tokens: int, timeout_s: float = 1800.0) -> list[Timeline]:
     """All prompts at the same moment; returns when all are answered."""
     gate = threading.Barrier(len(prompts))
 
     def send(prompt: Prompt) -> Timeline:
-        line = Timeline()
         payload = json.dumps(prompt.body(tokens))
         with httpx.Client(timeout=timeout_s) as http:
             gate.wait()
-            line.sent = time.perf_counter()
-            headers = {"Content-Type": "application/json"}
-            with http.stream("POST", f"{url}/generate", content=payload, headers=headers) as reply:
-                reply.raise_for_status()
-                for text in reply.iter_lines():
-                    if not text.startswith("data: {"):
-                        continue
-                    message = json.loads(text.removeprefix("data: "))
-                    if "error" in message:
-                        raise RuntimeError(message["error"])
-                    line.meta = message["meta_info"]
-                    line.arrivals.append((time.perf_counter(), int(line.meta["completion_tokens"])))
-        return line
+            return stream(http, url, payload)
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(send, prompts))

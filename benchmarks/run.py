@@ -6,11 +6,12 @@ import argparse
 import sys
 
 import capacity
+import sharing
 import soak
 import speed
 from rich.console import Console
 
-TASKS = {"speed": speed, "capacity": capacity, "soak": soak}
+TASKS = {"speed": speed, "capacity": capacity, "sharing": sharing, "soak": soak}
 
 
 def main() -> int:

@@ -101,6 +101,71 @@ def test_figures_of_capacity_are_those_of_their_samples(capacity: ModuleType) ->
             assert row["hit_rate"] == pytest.approx(cached / prompt, abs=1e-4)
 
 
+@pytest.fixture
+def sharing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import sharing
+
+    return sharing
+
+
+def test_the_page_of_sharing_is_current(sharing: ModuleType) -> None:
+    """After a new result: `python benchmarks/run.py sharing --page`."""
+    page = sharing.PAGE.read_text()
+    assert page == sharing.rendered(page, sharing.committed())
+
+
+def test_sharing_results_are_whole(sharing: ModuleType) -> None:
+    """Every arm has answered every question, no policy failed, and the summary is that of the records."""
+    results = sharing.committed()
+    assert "table" in results
+    for name, result in results.items():
+        records = result["records"]
+        if name == "sketch":
+            again = sharing.sharing_sketch.summarise(records, result["sizes"])
+            assert result["summary"] == json.loads(json.dumps(again))
+            assert result["rows"] == sharing.sharing_sketch.summarise_rows(records)
+            continue
+        assert result["summary"] == json.loads(json.dumps(sharing.summarise(records))), name
+        assert {record["arm"] for record in records} == set(result["arms"]), name
+        asked = {
+            arm: {(record["seed"], record["side"]) for record in records if record["arm"] == arm}
+            for arm in result["arms"]
+        }
+        assert len({frozenset(pictures) for pictures in asked.values()}) == 1, name
+        assert len(records) == sum(map(len, asked.values())), name
+        for record in records:
+            assert len(record["questions"]) >= sharing.QUESTIONS
+            assert record["policy_failures"] == 0
+
+
+def test_a_threshold_is_chosen_between_right_and_wrong(sharing: ModuleType) -> None:
+    import sharing_page
+
+    items = [(0.05, False), (0.10, False), (0.30, True), (0.60, True)]
+    chosen = sharing_page.choose(items)
+    assert sharing_page.rates(items, chosen) == (0, 2, 0, 2)
+    assert 0.15 < chosen < 0.25  # not at the edge of what was seen
+    assert sharing_page.area(items) == 1.0
+    assert sharing_page.rates([*items, (0.5, False), (0.2, True)], 0.25) == (1, 3, 1, 3)
+
+
+def test_sharing_goes_on_where_it_stopped(sharing: ModuleType, tmp_path: Path) -> None:
+    arms = (sharing.FULL, sharing.POLICY)
+    experiment = sharing.Experiment(arms, ((1, 24), (2, 24)))
+    records = sharing.Records(tmp_path / "x.jsonl")
+    # The arms take turns in being first.
+    names = [(arm.name, seed) for arm, seed, _ in records.missing(experiment)]
+    assert names == [("full cache", 1), ("policy", 1), ("policy", 2), ("full cache", 2)]
+    records.add({"arm": "policy", "seed": 1, "side": 24})
+    with records.path.open("a") as file:
+        file.write('\n{"arm": "policy", "se')  # killed while writing
+    again = sharing.Records(records.path)
+    assert [(arm.name, seed) for arm, seed, _ in again.missing(experiment)] == [names[0], *names[2:]]
+    again.add({"arm": "full cache", "seed": 1, "side": 24})
+    assert len(sharing.Records(records.path).found) == 2
+
+
 def test_every_built_in_policy_was_measured_and_served(policies: ModuleType) -> None:
     result = json.loads(policies.result_path().read_text())
     rows = {row["policy"]: row for row in result["summary"]}

@@ -1,0 +1,518 @@
+"""Tables and figures of docs/sharing.md, made from the committed results of benchmarks/sharing.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from host import ROOT
+
+from vlcache_sgl.fidelity.report import COLOURS, MARKERS, markdown_table
+from vlcache_sgl.fidelity.stats import interval, mean, wilson
+
+PAGE, FIGURES = ROOT / "docs/sharing.md", ROOT / "docs/figures"
+Record = Mapping[str, Any]
+Result = Mapping[str, Any]
+
+FULL, PRIVATE = "full cache", "off"
+TARGETS = {
+    "right answers to questions 2 to 8, below the full cache by": 0.02,
+    "first token of questions 2 to 8, over a hit of the full cache": 1.5,
+    "first token of questions 2 to 8, nothing shared over this": 2.0,
+    "bytes after 8 questions, of the full cache's": 0.25,
+}
+"""What a shared copy was to reach: at most, except for the third: at least."""
+CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
+"""Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
+WATCHED = {
+    "no profile": ("policy, observe", "tiered, observe"),
+    "profile": ("policy, profile, observe", "tiered, profile, observe"),
+}
+"""Arms of the experiment `guard` with a guard; the copies differ, the guard's layer weights are the same."""
+
+
+def dump(result: Result) -> str:
+    """JSON with the innermost objects and lists on one line each."""
+    text = json.dumps(result, indent=1)
+    return re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+
+def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per arm and size of picture, ratios to the full cache and to nothing shared."""
+    rows: list[dict[str, Any]] = []
+    for side in dict.fromkeys(record["side"] for record in records):
+        for arm in dict.fromkeys(record["arm"] for record in records):
+            mine = [record for record in records if (record["arm"], record["side"]) == (arm, side)]
+            rows.append({"arm": arm, "side": side, **_row(mine)})
+    for row in rows:
+        full, private = (
+            next((other for other in rows if (other["arm"], other["side"]) == (arm, row["side"])), None)
+            for arm in (FULL, PRIVATE)
+        )
+        if full is not None:
+            row["ttft_ratio"] = round(row["ttft_ms"] / full["ttft_ms"], 3)
+            row["bytes_ratio"] = round(row["bytes"] / full["bytes"], 4)
+            row["sketch_ratio"] = round(row["sketch_bytes"] / full["bytes"], 4)
+            row["lost"] = round(full["later"] - row["later"], 4)
+        if private is not None:
+            row["ttft_gain"] = round(private["ttft_ms"] / row["ttft_ms"], 3)
+    return rows
+
+
+def _row(records: Sequence[Record]) -> dict[str, Any]:
+    first = {str(r["seed"]): [float(q["right"]) for q in r["questions"][:1]] for r in records}
+    later = {str(r["seed"]): [float(q["right"]) for q in r["questions"][1:8]] for r in records}
+    times = [q["ttft_ms"] for r in records for q in r["questions"][1:8]]
+    readings = [q["missing"] for r in records for q in r["questions"] if "missing" in q]
+    return {
+        "pictures": len(records),
+        "first": round(mean(first), 4),
+        "first_interval": [round(x, 4) for x in interval(first)],
+        "later": round(mean(later), 4),
+        "later_interval": [round(x, 4) for x in interval(later)],
+        "ttft_first_ms": round(fmean(r["questions"][0]["ttft_ms"] for r in records), 1),
+        "ttft_ms": round(fmean(times), 1),
+        "ttft_median_ms": round(median(times), 1),
+        "bytes": round(fmean(r["bytes"] for r in records)),
+        "picture_kept": round(fmean(r["picture_kept"] for r in records), 4),
+        "sketch_bytes": round(fmean(r["sketch_bytes"] for r in records)),
+        "recomputed": round(fmean(r["expansions"] for r in records), 3),
+        "whole": round(fmean(r["pictures_whole"] for r in records), 3),
+        "missing": round(fmean(readings), 4) if readings else None,
+    }
+
+
+def reached(row: Mapping[str, Any]) -> dict[str, bool]:
+    """Which targets an arm reaches."""
+    values = (
+        row["lost"] <= 0.02,
+        row["ttft_ratio"] <= 1.5,
+        row["ttft_gain"] >= 2.0,
+        row["bytes_ratio"] + row["sketch_ratio"] <= 0.25,
+    )
+    return dict(zip(TARGETS, values, strict=True))
+
+
+def judged(result: Result, arms: Sequence[str], seeds: range) -> list[tuple[float, bool]]:
+    """Readings, and whether the answer was another one than the full cache's."""
+    full = {r["seed"]: [q["answer"] for q in r["questions"]] for r in result["records"] if r["arm"] == FULL}
+    return [
+        (question["missing"], question["answer"] != answer)
+        for record in result["records"]
+        if record["arm"] in arms and record["seed"] in seeds
+        for question, answer in zip(record["questions"], full[record["seed"]], strict=True)
+        if "missing" in question
+    ]
+
+
+def rates(items: Sequence[tuple[float, bool]], threshold: float) -> tuple[int, int, int, int]:
+    """False alarms, right answers, misses, wrong answers."""
+    right = [reading for reading, wrong in items if not wrong]
+    wrong = [reading for reading, wrong in items if wrong]
+    return sum(r > threshold for r in right), len(right), sum(r <= threshold for r in wrong), len(wrong)
+
+
+def choose(items: Sequence[tuple[float, bool]]) -> float:
+    """The threshold with the least sum of both rates, to two digits; of equal ones the middle."""
+    best: list[float] = []
+    least = float("inf")
+    for step in range(1, 100):
+        alarms, right, misses, wrong = rates(items, step / 100)
+        total = alarms / max(1, right) + misses / max(1, wrong)
+        if total < least - 1e-9:
+            least, best = total, []
+        if total < least + 1e-9:
+            best.append(step / 100)
+    return best[len(best) // 2]
+
+
+def area(items: Sequence[tuple[float, bool]]) -> float:
+    """Chance that a wrong answer's reading is above a right one's."""
+    right = [reading for reading, wrong in items if not wrong]
+    wrong = [reading for reading, wrong in items if wrong]
+    if not right or not wrong:
+        return float("nan")
+    return sum((w > r) + (w == r) / 2 for w in wrong for r in right) / (len(right) * len(wrong))
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def origin(result: Result) -> str:
+    """Where the numbers come from."""
+    host = result["host"]
+    return (
+        f"`{result['command']}`, model `{result['model']}`, {host['date'][:10]}, SGLang {host['packages']['sglang']}, "
+        f"{host['cores']} CPU cores, float32."
+    )
+
+
+def _share(value: float, bounds: Sequence[float]) -> str:
+    return f"{value:.2f} ({bounds[0]:.2f} to {bounds[1]:.2f})"
+
+
+def table(result: Result) -> str:
+    """Every way to share."""
+    lines = [
+        [
+            row["arm"],
+            _share(row["first"], row["first_interval"]),
+            _share(row["later"], row["later_interval"]),
+            f"{row['ttft_ms']:.0f}",
+            f"{row['ttft_ratio']:.2f}x",
+            f"{row['ttft_gain']:.2f}x",
+            f"{row['picture_kept']:.2f}" if row["arm"] != PRIVATE else f"{row['picture_kept']:.2f} each",
+            f"{row['bytes_ratio']:.3f}",
+            f"{row['sketch_ratio']:.3f}" if row["sketch_bytes"] else "",
+            f"{row['recomputed']:.1f}" if "enforce" in row["arm"] else "",
+            "" if row["missing"] is None else f"{row['missing']:.3f}",
+        ]
+        for row in result["summary"]
+    ]
+    head = ["arm", "question 1", "questions 2 to 8", "first token ms", "over a hit", "off over this"]
+    head += ["of the picture", "bytes", "sketch", "recomputed", "reading"]
+    return markdown_table(head, lines)
+
+
+def targets(result: Result) -> str:
+    """Which targets each shared copy reaches."""
+    lines = []
+    for row in result["summary"]:
+        if row["arm"] not in (FULL, PRIVATE):
+            values = (f"{row['lost']:.3f}", f"{row['ttft_ratio']:.2f}", f"{row['ttft_gain']:.2f}")
+            values = (*values, f"{row['bytes_ratio'] + row['sketch_ratio']:.3f}")
+            met = reached(row).values()
+            lines.append([row["arm"], *(f"{v}{'' if ok else ', **no**'}" for v, ok in zip(values, met, strict=True))])
+    bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25")
+    return markdown_table(("arm", *(f"{n} ({b})" for n, b in zip(TARGETS, bounds, strict=True))), lines)
+
+
+def latency(result: Result) -> str:
+    """First tokens where prefill costs something."""
+    lines = [
+        [
+            f"{row['side'] ** 2}",
+            row["arm"],
+            f"{row['ttft_first_ms']:.0f}",
+            f"{row['ttft_ms']:.0f}",
+            f"{row['ttft_ratio']:.2f}x",
+            f"{row['ttft_gain']:.2f}x",
+            f"{row['bytes_ratio']:.3f}",
+        ]
+        for row in result["summary"]
+    ]
+    head = ("image tokens", "arm", "question 1, ms", "questions 2 to 8, ms", "over a hit", "off over this", "bytes")
+    return markdown_table(head, lines, left=2)
+
+
+def guard(result: Result) -> str:
+    """Thresholds, and what they would have done on other pictures."""
+    lines = []
+    for name, arms in WATCHED.items():
+        chosen = choose(judged(result, arms, CHOICE))
+        for title, mine in ((f"{name}: both", arms), *((arm.removesuffix(", observe"), (arm,)) for arm in arms)):
+            items = judged(result, mine, JUDGEMENT)
+            alarms, right, misses, wrong = rates(items, chosen)
+            shown = []
+            for count, total in ((alarms, right), (misses, wrong)):
+                shown.append(f"{count} of {total}: {_share(count / total, wilson(count, total))}" if total else "none")
+            auc = f"{area(items):.3f}" if wrong and right else ""
+            lines.append([title, f"{chosen:.2f}", *shown, auc])
+    head = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
+    return markdown_table(head, lines)
+
+
+def overhead(result: Result) -> str:
+    """What observing costs."""
+    lines = []
+    for plain, watched in (("tiered", "tiered, observe"), ("tiered", "tiered, profile, observe")):
+        off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in (plain, watched))
+        readings = [sum("missing" in q for q in r["questions"]) for r in on]
+        reading = median(r["guard_ms"] / count for r, count in zip(on, readings, strict=True))
+        sketch = median(r["selection_ms"] for r in on) - median(r["selection_ms"] for r in off)
+        picture = median(r["prefill_ms"] for r in off)
+        follow = [median(q["prefill_ms"] for r in rs for q in r["questions"][1:]) for rs in (off, on)]
+        lines.append(
+            [
+                watched,
+                f"{picture:.1f}",
+                f"{sketch:.2f} ({sketch / picture:.1%})",
+                f"{reading:.2f} ({reading / picture:.1%})",
+                f"{follow[0]:.1f}",
+                f"{follow[1]:.1f}",
+                f"{reading / follow[0]:.1%}",
+            ]
+        )
+    head = ["copies", "prefill of the picture, ms", "sketch, ms", "one reading, ms"]
+    head += ["prefill of a question, off, ms", "observe, ms", "reading of it"]
+    return markdown_table(head, lines)
+
+
+def sketch(result: Result) -> str:
+    """Methods beside each other."""
+    limit = 0.03 * result["tokens"] * 2 * 2 * 32
+    lines = [
+        [
+            row["method"],
+            f"{row['bytes_per_layer']}",
+            f"{row['error']:.3f}",
+            f"{row['bias']:+.3f}",
+            " ".join(f"{error:.3f}" for error in row["error_by_layer"]),
+            f"{row['auc']:.3f}",
+        ]
+        for row in result["summary"]
+        if row["method"] != "true"
+    ]
+    head = (
+        "sketch",
+        "bytes per layer",
+        "mean absolute error",
+        "bias",
+        "error by layer",
+        "own question or another (area)",
+    )
+    text = f"The limit of 3 % is {4 * limit:.0f} bytes per layer in float32, {2 * limit:.0f} in bfloat16."
+    return f"{markdown_table(head, lines)}\n\n{text}"
+
+
+def rows_read(result: Result) -> str:
+    """Which rows of a question tell its own copy from another's."""
+    lines = [
+        [
+            f"last {row['rows']}" if row["rows"] else "all",
+            row["method"],
+            *(f"{row[key]:.3f}" for key in ("own_mean", "own_most", "other_mean", "other_least")),
+        ]
+        for row in result["rows"]
+    ]
+    head = ("rows", "mass", "own question: mean", "at most", "other questions: mean", "at least")
+    return markdown_table(head, lines, left=2)
+
+
+def scorers(result: Result) -> str:
+    """Scores for copies, without and with a profile."""
+    rows = {row["arm"]: row for row in result["summary"]}
+    names = [arm.removeprefix("tiered, ") for arm in rows if arm.startswith("tiered, ") and "profile" not in arm]
+    lines = [[FULL, *[_share(rows[FULL]["later"], rows[FULL]["later_interval"])] * 2]]
+    for name in names:
+        both = (rows[f"tiered, {name}"], rows[f"tiered, {name}, profile"])
+        lines.append([f"`{name}`", *(_share(row["later"], row["later_interval"]) for row in both)])
+    return markdown_table(("scorer", "uniform", "profile"), lines)
+
+
+def frontier(result: Result) -> str:
+    """Budgets, without and with a profile and the guard."""
+    lines = []
+    for row in result["summary"]:
+        lines.append(
+            [
+                row["arm"],
+                f"{row['later']:.2f}",
+                f"{row['picture_kept']:.2f}",
+                f"{row['bytes_ratio']:.3f}",
+                f"{row['recomputed']:.1f}" if "enforce" in row["arm"] else "",
+                f"{row['whole']:.2f}" if "enforce" in row["arm"] else "",
+            ]
+        )
+    head = ("arm, share budget", "questions 2 to 8", "of the picture", "bytes", "recomputed", "kept whole")
+    return markdown_table(head, lines)
+
+
+BLOCKS = {
+    "table": ("table", table),
+    "targets": ("table", targets),
+    "latency": ("latency", latency),
+    "guard": ("guard", guard),
+    "overhead": ("guard", overhead),
+    "sketch": ("sketch", sketch),
+    "rows": ("sketch", rows_read),
+    "scorers": ("scorers", scorers),
+    "frontier": ("frontier", frontier),
+}
+"""Experiment and maker of each generated part of the page, by the name of its markers."""
+
+
+def rendered(page: str, results: Mapping[str, Result]) -> str:
+    """`page` with the blocks between its markers made anew; those whose experiment is missing say so."""
+    for name, (source, make) in BLOCKS.items():
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{PAGE.name} lacks the markers of {name}")
+        block = "Not measured yet."
+        if source in results:
+            block = f"{make(results[source])}\n\n{origin(results[source])}"
+        page = f"{before}{begin}{block}{end}{after}"
+    return page
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_plots(results: Mapping[str, Result], folder: Path = FIGURES) -> None:
+    """The page's figures."""
+    folder.mkdir(exist_ok=True)
+    for name, draw in (
+        ("table", draw_table),
+        ("guard", draw_guard),
+        ("sketch", draw_sketch),
+        ("frontier", draw_frontier),
+    ):
+        if name in results:
+            figure = draw(results[name])
+            figure.savefig(folder / f"sharing-{name}.png", dpi=140)
+
+
+def _axes(columns: int, width: float = 4.6, height: float = 4.2, **options: Any) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_table(result: Result) -> Any:
+    """Right answers, first tokens and bytes of every arm."""
+    figure, axes = _axes(3, 4.4, 3.8, sharey=True)
+    rows = result["summary"][::-1]
+    names = [row["arm"] for row in rows]
+    colours = [
+        COLOURS[7] if row["arm"] in (FULL, PRIVATE) else COLOURS[0 if "enforce" in row["arm"] else 5] for row in rows
+    ]
+    full = result["summary"][0]
+    panels = (
+        ("questions 2 to 8: right", [row["later"] for row in rows], full["later"] - 0.02, "%.2f"),
+        ("first token of questions 2 to 8, ms", [row["ttft_ms"] for row in rows], 1.5 * full["ttft_ms"], "%.0f"),
+        (
+            "bytes after 8 questions, of the full cache",
+            [row["bytes_ratio"] + row["sketch_ratio"] for row in rows],
+            0.25,
+            "%.2f",
+        ),
+    )
+    for axis, (title, values, target, form) in zip(axes, panels, strict=True):
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, fmt=form, padding=2, fontsize=8)
+        axis.axvline(target, color="black", linestyle="--", linewidth=1)
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.15)
+    axes[0].annotate("dashed: target", (0.02, -0.13), xycoords="axes fraction", fontsize=8)
+    return figure
+
+
+def draw_guard(result: Result) -> Any:
+    """ROC on the pictures of judgement, and the readings behind it."""
+    figure, axes = _axes(3)
+    for number, (name, arms) in enumerate(WATCHED.items()):
+        chosen = choose(judged(result, arms, CHOICE))
+        for title, mine, style in ((name, arms, "-"), (f"{name}, tiered only", arms[1:], ":")):
+            items = judged(result, mine, JUDGEMENT)
+            if len({wrong for _, wrong in items}) < 2:
+                continue
+            points = [(1.0, 1.0)]
+            for threshold in sorted({reading for reading, _ in items}):
+                alarms, right, misses, wrong = rates(items, threshold)
+                points.append((alarms / right, 1 - misses / wrong))
+            axes[0].step(
+                *zip(*points, strict=True),
+                style,
+                color=COLOURS[number],
+                where="pre",
+                label=f"{title}: {area(items):.3f}",
+            )
+            if mine == arms:
+                alarms, right, misses, wrong = rates(items, chosen)
+                axes[0].plot(
+                    alarms / right,
+                    1 - misses / wrong,
+                    "o",
+                    color=COLOURS[number],
+                    label=f"{name}, threshold {chosen:.2f}",
+                )
+        items = judged(result, arms, JUDGEMENT)
+        edges = [step / 40 for step in range(41)]
+        for wrong, label, colour in ((False, "as the full cache's", COLOURS[3]), (True, "another", COLOURS[4])):
+            axes[1 + number].hist(
+                [r for r, w in items if w is wrong], edges, color=colour, alpha=0.7, label=f"answer {label}"
+            )
+        axes[1 + number].axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"threshold {chosen:.2f}")
+        axes[1 + number].set(
+            title=f"readings, {name}", xlabel="estimated missing share of attention", ylabel="questions"
+        )
+        axes[1 + number].legend(fontsize=8, frameon=False)
+    axes[0].set(title="held-out pictures", xlabel="false alarms, of right answers", ylabel="noticed, of wrong answers")
+    axes[0].set(xlim=(-0.02, 1), ylim=(0, 1.02))
+    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def draw_sketch(result: Result) -> Any:
+    """Estimated over true missing share, a point per question and layer."""
+    rows = {row["method"]: row for row in result["summary"]}
+    shown = [name for name in rows if name != "true"]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axis, name in zip(grid.flat, shown, strict=True):
+        axis.plot((0, 1), (0, 1), color="black", linewidth=0.8)
+        for layer in range(len(rows[name]["error_by_layer"])):
+            xs = [record["shares"]["true"][layer] for record in result["records"]]
+            ys = [record["shares"][name][layer] for record in result["records"]]
+            axis.plot(xs, ys, MARKERS[layer], color=COLOURS[layer], markersize=4, alpha=0.7, label=f"layer {layer}")
+        axis.set_title(f"{name}: error {rows[name]['error']:.3f}", fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].legend(fontsize=8, frameon=False)
+    figure.supxlabel("true missing share of attention", fontsize=10)
+    figure.supylabel("estimated", fontsize=10)
+    return figure
+
+
+def draw_frontier(result: Result) -> Any:
+    """Right answers over bytes, a line per way to choose a copy."""
+    figure, (axis,) = _axes(1, 7.5, 4.6)
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["summary"]:
+        if row["arm"] == FULL:
+            axis.axhline(row["later"], color="black", linestyle="--", linewidth=1, label=FULL)
+            continue
+        _, _, *rest = row["arm"].split(", ")
+        lines.setdefault(
+            ", ".join(
+                ["profile" if "profile" in rest else "uniform", *rest[1:]] if "profile" in rest else ["uniform", *rest]
+            ),
+            [],
+        ).append(row)
+    for number, (name, rows) in enumerate(lines.items()):
+        xs, ys = [row["bytes_ratio"] + row["sketch_ratio"] for row in rows], [row["later"] for row in rows]
+        axis.plot(xs, ys, marker=MARKERS[number], color=COLOURS[number], linewidth=1.2, label=name)
+        for row, x, y in zip(rows, xs, ys, strict=True):
+            note = row["arm"].split(", ")[1]
+            if "enforce" in name:
+                note += f": {row['recomputed']:.1f} recomputed"
+            axis.annotate(
+                note,
+                (x, y),
+                textcoords="offset points",
+                xytext=(5, -11 - 9 * (number % 2)),
+                fontsize=7,
+                color=COLOURS[number],
+            )
+    axis.axvline(0.25, color="grey", linestyle=":", linewidth=1, label="target")
+    axis.set(
+        xlabel="bytes after 8 questions, of the full cache's", ylabel="questions 2 to 8: right", ylim=(-0.05, 1.07)
+    )
+    axis.legend(fontsize=8, frameon=False, loc="center right")
+    return figure
