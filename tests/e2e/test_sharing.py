@@ -16,7 +16,7 @@ from vlcache_sgl.cli.client import Answer, data_url
 from vlcache_sgl.tasks.receipts import Picture, make_picture
 
 PROFILE = Path(__file__).parents[2] / "models/tinyvlm/profiles/grounded.json"
-THRESHOLD = 0.2
+THRESHOLD = 0.15
 FLAGS = (
     *("--kv-policy", "vlcache", "--kv-budget", "0.1"),
     *("--kv-guard", "enforce", "--kv-guard-threshold", str(THRESHOLD), "--kv-profile", str(PROFILE)),

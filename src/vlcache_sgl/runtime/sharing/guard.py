@@ -1,6 +1,6 @@
 """Does a question find what it looks for in a shared copy?  Estimated while its own tokens are prefilled.
 
-For the question's rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
+For the question's last rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
 evicted give the same over what is not.  Their ratio is the share of attention that goes missing, per row, head and
 layer; the reading is its mean, layers weighted by what they are worth to later questions.
 """
@@ -17,6 +17,10 @@ from vlcache_sgl.runtime.allocator import passed_event
 from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
 from vlcache_sgl.runtime.sharing.sketch import missing_share
 
+LAST_ROWS = 4
+"""Rows that are read.  Not all rows of a question look for its answer: over all of them, what a question misses and what
+it would miss anyway lie close together (`docs/sharing.md`)."""
+
 
 @dataclass
 class GuardReading:
@@ -28,7 +32,7 @@ class GuardReading:
     image: SharedImage
     sketches: tuple[PrefixSketch, ...]
     first_row: int
-    """Position of the question's first row: behind the last picture and behind what the prefix cache served."""
+    """Position of the first row that is read: behind the last picture and behind what the prefix cache served."""
     length: int
     """Of the prompt."""
     weights: tuple[float, ...]
