@@ -1,6 +1,6 @@
 """Does a question find what it looks for in a shared copy?  Estimated while its own tokens are prefilled.
 
-For the question's last rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
+For a question's last rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
 evicted give the same over what is not.  Their ratio is the share of attention that goes missing, per row, head and
 layer; the reading is its mean, layers weighted by what they are worth to later questions.
 """
@@ -18,7 +18,7 @@ from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
 from vlcache_sgl.runtime.sharing.sketch import missing_share
 
 LAST_ROWS = 4
-"""Rows that are read.  Not all rows of a question look for its answer: over all of them, what a question misses and what
+"""Rows that are read.  Not all rows of a question look for its answer: over all of them, what one misses and what
 it would miss anyway lie close together (`docs/sharing.md`)."""
 
 
