@@ -1,7 +1,7 @@
 """Does a question find what it looks for in a shared copy?  Estimated while its own tokens are prefilled.
 
-For a question's last rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what was
-evicted give the same over what is not.  Their ratio is the share of attention that goes missing, per row, head and
+For a question's last rows the attention kernel leaves the log-sum-exp over everything that is kept; sketches of what
+was evicted give the same over what is not.  Their ratio is the share of attention that goes missing, per row, head and
 layer; the reading is its mean, layers weighted by what they are worth to later questions.
 """
 
