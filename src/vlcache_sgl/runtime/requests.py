@@ -55,9 +55,12 @@ class Choices:
         self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
         self._model: Prompt | None = None
         self._ranks = 1
-        self.copies = resolve(config.share_policy)
-        """The policy that makes copies for everybody."""
-        require_agnostic(self.copies)
+        try:
+            self.copies = resolve(config.share_policy)
+            """The policy that makes copies for everybody."""
+            require_agnostic(self.copies)
+        except PolicyError as error:
+            raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
 
     def serve(self, model: Prompt, ranks: int) -> None:
