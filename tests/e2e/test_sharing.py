@@ -62,6 +62,7 @@ def test_a_copy_for_everybody_answers_everybody(server: Any, asks: Any) -> None:
         assert first.report["ratio"] <= 0.25
         assert all(answer.cached_tokens > drawn.num_image_tokens for answer in later)
         assert all(not answer.report["guard"]["tripped"] for answer in later), "nothing is missing"
+        assert all(0 <= answer.report["guard"]["missing_in_decode"] < THRESHOLD for answer in later)
     assert total >= 2 * QUESTIONS - 1
     state = server.settled()
     assert state["guard_readings"] - before["guard_readings"] == 2 * (QUESTIONS - 1)
