@@ -38,6 +38,8 @@ from vlcache_sgl.cli.server import ServerProcess, interruptible
 from vlcache_sgl.tasks.receipts import CELL, Picture, make_picture
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+GUARD = ("--kv-guard", "enforce", "--kv-guard-threshold", "0.05")
+"""With `--guard`: many questions trip."""
 FLAGS = (
     *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "3072"),
     *("--max-running-requests", "16", "--schedule-conservativeness", "0.1", "--skip-server-warmup"),
@@ -61,6 +63,8 @@ CHOICES: tuple[dict[str, Any] | None, ...] = (
     {"kv_policy": "snapkv", "kv_budget": 0.2},
     {"kv_policy": "scorer=knorm,allocator=uniform"},
     {"kv_budget": 1.0},
+    {"kv_share": "tiered"},
+    {"kv_share": "off"},
 )
 GROWTH_ALLOWED = 0.15
 """Of resident memory, from the first third of the time to the last."""
@@ -79,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=12, help="requests in flight; default 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "models/tinyvlm/grounded"))
+    parser.add_argument(
+        "--guard", action="store_true", help="questions differ, and pictures that lack too much come back"
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for a shorter run")
 
 
@@ -105,7 +112,7 @@ def known_questions(seed: int) -> list[dict[str, Any]]:
 @cache
 def sheet(seed: int, rows: int, cols: int) -> Picture:
     """Drawn once; what must be new is shifted by whole cells, because drawing takes longer than answering."""
-    return make_picture(seed, rows, cols, num_questions=1)
+    return make_picture(seed, rows, cols, num_questions=6)
 
 
 @cache
@@ -145,6 +152,8 @@ class Plan:
     answers: Sequence[str]
     """Of stock SGLang, to `known`."""
     wrong: Sequence[Any]
+    guard: bool = False
+    """Whether the same pictures are asked different questions."""
 
 
 class Client(threading.Thread):
@@ -218,9 +227,11 @@ class Client(threading.Thread):
         elif kind < 0.5:
             rows, cols = what.choice(GRIDS)
             drawn = sheet(seed % 4, rows, cols)
-            shift = (CELL * what.randrange(rows), CELL * what.randrange(cols))
+            again = self._plan.guard and what.random() < 0.7
+            shift = (0, 0) if again else (CELL * what.randrange(rows), CELL * what.randrange(cols))
             image = Image.fromarray(np.roll(np.asarray(drawn.image), shift, axis=(0, 1)))
-            text = f"<|im_start|>user\n{PLACE}{drawn.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
+            question = draw.choice(drawn.questions) if again else drawn.questions[0]
+            text = f"<|im_start|>user\n{PLACE}{question.text}<|im_end|>\n<|im_start|>assistant\n"
             body = {"text": text, "image_data": [data_url(image)]}
         else:
             body = long_prompt(what.choice([300, 600, 1200, 2400]), seed % 20).body(1)
@@ -266,10 +277,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     known = known_questions(arguments.seed)
     with interruptible():
         answers = ask_stock(arguments.model, known, console)
-        with ServerProcess(
-            arguments.model, [*FLAGS, *POLICY], title="soak", env=ENVIRONMENT, console=console
-        ) as server:
-            plan = Plan(server.url, time.monotonic() + 60 * arguments.minutes, known, answers, wrong_requests())
+        flags = [*FLAGS, *POLICY, *(GUARD if arguments.guard else ())]
+        with ServerProcess(arguments.model, flags, title="soak", env=ENVIRONMENT, console=console) as server:
+            deadline = time.monotonic() + 60 * arguments.minutes
+            plan = Plan(server.url, deadline, known, answers, wrong_requests(), arguments.guard)
             clients = [
                 Client(plan, 1000 * arguments.seed + number, talks=number < TALKERS)
                 for number in range(arguments.clients)
@@ -282,12 +293,14 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             if not retracted:
                 problems.append("nobody was retracted: the pool is too large to show anything")
             state = server.kv_policy() if server.running else {}
+            if arguments.guard and not state.get("expansions"):
+                problems.append("no picture was computed anew")
     result = {
         "task": "soak",
         "command": command_line(),
         "host": host,
         "model": Path(arguments.model).parent.name,
-        "server_flags": [*FLAGS, *POLICY],
+        "server_flags": flags,
         "environment": ENVIRONMENT,
         "minutes": arguments.minutes,
         "clients": arguments.clients,
@@ -307,7 +320,8 @@ def write(result: dict[str, Any], arguments: argparse.Namespace, console: Consol
     """The result on the console and as JSON."""
     folder = arguments.output or ROOT / ("benchmarks/results" if arguments.minutes >= MINUTES else "out")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{device_name()}-{result['model']}-soak-sglang{result['host']['packages']['sglang']}"
+    task = "soak-guard" if arguments.guard else "soak"
+    stem = f"{device_name()}-{result['model']}-{task}-sglang{result['host']['packages']['sglang']}"
     path = folder / f"{stem}.json"
     path.write_text(
         re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1)) + "\n"
