@@ -113,7 +113,7 @@ def test_others_wait_no_longer_when_the_maker_of_the_copy_is_gone() -> None:
     world.trip_share = 0.0
     assert first is not None
     assert second is not None
-    world.expansions.before_next_batch(None)
+    world.expansions.before_next_batch(world.batch, None)
     assert world.image.leader is first
     assert world.expansions.held() == [second]
     world.abort(first)

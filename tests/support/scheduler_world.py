@@ -186,7 +186,7 @@ class World:
 
     def prefill(self) -> bool:
         """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
-        self.expansions.before_next_batch(None)
+        self.expansions.before_next_batch(self.batch, None)
         admission.reopen(self, self.batch)
         with self.expansions.holding_back():
             return self._prefill()

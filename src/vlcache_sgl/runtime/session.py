@@ -395,7 +395,7 @@ class Session:
     def before_next_batch(self, _: Any, *, running_batch: Any, last_batch: Any) -> None:
         """Before SGLang chooses its next batch: send questions back that their picture's copy cannot answer."""
         if self._expansions is not None:
-            self._expansions.before_next_batch(last_batch)
+            self._expansions.before_next_batch(running_batch, last_batch)
 
     def before_prefill_result(self, _: Any, batch: Any, *__: Any) -> None:
         """Before SGLang publishes the first tokens of a prefill batch; under overlap scheduling that has been done."""

@@ -136,7 +136,7 @@ class Expansions:
 
     # -- before the next batch --------------------------------------------------------------------------------------
 
-    def before_next_batch(self, last_batch: Any) -> None:
+    def before_next_batch(self, running_batch: Any, last_batch: Any) -> None:
         """Take tripped requests out of the batch that was just prefilled, queue those of before again."""
         returning, self._returning = self._returning, []
         for req in returning:
@@ -147,7 +147,8 @@ class Expansions:
             self.judge(last_batch)
         gone = [req for req in last_batch.reqs if req.is_retracted and job_of(req) is not None]
         if gone:
-            last_batch.filter_batch(reqs_to_exclude=[*gone, *filter(None, [self._scheduler.chunked_req])])
+            last_batch.filter_batch(reqs_to_exclude=gone)
+            running_batch.batch_is_full = False
 
     @contextmanager
     def holding_back(self) -> Iterator[None]:

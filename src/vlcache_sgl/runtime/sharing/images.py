@@ -8,6 +8,7 @@ while requests that run keep the old one to their end.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -180,5 +181,5 @@ class SharedImages:
 def prefix_digest(tokens: Sequence[int], end: int, begin: bytes = b"") -> bytes:
     """Names ``tokens[:end]``; pictures differ in the numbers that SGLang gives their tokens."""
     digest = hashlib.blake2b(begin, digest_size=16)
-    digest.update(memoryview(tokens)[:end])  # type: ignore[arg-type]
+    digest.update(array("q", tokens[:end]))
     return digest.digest()
