@@ -73,3 +73,12 @@ def test_budget_target(budget: KVBudget, owned: int, length: int, target: int) -
 def test_overcommit_auto_follows_the_budget() -> None:
     factors = [KVConfig("v", KVBudget(fraction=f)).overcommit_factor for f in (1.0, 0.5, 0.2, 0.1, 0.01)]
     assert factors == [1.0, 1.6, 4.0, 8.0, 16.0]
+
+
+def test_a_profile_is_for_later_questions() -> None:
+    plain = config_from({"kv_policy": "vlcache"})
+    profiled = config_from({"kv_policy": "vlcache", "kv_profile": "p.json"})
+    asked = config_from({"kv_policy": "vlcache", "kv_profile": "p.json", "kv_share": "policy"})
+    assert [config.share for config in (plain, profiled, asked) if config] == ["policy", "tiered", "policy"]
+    assert profiled is not None
+    assert profiled.share_policy == "scorer=keydiff,allocator=table,file=p.json"

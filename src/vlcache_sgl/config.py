@@ -179,7 +179,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-share",
         "What other requests find of a picture: `policy`, what the first request's policy kept; `tiered`, a copy made "
-        "for all questions; `off`, nothing. Default: policy.",
+        "for all questions; `off`, nothing. Default: tiered with --kv-profile, policy without.",
         choices=get_args(Share),
     ),
     Flag(
@@ -247,6 +247,8 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     parsed: dict[str, Any] = {name.removeprefix("kv_"): readers[name](value) for name, value in given.items()}
     known = {f.name for f in fields(KVConfig)}
     assert set(parsed) <= known
+    if "profile" in parsed:
+        parsed.setdefault("share", "tiered")  # who has calibrated expects later questions
     config = KVConfig(policy=policy.strip(), **parsed)
     if config.budget_min > config.budget_max:
         raise ConfigError(f"--kv-budget-min {config.budget_min:g} is above --kv-budget-max {config.budget_max:g}")

@@ -18,6 +18,7 @@ THRESHOLD = 0.15
 FLAGS = (
     *("--kv-policy", "vlcache", "--kv-budget", "0.1"),
     *("--kv-guard", "enforce", "--kv-guard-threshold", str(THRESHOLD), "--kv-profile", str(PROFILE)),
+    *("--kv-share", "policy"),
 )
 QUESTIONS = 6
 
