@@ -20,10 +20,11 @@ Result = Mapping[str, Any]
 
 FULL, PRIVATE = "full cache", "off"
 TARGETS = {
-    "right answers to questions 2 to 8, below the full cache by": 0.02,
-    "first token of questions 2 to 8, over a hit of the full cache": 1.5,
-    "first token of questions 2 to 8, nothing shared over this": 2.0,
-    "bytes after 8 questions, of the full cache's": 0.25,
+    "right answers lost": 0.02,
+    "first token, over a hit": 1.5,
+    "first token, off over this": 2.0,
+    "bytes, picture and sketch": 0.25,
+    "bytes, texts too": 0.25,
 }
 """What a shared copy was to reach: at most, except for the third: at least."""
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
@@ -58,8 +59,7 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
         )
         if full is not None:
             row["ttft_ratio"] = round(row["ttft_ms"] / full["ttft_ms"], 3)
-            row["bytes_ratio"] = round(row["bytes"] / full["bytes"], 4)
-            row["sketch_ratio"] = round(row["sketch_bytes"] / full["bytes"], 4)
+            row["bytes_ratio"] = round((row["bytes"] + row["sketch_bytes"]) / full["bytes"], 4)
             row["lost"] = round(full["later"] - row["later"], 4)
         if private is not None:
             row["ttft_gain"] = round(private["ttft_ms"] / row["ttft_ms"], 3)
@@ -80,13 +80,22 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
         "ttft_first_ms": round(fmean(r["questions"][0]["ttft_ms"] for r in records), 1),
         "ttft_ms": round(fmean(times), 1),
         "ttft_median_ms": round(median(times), 1),
-        "bytes": round(fmean(r["bytes"] for r in records)),
+        "prefill_ms": round(fmean(q["prefill_ms"] for r in records for q in r["questions"][1:8]), 1),
+        "bytes": round(fmean(r["cells_tree"] * r["bytes_per_cell"] for r in records)),
         "picture_kept": round(fmean(r["picture_kept"] for r in records), 4),
+        "sketch_ratio": round(fmean(map(_sketch_share, records)), 4),
+        "picture_ratio": round(fmean(r["picture_kept"] + _sketch_share(r) for r in records), 4),
         "sketch_bytes": round(fmean(r["sketch_bytes"] for r in records)),
         "recomputed": round(fmean(r["expansions"] for r in records), 3),
         "whole": round(fmean(r["pictures_whole"] for r in records), 3),
         "missing": round(fmean(readings), 4) if readings else None,
     }
+
+
+def _sketch_share(record: Record) -> float:
+    """Bytes of sketches, of those that the picture has uncompressed."""
+    whole = record["side"] ** 2 * record["cells_per_token"] * record["bytes_per_cell"]
+    return float(record["sketch_bytes"] / whole)
 
 
 def reached(row: Mapping[str, Any]) -> dict[str, bool]:
@@ -95,7 +104,8 @@ def reached(row: Mapping[str, Any]) -> dict[str, bool]:
         row["lost"] <= 0.02,
         row["ttft_ratio"] <= 1.5,
         row["ttft_gain"] >= 2.0,
-        row["bytes_ratio"] + row["sketch_ratio"] <= 0.25,
+        row["picture_ratio"] <= 0.25,
+        row["bytes_ratio"] <= 0.25,
     )
     return dict(zip(TARGETS, values, strict=True))
 
@@ -168,6 +178,7 @@ def table(result: Result) -> str:
             f"{row['ttft_ms']:.0f}",
             f"{row['ttft_ratio']:.2f}x",
             f"{row['ttft_gain']:.2f}x",
+            f"{row['prefill_ms']:.0f}",
             f"{row['picture_kept']:.2f}" if row["arm"] != PRIVATE else f"{row['picture_kept']:.2f} each",
             f"{row['bytes_ratio']:.3f}",
             f"{row['sketch_ratio']:.3f}" if row["sketch_bytes"] else "",
@@ -177,7 +188,7 @@ def table(result: Result) -> str:
         for row in result["summary"]
     ]
     head = ["arm", "question 1", "questions 2 to 8", "first token ms", "over a hit", "off over this"]
-    head += ["of the picture", "bytes", "sketch", "recomputed", "reading"]
+    head += ["prefill ms", "of the picture", "bytes", "sketch", "recomputed", "reading"]
     return markdown_table(head, lines)
 
 
@@ -187,10 +198,10 @@ def targets(result: Result) -> str:
     for row in result["summary"]:
         if row["arm"] not in (FULL, PRIVATE):
             values = (f"{row['lost']:.3f}", f"{row['ttft_ratio']:.2f}", f"{row['ttft_gain']:.2f}")
-            values = (*values, f"{row['bytes_ratio'] + row['sketch_ratio']:.3f}")
+            values = (*values, f"{row['picture_ratio']:.3f}", f"{row['bytes_ratio']:.3f}")
             met = reached(row).values()
             lines.append([row["arm"], *(f"{v}{'' if ok else ', **no**'}" for v, ok in zip(values, met, strict=True))])
-    bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25")
+    bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25", "at most 0.25")
     return markdown_table(("arm", *(f"{n} ({b})" for n, b in zip(TARGETS, bounds, strict=True))), lines)
 
 
@@ -395,8 +406,9 @@ def draw_table(result: Result) -> Any:
         ("questions 2 to 8: right", [row["later"] for row in rows], full["later"] - 0.02, "%.2f"),
         ("first token of questions 2 to 8, ms", [row["ttft_ms"] for row in rows], 1.5 * full["ttft_ms"], "%.0f"),
         (
-            "bytes after 8 questions, of the full cache",
-            [row["bytes_ratio"] + row["sketch_ratio"] for row in rows],
+            "bytes of the picture, of the full cache's",
+            # Each private question keeps a copy of its own.
+            [row["picture_ratio"] * (8 if row["arm"] == PRIVATE else 1) for row in rows],
             0.25,
             "%.2f",
         ),
@@ -482,7 +494,7 @@ def draw_sketch(result: Result) -> Any:
 
 def draw_frontier(result: Result) -> Any:
     """Right answers over bytes, a line per way to choose a copy."""
-    figure, (axis,) = _axes(1, 7.5, 4.6)
+    figure, (axis,) = _axes(1, 9.5, 4.8)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["summary"]:
         if row["arm"] == FULL:
@@ -496,7 +508,7 @@ def draw_frontier(result: Result) -> Any:
             [],
         ).append(row)
     for number, (name, rows) in enumerate(lines.items()):
-        xs, ys = [row["bytes_ratio"] + row["sketch_ratio"] for row in rows], [row["later"] for row in rows]
+        xs, ys = [row["picture_ratio"] for row in rows], [row["later"] for row in rows]
         axis.plot(xs, ys, marker=MARKERS[number], color=COLOURS[number], linewidth=1.2, label=name)
         for row, x, y in zip(rows, xs, ys, strict=True):
             note = row["arm"].split(", ")[1]
@@ -512,7 +524,9 @@ def draw_frontier(result: Result) -> Any:
             )
     axis.axvline(0.25, color="grey", linestyle=":", linewidth=1, label="target")
     axis.set(
-        xlabel="bytes after 8 questions, of the full cache's", ylabel="questions 2 to 8: right", ylim=(-0.05, 1.07)
+        xlabel="bytes of the picture and its sketch, of the full cache's",
+        ylabel="questions 2 to 8: right",
+        ylim=(-0.1, 1.08),
     )
-    axis.legend(fontsize=8, frameon=False, loc="center right")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
