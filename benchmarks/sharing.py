@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,22 +112,9 @@ def varied(arm: Arm, what: str, *flags: str) -> Arm:
 
 
 def experiments() -> dict[str, Experiment]:
-    """By name, in the order in which they are run: thresholds come from the first."""
+    """By name, in the order in which they are run."""
     tested = tuple((TEST_SEED + i, SIDE) for i in range(10))
     return {
-        "guard": Experiment(
-            (
-                FULL,
-                POLICY,
-                TIERED,
-                varied(POLICY, "observe", *guarded("observe")),
-                varied(TIERED, "observe", *guarded("observe")),
-                varied(POLICY, "profile, observe", *guarded("observe", profile=True)),
-                varied(TIERED, "profile, observe", *guarded("observe", profile=True)),
-            ),
-            tuple((seed + i, SIDE) for i in range(4) for seed in (CHOICE_SEED, JUDGEMENT_SEED)),
-            again=True,
-        ),
         "table": Experiment(
             (
                 FULL,
@@ -144,6 +132,19 @@ def experiments() -> dict[str, Experiment]:
             (FULL, POLICY, PRIVATE, TIERED),
             tuple((TEST_SEED + i, side) for i in range(3) for side in (24, 48)),
             model=RANDOM_WEIGHTS,
+        ),
+        "guard": Experiment(
+            (
+                FULL,
+                POLICY,
+                TIERED,
+                varied(POLICY, "observe", *guarded("observe")),
+                varied(TIERED, "observe", *guarded("observe")),
+                varied(POLICY, "profile, observe", *guarded("observe", profile=True)),
+                varied(TIERED, "profile, observe", *guarded("observe", profile=True)),
+            ),
+            tuple((seed + i, SIDE) for i in range(4) for seed in (CHOICE_SEED, JUDGEMENT_SEED)),
+            again=True,
         ),
     }
 
@@ -240,6 +241,12 @@ class Records:
     def _keep(self, record: dict[str, Any]) -> None:
         self.found[record["arm"], record["seed"], record["side"]] = record
 
+    @staticmethod
+    def name(name: str, experiment: Experiment) -> str:
+        """Of the file: answers of arms that were defined otherwise are in another one."""
+        defined = repr((FLAGS, experiment.arms, experiment.model, experiment.again)).encode()
+        return f"{name}-{hashlib.blake2b(defined, digest_size=4).hexdigest()}.jsonl"
+
     def add(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -334,6 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [*experiments(), *OFFLINE]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names)}; default: what is missing")
     parser.add_argument("--quick", action="store_true", help="one picture: does it run?  Writes to out/")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--page", action="store_true", help="only make tables and figures again")
 
 
@@ -356,7 +364,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             if arguments.quick:
                 experiment = experiment._replace(pictures=experiment.pictures[:1])
             folder = OUT / "quick" if arguments.quick else OUT
-            records = Records(folder / f"{name}.jsonl")
+            path = folder / Records.name(name, experiment)
+            if arguments.fresh:
+                path.unlink(missing_ok=True)
+            records = Records(path)
             run(name, experiment, records, console)
             if not arguments.quick:
                 write_result(name, experiment, records, host)
