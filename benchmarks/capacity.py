@@ -113,6 +113,7 @@ def measure(server: ServerProcess, load: Load, prepared: Any, with_policies: boo
     return {
         "requests": len(outcomes),
         "seconds": round(seconds, 2),
+        "load_average_5_min": round(os.getloadavg()[1], 2),
         "running_peak": max((running for running, _ in steps), default=0),
         "running_mean_while_others_wait": round(statistics.mean(crowded), 2) if crowded else 0,
         "retracted": sum(int(n) for n in re.findall(r"#retracted_reqs: (\d+)", new)),

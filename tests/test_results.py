@@ -179,6 +179,37 @@ def test_sharing_goes_on_where_it_stopped(sharing: ModuleType, tmp_path: Path) -
     assert len(sharing.Records(records.path).found) == 2
 
 
+def test_books_were_exact_after_every_load(capacity: ModuleType) -> None:
+    """Some results are older than the count that follows a load; a new one has it for all of our servers."""
+    rows = [
+        (path.name, row)
+        for path in capacity.result_paths()
+        for row in json.loads(path.read_text())["rows"]
+        if row.get("books") is not None
+    ]
+    assert rows
+    for name, row in rows:
+        assert row["books"] == {"cells_used_after_flush": 0, "problems": []}, (name, row["server"])
+
+
+def test_the_soak_was_whole_and_passed(capacity: ModuleType) -> None:
+    """Twenty minutes at least, under pressure, and every outcome one that should be."""
+    import soak
+
+    paths = capacity.soak_paths()
+    assert paths
+    for path in paths:
+        result = json.loads(path.read_text())
+        samples = [soak.Sample(*sample) for sample in result["samples"]]
+        assert result["minutes"] >= soak.MINUTES
+        assert samples[-1].seconds >= 60 * soak.MINUTES
+        assert result["requests"] == sum(result["outcomes"].values())
+        assert not [outcome for outcome in result["outcomes"] if outcome.startswith(soak.FAILED)]
+        assert result["problems"] == soak.grown(samples) == []
+        assert result["retracted"] > 0
+        assert result["kv_policy_at_end"]["cells_used"] == 0
+
+
 def test_every_built_in_policy_was_measured_and_served(policies: ModuleType) -> None:
     result = json.loads(policies.result_path().read_text())
     rows = {row["policy"]: row for row in result["summary"]}

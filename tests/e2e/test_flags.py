@@ -25,6 +25,12 @@ WRONG = {
     "budget no number": ((*POLICY, "--kv-budget", "much"), ["--kv-budget", "much"]),
     "scope": ((*POLICY, "--kv-scope", "audio"), ["--kv-scope", "audio"]),
     "min tokens": ((*POLICY, "--kv-min-tokens", "-1"), ["--kv-min-tokens", "-1"]),
+    "share": ((*POLICY, "--kv-share", "everybody"), ["--kv-share", "everybody", "tiered"]),
+    "share budget": ((*POLICY, "--kv-share-budget", "2"), ["--kv-share-budget", "2"]),
+    "share scorer that reads the question": ((*POLICY, "--kv-share-scorer", "snapkv"), ["--kv-share-scorer", "snapkv"]),
+    "no such profile": ((*POLICY, "--kv-profile", "/nowhere.json"), ["--kv-profile", "/nowhere.json"]),
+    "guard": ((*POLICY, "--kv-guard", "maybe"), ["--kv-guard", "maybe", "enforce"]),
+    "guard threshold": ((*POLICY, "--kv-guard-threshold", "0"), ["--kv-guard-threshold", "0"]),
     "budget without policy": (("--kv-budget", "0.1"), ["--kv-budget", "--kv-policy"]),
 }
 """Flags, and what the one line must name."""
@@ -73,7 +79,7 @@ def test_wrong_flags_cost_one_line_and_code_2(outcomes: dict[str, dict[str, Any]
 def test_help_has_a_group_of_our_flags(outcomes: dict[str, dict[str, Any]]) -> None:
     text = outcomes["help"]["out"]
     assert outcomes["help"]["code"] == 0
-    for flag in ("--kv-policy", "--kv-budget", "--kv-scope", "--kv-min-tokens"):
+    for flag in ("--kv-policy", "--kv-budget", "--kv-scope", "--kv-min-tokens", "--kv-share", "--kv-guard"):
         assert f"  {flag}" in text
 
 
@@ -95,6 +101,8 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
     "policy of the wrong type": {"custom_params": {"kv_policy": 3}},
     "budget out of range": {"custom_params": {"kv_budget": 2.5}},
     "budget no number": {"custom_params": {"kv_budget": "much"}},
+    "share": {"custom_params": {"kv_share": "everybody"}},
+    "share of the wrong type": {"custom_params": {"kv_share": ["off"]}},
 }
 
 

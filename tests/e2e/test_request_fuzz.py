@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlcache_sgl.cli.client import data_url
 
 BODIES = 1000
-OURS = r"kv_policy|kv_budget|kv_report|policy|scorer|allocator|selection"
+OURS = r"kv_policy|kv_budget|kv_report|kv_share|policy|scorer|allocator|selection"
 """In the messages of what we refuse; SGLang's own are about JSON and types."""
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -60,7 +60,8 @@ parameters = st.fixed_dictionaries(
     optional={
         "kv_policy": st.one_of(policies, anything),
         "kv_budget": st.one_of(numbers, anything),
-        "kv_report": st.one_of(st.sampled_from(["summary", "positions"]), anything),
+        "kv_report": st.one_of(st.sampled_from(["summary", "positions", "recall"]), anything),
+        "kv_share": st.one_of(st.sampled_from(["policy", "tiered", "off"]), anything),
         "kv_unknown": anything,
         "__class__": anything,
     },

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -64,6 +62,7 @@ def test_a_copy_for_everybody_answers_everybody(server: Any, asks: Any) -> None:
         assert first.report["ratio"] <= 0.25
         assert all(answer.cached_tokens > drawn.num_image_tokens for answer in later)
         assert all(not answer.report["guard"]["tripped"] for answer in later), "nothing is missing"
+        assert all(0 <= answer.report["guard"]["missing_in_decode"] < THRESHOLD for answer in later)
     assert total >= 2 * QUESTIONS - 1
     state = server.settled()
     assert state["guard_readings"] - before["guard_readings"] == 2 * (QUESTIONS - 1)
@@ -136,16 +135,6 @@ def test_private_copies_leave_nothing_behind(server: Any, asks: Any) -> None:
     assert [a.text.strip() for a in answers] == [q.answer for q in drawn.questions[:3]]
     assert all(answer.cached_tokens < 10 for answer in answers)
     assert server.settled()["cells_tree"] == 0
-
-
-def test_a_wrong_value_is_refused(server: Any) -> None:
-    body = {
-        "text": "red K?",
-        "sampling_params": {"max_new_tokens": 1, "custom_params": {"kv_share": "everybody"}},
-    }
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=60)
-    assert answer.status_code == 400
-    assert "kv_share must be one of: policy, tiered, off" in json.dumps(answer.json())
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_texts_that_are_remembered_are_short() -> None:
     """A padded name means the same policy and would be remembered whole."""
     with pytest.raises(ConfigError, match=f"at most {LONGEST_SPEC} characters"):
         DEFAULT.select({"kv_policy": "vlcache" + " " * LONGEST_SPEC}, 1000)
-    assert all(len(spec) <= LONGEST_SPEC for spec, _ in DEFAULT._known)
+    assert all(len(spec) <= LONGEST_SPEC for spec, *_ in DEFAULT._known)
 
 
 @pytest.mark.parametrize("budget", [0.04, 0.61, 3, 700])

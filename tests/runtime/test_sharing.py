@@ -263,3 +263,26 @@ def test_layers_alike_without_a_profile() -> None:
 def test_digests_tell_prefixes_apart() -> None:
     assert prefix_digest(TOKENS, 10) == prefix_digest(array("q", range(11)), 10)
     assert len({prefix_digest(TOKENS, 10), prefix_digest(TOKENS, 11), prefix_digest(TOKENS, 10, b"1")}) == 3
+
+
+def test_first_decode_steps_are_read() -> None:
+    scale = DIM**-0.5
+    sharing = make_sharing(MODEL, guard="observe")
+    job = make_job("policy")
+    kept = list(range(0, VISION.end, 4))
+    sharing.remember(job, PROMPT, own_plan(kept).keep, keys_values)
+    sharing.watch(job, VISION.end)
+    guard = job.decode_guard
+    assert guard is not None
+    assert [guard.wants(LENGTH + step) for step in (0, 1, 2, 3)] == [False, True, True, False]
+    assert guard.missing(5) is None
+    queries = torch.randn(2, LAYERS, HEADS, DIM, generator=torch.Generator().manual_seed(9)) * 2
+    for step in (0, 1):
+        for layer in range(LAYERS):
+            guard.observe(layer, LENGTH + 1 + step, queries[step, layer], keys_values(layer)[kept, 0], scale)
+    want = [
+        sum(float(true_missing(kept, queries[step, layer, None], layer, scale)) / LAYERS for layer in range(LAYERS))
+        for step in (0, 1)
+    ]
+    assert guard.missing(2) == pytest.approx(want[0], abs=0.1), "the second step ran, the answer had ended"
+    assert guard.missing(5) == pytest.approx(sum(want) / 2, abs=0.1)

@@ -65,7 +65,8 @@ def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
     try:
         Choices(config)
     except PolicyError as error:
-        raise ConfigError(f"--kv-policy: {error}") from error
+        message = str(error)
+        raise ConfigError(message if message.startswith("--kv-") else f"--kv-policy: {message}") from error
     model = model_config_dict(server_args)
     problems = [*unsupported_arguments(server_args), *unsupported_model(model)]
     if problems:

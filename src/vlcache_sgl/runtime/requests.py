@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.recall import Recall
     from vlcache_sgl.runtime.scoring import Scoring
-    from vlcache_sgl.runtime.sharing.guard import GuardReading
+    from vlcache_sgl.runtime.sharing.guard import DecodeReading, GuardReading
     from vlcache_sgl.runtime.sharing.images import SharedImage
 
 REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
@@ -55,9 +55,12 @@ class Choices:
         self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
         self._model: Prompt | None = None
         self._ranks = 1
-        self.copies = resolve(config.share_policy)
-        """The policy that makes copies for everybody."""
-        require_agnostic(self.copies)
+        try:
+            self.copies = resolve(config.share_policy)
+            """The policy that makes copies for everybody."""
+            require_agnostic(self.copies)
+        except PolicyError as error:
+            raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
 
     def serve(self, model: Prompt, ranks: int) -> None:
@@ -189,12 +192,19 @@ class CompressionJob:
     """Of the copy that this request looks for or makes."""
     guard: GuardReading | None = None
     """How well the present prefill finds what it looks for."""
+    decode_guard: DecodeReading | None = None
+    """The same for the first decode steps."""
     trips: int = 0
     """How often it did not, and started over."""
     missed: float = 0.0
     """The reading of the last time."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
+
+    @property
+    def reads_decode(self) -> bool:
+        """Whether decode steps of this request are looked at."""
+        return self.recall is not None or self.decode_guard is not None
 
     @property
     def pictures_end(self) -> int:
@@ -210,7 +220,7 @@ class CompressionJob:
         self.scoring = None
         self.done = False
         self.reached = None
-        self.guard = None
+        self.guard = self.decode_guard = None
         self.report.clear()
         if self.trips:
             self.report.update(recomputed=self.trips, missed=self.missed)

@@ -339,7 +339,7 @@ class Session:
         if rows is not None:
             setattr(forward_batch, ROWS_ATTRIBUTE, rows.tolist())
         if not batch.forward_mode.is_extend():
-            watched = [job if job is not None and job.recall is not None else None for job in map(job_of, batch.reqs)]
+            watched = [job if job is not None and job.reads_decode else None for job in map(job_of, batch.reqs)]
             if any(watched):
                 setattr(forward_batch, JOBS_ATTRIBUTE, watched)
             return
@@ -373,7 +373,7 @@ class Session:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             self._backend.jobs = self._backend.rows = None
-        if jobs is None or self.compressor is None:
+        if jobs is None or self.compressor is None or forward_batch.forward_mode.is_decode():
             return result
         table = runner.req_to_token_pool.req_to_token
         complete = [
@@ -414,8 +414,13 @@ class Session:
         """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
         for req in reqs:
             job = job_of(req)
-            if job is not None and job.recall is not None and req.finished():
+            if job is None or not req.finished():
+                continue
+            if job.recall is not None:
                 job.report["recall"] = job.recall.report(len(req.output_ids))
+            if job.decode_guard is not None and "guard" in job.report:
+                missing = job.decode_guard.missing(len(req.output_ids))
+                job.report["guard"]["missing_in_decode"] = None if missing is None else round(missing, 4)
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""

@@ -28,6 +28,7 @@ from vlcache_sgl.runtime.batch_scoring import BatchScoring
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.recall import Recall
 from vlcache_sgl.runtime.requests import CompressionJob
+from vlcache_sgl.runtime.sharing.guard import DecodeReading
 
 
 class ResidencyBackend(AttentionBackend):
@@ -63,6 +64,8 @@ class ResidencyBackend(AttentionBackend):
         # Requests with a guard, by their rows of the batch that it reads.
         self._guarded: list[tuple[CompressionJob, slice]] = []
         self._watched: list[tuple[int, Recall, torch.Tensor]] = []
+        # Questions about shared pictures in their first decode steps: number, reading, length, cells of all planes.
+        self._guarded_steps: list[tuple[int, DecodeReading, int, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -91,7 +94,7 @@ class ResidencyBackend(AttentionBackend):
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
         self._voting = None
-        self._watched = []
+        self._watched, self._guarded_steps = [], []
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
             self._plan_recall(forward_batch)
@@ -141,11 +144,16 @@ class ResidencyBackend(AttentionBackend):
         )
 
     def _plan_recall(self, forward_batch: Any) -> None:
-        """Look up the cells of requests whose attention is measured: rarely any."""
+        """Look up the cells of requests whose attention is looked at: few, or for few steps."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
             if job is not None and job.recall is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
                 self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
+            length = int(forward_batch.seq_lens_cpu[number])
+            guard = None if job is None or self.arena.groups > 1 or self.provider.on_device else job.decode_guard
+            if guard is not None and guard.wants(length):
+                slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
+                self._guarded_steps.append((number, guard, length, self.arena.residency.table[:, slots]))
 
     def _rows_of(self, forward_batch: Any) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -217,6 +225,10 @@ class ResidencyBackend(AttentionBackend):
         for number, recall, cells in self._watched:
             keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
             recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
+        for number, guard, length, cells in self._guarded_steps:
+            kept = cells[layer.layer_id]
+            keys = self.arena.arena[kept[kept >= 0].to(torch.int64), 0]
+            guard.observe(layer.layer_id, length, queries[number], keys, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 

@@ -90,3 +90,53 @@ class GuardReading:
         if self._event is not None:
             self._event.synchronize()
         return float(self._copied)
+
+
+FIRST_STEPS = 2
+"""Decode steps of a question about a shared picture that are read."""
+
+
+class DecodeReading:
+    """A second look, at the first decode steps: what an answer looks up just in time no prefill row has looked for.
+
+    It comes too late to withhold the answer and is only reported.
+
+    Args:
+        sketches, weights: as in `GuardReading`.
+        length: of the prompt.
+    """
+
+    def __init__(self, sketches: tuple[PrefixSketch, ...], weights: tuple[float, ...], length: int) -> None:
+        self._sketches = sketches
+        self._weights = weights
+        self._length = length
+        self._steps: dict[int, float] = {}
+
+    def wants(self, length: int) -> bool:
+        """Whether the step that makes the sequence `length` tokens long is read."""
+        return self._length < length <= self._length + FIRST_STEPS
+
+    def observe(self, layer: int, length: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        """One step in one layer.
+
+        Args:
+            length: of the sequence, this step's token included.
+            queries: `[H, D]`, of the step's token.
+            keys: `[n, K, D]`, what is kept of the sequence.
+            scale: factor of the logits.
+        """
+        parts = [part for sketch in self._sketches if (part := sketch.layers[layer]) is not None]
+        if not parts or not self._weights[layer]:
+            return
+        heads, dim = queries.shape
+        by_head = queries.float().view(keys.shape[1], -1, dim)
+        kept = (torch.einsum("kgd,nkd->kgn", by_head, keys.float()) * scale).logsumexp(-1).view(1, heads)
+        evicted = torch.stack([part.log_mass(queries[None], scale) for part in parts]).logsumexp(0)
+        share = float(missing_share(kept, evicted).mean())
+        self._steps[length] = self._steps.get(length, 0.0) + self._weights[layer] * share
+
+    def missing(self, answered: int) -> float | None:
+        """Mean over the steps that made an answer of `answered` tokens, in [0, 1]; None without a step."""
+        last = self._length + answered - 1  # one more step may have run before it was known that the answer had ended
+        steps = [share for length, share in self._steps.items() if length <= last]
+        return sum(steps) / len(steps) if steps else None

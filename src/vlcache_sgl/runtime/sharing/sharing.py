@@ -13,7 +13,7 @@ from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import Policy
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.scoring import KeysValues, Scoring
-from vlcache_sgl.runtime.sharing.guard import LAST_ROWS, GuardReading
+from vlcache_sgl.runtime.sharing.guard import LAST_ROWS, DecodeReading, GuardReading
 from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImages, prefix_digest
 from vlcache_sgl.runtime.sharing.sketch import SHARE, KeySketch
 from vlcache_sgl.runtime.sharing.tier import copy_policy, copy_total, joined, layer_weights
@@ -118,3 +118,4 @@ class Sharing:
         if known:
             first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
             job.guard = GuardReading(image, known, first_row, job.length, self.weights)
+            job.decode_guard = DecodeReading(known, self.weights, job.length)
