@@ -40,6 +40,7 @@ from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import data_url
 from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.config import KVConfig
 from vlcache_sgl.tasks.receipts import make_picture
 
 GROUNDED = "models/tinyvlm/grounded"
@@ -62,8 +63,8 @@ COUNTERS = ("expansions", "guard_ms", "prefill_ms", "scoring_ms", "selection_ms"
 """Of the server, as growth per picture."""
 STATE = ("cells_tree", "cells_per_token", "bytes_per_cell", "sketch_bytes", "pictures_whole")
 """Of the server, after a picture's last question."""
-THRESHOLD = "0.17"
-"""Of the guard, from the experiment `copies`."""
+THRESHOLD = KVConfig("vlcache").guard_threshold
+"""Of the guards: the server's own."""
 OFFLINE = {"copies": sharing_copies, "sketch": sharing_sketch}
 """Experiments without a server."""
 
@@ -100,10 +101,7 @@ WITH_PROFILE = ("--kv-profile", PROFILE)
 
 def guarded(mode: str, profile: bool = False) -> tuple[str, ...]:
     """Flags of a server with the guard on."""
-    return (
-        *(WITH_PROFILE if profile else ()),
-        *("--kv-guard", mode, "--kv-guard-threshold", THRESHOLD),
-    )
+    return (*(WITH_PROFILE if profile else ()), "--kv-guard", mode)
 
 
 def varied(arm: Arm, what: str, *flags: str) -> Arm:
@@ -209,7 +207,7 @@ def measure(http: httpx.Client, server: ServerProcess, arm: Arm, seed: int, side
             "cached_tokens": int(line.meta["cached_tokens"]),
         }
         if "guard" in report:
-            answer |= {"missing": report["guard"]["missing"], "tripped": report["guard"]["tripped"]}
+            answer |= {key: report["guard"].get(key) for key in ("missing", "missing_in_decode", "tripped")}
         if "recomputed" in report:
             answer["recomputed"] = report["recomputed"]
         answers.append(answer)

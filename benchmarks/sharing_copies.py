@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_page import BUDGET, BUDGETS, FULL, SCORERS, copy_name, dump, summarise_copies
+from sharing_page import BUDGET, BUDGETS, FULL, ROWS_READ, SCORERS, copy_name, dump, summarise_copies
 from sharing_recorder import MODEL, Recorder
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import Policy, resolve
 from vlcache_sgl.runtime.scoring import Scoring
+from vlcache_sgl.runtime.sharing.guard import LAST_ROWS
 from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share
 from vlcache_sgl.runtime.sharing.tier import copy_policy, copy_total, layer_weights, require_agnostic
 from vlcache_sgl.tasks.receipts import make_picture
@@ -92,25 +93,17 @@ class Looked:
         return chosen.decide(*views, self.prompt, copy_total(self.prompt, copy.budget)).keep.any(1)
 
 
-def few(count: int) -> list[int]:
-    """The last four of `count` rows, and four spread over the rest."""
-    rest = max(0, count - 4)
-    return sorted({*(rest * (2 * i + 1) // 8 for i in range(4) if rest), *range(rest, count)})
-
-
 def readings(
     model: Recorder, looked: Looked, keep: Tensor, weights: tuple[float, ...], lengths: list[int]
 ) -> dict[str, list[float]]:
-    """The guard's reading of each question of the last forward, whose copy is `keep` `[layers, prefix]`.
+    """The guard's reading of each question of the last forward, from different numbers of last rows.
 
     Args:
+        keep: `[layers, prefix]`, their copy.
         weights: per layer, sum 1.
         lengths: rows of each question's prompt.
-
-    Returns:
-        `readings` from all rows, as the server makes them; `few`: from few.
     """
-    totals = {"readings": torch.zeros(len(lengths)), "few": torch.zeros(len(lengths))}
+    totals = {rows: torch.zeros(len(lengths)) for rows in ROWS_READ}
     for layer, weight in enumerate(weights):
         evicted = looked.layers[layer][~keep[layer], 0].transpose(0, 1).contiguous()
         sketch = KeySketch.of(evicted, looked.prompt.length) if weight else None
@@ -120,9 +113,9 @@ def readings(
         for number, count in enumerate(lengths):
             mass = sketch.log_mass(seen.queries[number, :count], 1.0)
             shares = missing_share(seen.lse[number, :, :count].T, mass).mean(1)
-            totals["readings"][number] += weight * shares.mean()
-            totals["few"][number] += weight * shares[few(count)].mean()
-    return {name: [round(float(value), 5) for value in total] for name, total in totals.items()}
+            for rows, total in totals.items():
+                total[number] += weight * shares[-rows:].mean()
+    return {str(rows): [round(float(value), 5) for value in total] for rows, total in totals.items()}
 
 
 def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
@@ -143,7 +136,7 @@ def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
             weights = layer_weights(policy, looked.prompt, copy.budget)
             kept = float(keep[:, model.span].float().mean())
             record = {"copy": copy.name, "seed": seed, "kept": round(kept, 4), "right": right}
-            records.append({**record, **readings(model, looked, keep, weights, lengths)})
+            records.append({**record, "readings": readings(model, looked, keep, weights, lengths)})
     return records
 
 
@@ -161,6 +154,7 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         "command": "python benchmarks/run.py sharing copies",
         "host": host,
         "model": MODEL,
+        "rows_read_by_server": LAST_ROWS,
         "copies": {copy.name: {"policy": copy.policy, "budget": copy.budget} for copy in copies() if copy.scorer},
         "summary": summary,
         "records": records,

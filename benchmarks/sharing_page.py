@@ -30,6 +30,8 @@ TARGETS = {
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
 """Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
 SCORERS = ("keydiff", "infinipot_v", "knorm", "lagkv", "random")
+ROWS_READ = (1, 4, 8, 0)
+"""Last rows of a question that a reading is made of; 0 = all."""
 BUDGET = 0.2
 BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 """Copies of the experiment `copies`: all scorers at `BUDGET`, the first one at all budgets."""
@@ -180,15 +182,16 @@ def summarise_copies(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def judged_copies(
-    records: Sequence[Record], copies: Sequence[str], seeds: range, rows: str = "readings"
+    result: Result, copies: Sequence[str], seeds: range, rows: int | None = None
 ) -> list[tuple[float, bool]]:
-    """Readings (`few`: from few rows), and whether an answer was wrong that the full cache gives."""
+    """Readings (from as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
+    records, number = result["records"], str(result["rows_read_by_server"] if rows is None else rows)
     full = {r["seed"]: r["right"] for r in records if r["copy"] == FULL}
     return [
         (reading, not right)
         for record in records
         if record["copy"] in copies and record["seed"] in seeds
-        for reading, right, known in zip(record[rows], record["right"], full[record["seed"]], strict=True)
+        for reading, right, known in zip(record["readings"][number], record["right"], full[record["seed"]], strict=True)
         if known
     ]
 
@@ -264,6 +267,9 @@ def latency(result: Result) -> str:
     return markdown_table(head, lines, left=2)
 
 
+JUDGED = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
+
+
 def _judgement(title: str, threshold: float, items: Sequence[tuple[float, bool]]) -> list[str]:
     alarms, right, misses, wrong = rates(items, threshold)
     shown = [
@@ -275,16 +281,33 @@ def _judgement(title: str, threshold: float, items: Sequence[tuple[float, bool]]
 
 def guard(result: Result) -> str:
     """Thresholds, and what they would have done on other pictures."""
-    records, lines = result["records"], []
+    lines = []
     for name, copies in WATCHED.items():
-        chosen = choose(judged_copies(records, copies, CHOICE))
-        lines.append(_judgement(f"{name}: all", chosen, judged_copies(records, copies, JUDGEMENT)))
-        lines += [_judgement(copy, chosen, judged_copies(records, (copy,), JUDGEMENT)) for copy in copies]
-        chosen = choose(judged_copies(records, copies, CHOICE, "few"))
-        judgement = judged_copies(records, copies, JUDGEMENT, "few")
-        lines.append(_judgement(f"{name}: all, readings from few rows", chosen, judgement))
-    head = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
-    return markdown_table(head, lines)
+        chosen = choose(judged_copies(result, copies, CHOICE))
+        lines.append(_judgement(f"{name}: all", chosen, judged_copies(result, copies, JUDGEMENT)))
+        lines += [_judgement(copy, chosen, judged_copies(result, (copy,), JUDGEMENT)) for copy in copies]
+    return markdown_table(JUDGED, lines)
+
+
+def guard_rows(result: Result) -> str:
+    """The same from other numbers of rows."""
+    lines = []
+    for name, copies in WATCHED.items():
+        for rows in ROWS_READ:
+            chosen = choose(judged_copies(result, copies, CHOICE, rows))
+            title = f"{name}: {f'last {rows}' if rows else 'all'}"
+            lines.append(_judgement(title, chosen, judged_copies(result, copies, JUDGEMENT, rows)))
+    return markdown_table(("rows", *JUDGED[1:]), lines)
+
+
+def guard_thresholds(result: Result) -> str:
+    """What other thresholds would have done."""
+    lines = []
+    for name, copies in WATCHED.items():
+        items = judged_copies(result, copies, JUDGEMENT)
+        for threshold in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+            lines.append(_judgement(name, threshold, items)[:-1])
+    return markdown_table(JUDGED[:-1], lines)
 
 
 def served(result: Result) -> str:
@@ -296,8 +319,7 @@ def served(result: Result) -> str:
         lines.append(_judgement(f"{name}, all", threshold, items))
         for arm in arms:
             lines.append(_judgement(arm, threshold, judged(result, (arm,), range(CHOICE.start, JUDGEMENT.stop))))
-    head = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
-    return markdown_table(head, lines)
+    return markdown_table(JUDGED, lines)
 
 
 def overhead(result: Result) -> str:
@@ -393,6 +415,8 @@ BLOCKS = {
     "targets": ("table", targets),
     "latency": ("latency", latency),
     "guard": ("copies", guard),
+    "guard-rows": ("copies", guard_rows),
+    "guard-thresholds": ("copies", guard_thresholds),
     "served": ("guard", served),
     "overhead": ("guard", overhead),
     "sketch": ("sketch", sketch),
@@ -481,8 +505,8 @@ def draw_guard(result: Result) -> Any:
     """ROC on the pictures of judgement, and the readings behind it."""
     figure, axes = _axes(3)
     for number, (name, copies) in enumerate(WATCHED.items()):
-        chosen = choose(judged_copies(result["records"], copies, CHOICE))
-        items = judged_copies(result["records"], copies, JUDGEMENT)
+        chosen = choose(judged_copies(result, copies, CHOICE))
+        items = judged_copies(result, copies, JUDGEMENT)
         points = [(1.0, 1.0)]
         for threshold in sorted({reading for reading, _ in items}):
             alarms, right, misses, wrong = rates(items, threshold)

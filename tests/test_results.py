@@ -157,12 +157,6 @@ def test_a_threshold_is_chosen_between_right_and_wrong(sharing: ModuleType) -> N
     assert sharing_page.rates([*items, (0.5, False), (0.2, True)], 0.25) == (1, 3, 1, 3)
 
 
-def test_few_rows_are_the_last_and_some_of_the_rest(sharing: ModuleType) -> None:
-    few = sharing.sharing_copies.few
-    assert few(20) == [2, 6, 10, 14, 16, 17, 18, 19]
-    assert [few(count) for count in (1, 5, 8)] == [[0], [0, 1, 2, 3, 4], list(range(8))]
-
-
 def test_sharing_goes_on_where_it_stopped(sharing: ModuleType, tmp_path: Path) -> None:
     arms = (sharing.FULL, sharing.POLICY)
     experiment = sharing.Experiment(arms, ((1, 24), (2, 24)))
