@@ -242,7 +242,7 @@ class Records:
     @staticmethod
     def name(name: str, experiment: Experiment) -> str:
         """Of the file: answers of arms that were defined otherwise are in another one."""
-        defined = repr((FLAGS, experiment.arms, experiment.model, experiment.again)).encode()
+        defined = repr((FLAGS, THRESHOLD, experiment.arms, experiment.model, experiment.again)).encode()
         return f"{name}-{hashlib.blake2b(defined, digest_size=4).hexdigest()}.jsonl"
 
     def add(self, record: dict[str, Any]) -> None:
