@@ -2,12 +2,11 @@
 
 Each experiment becomes `benchmarks/results/sharing-NAME.json`; docs/sharing.md and its figures come from these alone:
 
-* guard: readings against wrong answers, on pictures to choose a threshold and on others to judge it.
 * table: every way to share beside the full cache: right answers, first tokens, bytes, pictures computed anew.
 * latency: first tokens on a model of random weights whose prefill costs something.
-* sketch: estimated against true missing attention, and what else was tried, offline.
-* scorers: query-agnostic scores for a copy.
-* frontier: right answers against bytes over share budgets.
+* guard: readings on a server beside wrong answers, and what observing costs.
+* copies: without a server, scores and budgets of a copy, readings beside wrong answers.
+* sketch: without a server, estimated against true missing attention, and what else was tried.
 
 Every answer is written down at once, so that an interrupted run goes on where it stopped:
 
@@ -20,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import sharing_copies
 import sharing_sketch
 from host import ROOT, host_block
-from load import PLACE, Prompt, Timeline, stream
+from load import PLACE, Prompt, Timeline, prefill_ms, stream
 from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
@@ -40,6 +40,7 @@ from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import data_url
 from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.config import KVConfig
 from vlcache_sgl.tasks.receipts import make_picture
 
 GROUNDED = "models/tinyvlm/grounded"
@@ -60,10 +61,12 @@ FLAGS = (
 )
 COUNTERS = ("expansions", "guard_ms", "prefill_ms", "scoring_ms", "selection_ms", "policy_failures")
 """Of the server, as growth per picture."""
-STATE = ("cells_tree", "sketch_bytes", "pictures_whole")
+STATE = ("cells_tree", "cells_per_token", "bytes_per_cell", "sketch_bytes", "pictures_whole")
 """Of the server, after a picture's last question."""
-THRESHOLDS = {False: "0.08", True: "0.15"}
-"""Guard thresholds without and with a profile, from the experiment `guard`."""
+THRESHOLD = KVConfig("vlcache").guard_threshold
+"""Of the guards: the server's own."""
+OFFLINE = {"copies": sharing_copies, "sketch": sharing_sketch}
+"""Experiments without a server."""
 
 
 class Arm(NamedTuple):
@@ -98,10 +101,7 @@ WITH_PROFILE = ("--kv-profile", PROFILE)
 
 def guarded(mode: str, profile: bool = False) -> tuple[str, ...]:
     """Flags of a server with the guard on."""
-    return (
-        *(WITH_PROFILE if profile else ()),
-        *("--kv-guard", mode, "--kv-guard-threshold", THRESHOLDS[profile]),
-    )
+    return (*(WITH_PROFILE if profile else ()), "--kv-guard", mode)
 
 
 def varied(arm: Arm, what: str, *flags: str) -> Arm:
@@ -110,24 +110,9 @@ def varied(arm: Arm, what: str, *flags: str) -> Arm:
 
 
 def experiments() -> dict[str, Experiment]:
-    """By name, in the order in which they are run: thresholds come from the first."""
-    scorers = ("keydiff", "infinipot_v", "knorm", "random")
-    budgets = ("0.1", "0.15", "0.2", "0.3")
-    tested = tuple((TEST_SEED + i, SIDE) for i in range(20))
+    """By name, in the order in which they are run."""
+    tested = tuple((TEST_SEED + i, SIDE) for i in range(10))
     return {
-        "guard": Experiment(
-            (
-                FULL,
-                POLICY,
-                TIERED,
-                varied(POLICY, "observe", *guarded("observe")),
-                varied(TIERED, "observe", *guarded("observe")),
-                varied(POLICY, "profile, observe", *guarded("observe", profile=True)),
-                varied(TIERED, "profile, observe", *guarded("observe", profile=True)),
-            ),
-            tuple((seed + i, SIDE) for i in range(12) for seed in (CHOICE_SEED, JUDGEMENT_SEED)),
-            again=True,
-        ),
         "table": Experiment(
             (
                 FULL,
@@ -143,35 +128,21 @@ def experiments() -> dict[str, Experiment]:
         ),
         "latency": Experiment(
             (FULL, POLICY, PRIVATE, TIERED),
-            tuple((TEST_SEED + i, side) for i in range(5) for side in (24, 48)),
+            tuple((TEST_SEED + i, side) for i in range(3) for side in (24, 48)),
             model=RANDOM_WEIGHTS,
         ),
-        "scorers": Experiment(
+        "guard": Experiment(
             (
                 FULL,
-                *(
-                    varied(TIERED, f"{scorer}{', profile' if profile else ''}", "--kv-share-scorer", scorer, *profile)
-                    for profile in ((), WITH_PROFILE)
-                    for scorer in scorers
-                ),
+                POLICY,
+                TIERED,
+                varied(POLICY, "observe", *guarded("observe")),
+                varied(TIERED, "observe", *guarded("observe")),
+                varied(POLICY, "profile, observe", *guarded("observe", profile=True)),
+                varied(TIERED, "profile, observe", *guarded("observe", profile=True)),
             ),
-            tested[:10],
-        ),
-        "frontier": Experiment(
-            (
-                FULL,
-                *(
-                    varied(
-                        TIERED,
-                        f"{budget}{', profile' if profile else ''}{', enforce' if enforce else ''}",
-                        *("--kv-share-budget", budget),
-                        *(guarded("enforce", profile) if enforce else WITH_PROFILE if profile else ()),
-                    )
-                    for profile, enforce in itertools.product((False, True), (False, True))
-                    for budget in budgets
-                ),
-            ),
-            tested[:10],
+            tuple((seed + i, SIDE) for i in range(4) for seed in (CHOICE_SEED, JUDGEMENT_SEED)),
+            again=True,
         ),
     }
 
@@ -231,13 +202,12 @@ def measure(http: httpx.Client, server: ServerProcess, arm: Arm, seed: int, side
             "answer": line.text.strip(),
             "right": line.text.strip() == question.answer,
             "ttft_ms": round(line.ttft_ms, 1),
+            "prefill_ms": round(prefill_ms([line]), 2),
             "prompt_tokens": int(line.meta["prompt_tokens"]),
             "cached_tokens": int(line.meta["cached_tokens"]),
         }
-        if (entered := line.meta.get("forward_entry_time")) and (finished := line.meta.get("prefill_finished_time")):
-            answer["prefill_ms"] = round((finished - entered) * 1e3, 2)
         if "guard" in report:
-            answer |= {"missing": report["guard"]["missing"], "tripped": report["guard"]["tripped"]}
+            answer |= {key: report["guard"].get(key) for key in ("missing", "missing_in_decode", "tripped")}
         if "recomputed" in report:
             answer["recomputed"] = report["recomputed"]
         answers.append(answer)
@@ -251,7 +221,6 @@ def measure(http: httpx.Client, server: ServerProcess, arm: Arm, seed: int, side
         "side": side,
         "questions": answers,
         **{key: after[key] for key in STATE},
-        "bytes": after["cells_tree"] * after["bytes_per_cell"],
         "picture_kept": round(picture_kept(last), 4),
         **{key: round(after[key] - before[key], 3) for key in COUNTERS},
     }
@@ -269,6 +238,12 @@ class Records:
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.found[record["arm"], record["seed"], record["side"]] = record
+
+    @staticmethod
+    def name(name: str, experiment: Experiment) -> str:
+        """Of the file: answers of arms that were defined otherwise are in another one."""
+        defined = repr((FLAGS, THRESHOLD, experiment.arms, experiment.model, experiment.again)).encode()
+        return f"{name}-{hashlib.blake2b(defined, digest_size=4).hexdigest()}.jsonl"
 
     def add(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +302,7 @@ def result_path(name: str) -> Path:
 
 def committed() -> dict[str, dict[str, Any]]:
     """The results that there are, by name."""
-    names = (*experiments(), "sketch")
+    names = (*experiments(), *OFFLINE)
     return {name: json.loads(result_path(name).read_text()) for name in names if result_path(name).exists()}
 
 
@@ -344,6 +319,7 @@ def write_result(name: str, experiment: Experiment, records: Records, host: Mapp
         "model": experiment.model if experiment.model != RANDOM_WEIGHTS else MODEL_NAME,
         "server_flags": list(FLAGS),
         "arms": {arm.name: {"flags": list(arm.flags), "custom_params": dict(arm.params)} for arm in experiment.arms},
+        "threshold": THRESHOLD,
         "load_average_at_end": round(os.getloadavg()[0], 2),
         "summary": summarise(mine),
         "records": mine,
@@ -360,9 +336,10 @@ def write_page() -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `run.py sharing`."""
-    names = [*experiments(), "sketch"]
+    names = [*experiments(), *OFFLINE]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names)}; default: what is missing")
     parser.add_argument("--quick", action="store_true", help="one picture: does it run?  Writes to out/")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--page", action="store_true", help="only make tables and figures again")
 
 
@@ -370,22 +347,25 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run what is missing, then write the page."""
     os.chdir(ROOT)  # paths are part of the results
     found = experiments()
-    if unknown := set(arguments.names) - {*found, "sketch"}:
-        console.print(f"no such experiment: {', '.join(sorted(unknown))}; there are {', '.join(found)}, sketch")
+    if unknown := set(arguments.names) - {*found, *OFFLINE}:
+        console.print(f"no such experiment: {', '.join(sorted(unknown))}; there are {', '.join((*found, *OFFLINE))}")
         return 2
-    chosen = arguments.names or [name for name in (*found, "sketch") if not result_path(name).exists()]
+    chosen = arguments.names or [name for name in (*found, *OFFLINE) if not result_path(name).exists()]
     with interruptible():
         for name in chosen if not arguments.page else ():
             console.rule(name)
             host = host_block()
-            if name == "sketch":
-                sharing_sketch.run(result_path(name), host, arguments.quick, console)
+            if name in OFFLINE:
+                OFFLINE[name].run(result_path(name), host, arguments.quick, console)
                 continue
             experiment = found[name]
             if arguments.quick:
                 experiment = experiment._replace(pictures=experiment.pictures[:1])
             folder = OUT / "quick" if arguments.quick else OUT
-            records = Records(folder / f"{name}.jsonl")
+            path = folder / Records.name(name, experiment)
+            if arguments.fresh:
+                path.unlink(missing_ok=True)
+            records = Records(path)
             run(name, experiment, records, console)
             if not arguments.quick:
                 write_result(name, experiment, records, host)

@@ -20,19 +20,38 @@ Result = Mapping[str, Any]
 
 FULL, PRIVATE = "full cache", "off"
 TARGETS = {
-    "right answers to questions 2 to 8, below the full cache by": 0.02,
-    "first token of questions 2 to 8, over a hit of the full cache": 1.5,
-    "first token of questions 2 to 8, nothing shared over this": 2.0,
-    "bytes after 8 questions, of the full cache's": 0.25,
+    "right answers lost": 0.02,
+    "first token, over a hit": 1.5,
+    "first token, off over this": 2.0,
+    "bytes, picture and sketch": 0.25,
+    "bytes, texts too": 0.25,
 }
 """What a shared copy was to reach: at most, except for the third: at least."""
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
 """Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
+SCORERS = ("keydiff", "infinipot_v", "knorm", "lagkv", "random")
+ROWS_READ = (1, 4, 8, 0)
+"""Last rows of a question that a reading is made of; 0 = all."""
+BUDGET = 0.2
+BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+"""Copies of the experiment `copies`: all scorers at `BUDGET`, the first one at all budgets."""
+
+
+def copy_name(scorer: str, budget: float, profile: bool) -> str:
+    """A copy of the experiment `copies`."""
+    return f"tiered, {scorer} {budget}{', profile' if profile else ''}"
+
+
 WATCHED = {
+    name: (f"policy{what}", *(copy_name(SCORERS[0], budget, bool(what)) for budget in BUDGETS))
+    for name, what in (("no profile", ""), ("profile", ", profile"))
+}
+"""Copies whose guards weigh the layers alike; they differ in how much they lack."""
+SERVED = {
     "no profile": ("policy, observe", "tiered, observe"),
     "profile": ("policy, profile, observe", "tiered, profile, observe"),
 }
-"""Arms of the experiment `guard` with a guard; the copies differ, the guard's layer weights are the same."""
+"""The same on a server: arms of the experiment `guard`."""
 
 
 def dump(result: Result) -> str:
@@ -58,8 +77,7 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
         )
         if full is not None:
             row["ttft_ratio"] = round(row["ttft_ms"] / full["ttft_ms"], 3)
-            row["bytes_ratio"] = round(row["bytes"] / full["bytes"], 4)
-            row["sketch_ratio"] = round(row["sketch_bytes"] / full["bytes"], 4)
+            row["bytes_ratio"] = round((row["bytes"] + row["sketch_bytes"]) / full["bytes"], 4)
             row["lost"] = round(full["later"] - row["later"], 4)
         if private is not None:
             row["ttft_gain"] = round(private["ttft_ms"] / row["ttft_ms"], 3)
@@ -80,13 +98,22 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
         "ttft_first_ms": round(fmean(r["questions"][0]["ttft_ms"] for r in records), 1),
         "ttft_ms": round(fmean(times), 1),
         "ttft_median_ms": round(median(times), 1),
-        "bytes": round(fmean(r["bytes"] for r in records)),
+        "prefill_ms": round(fmean(q["prefill_ms"] for r in records for q in r["questions"][1:8]), 1),
+        "bytes": round(fmean(r["cells_tree"] * r["bytes_per_cell"] for r in records)),
         "picture_kept": round(fmean(r["picture_kept"] for r in records), 4),
+        "sketch_ratio": round(fmean(map(_sketch_share, records)), 4),
+        "picture_ratio": round(fmean(r["picture_kept"] + _sketch_share(r) for r in records), 4),
         "sketch_bytes": round(fmean(r["sketch_bytes"] for r in records)),
         "recomputed": round(fmean(r["expansions"] for r in records), 3),
         "whole": round(fmean(r["pictures_whole"] for r in records), 3),
         "missing": round(fmean(readings), 4) if readings else None,
     }
+
+
+def _sketch_share(record: Record) -> float:
+    """Bytes of sketches, of those that the picture has uncompressed."""
+    whole = record["side"] ** 2 * record["cells_per_token"] * record["bytes_per_cell"]
+    return float(record["sketch_bytes"] / whole)
 
 
 def reached(row: Mapping[str, Any]) -> dict[str, bool]:
@@ -95,7 +122,8 @@ def reached(row: Mapping[str, Any]) -> dict[str, bool]:
         row["lost"] <= 0.02,
         row["ttft_ratio"] <= 1.5,
         row["ttft_gain"] >= 2.0,
-        row["bytes_ratio"] + row["sketch_ratio"] <= 0.25,
+        row["picture_ratio"] <= 0.25,
+        row["bytes_ratio"] <= 0.25,
     )
     return dict(zip(TARGETS, values, strict=True))
 
@@ -142,6 +170,32 @@ def area(items: Sequence[tuple[float, bool]]) -> float:
     return sum((w > r) + (w == r) / 2 for w in wrong for r in right) / (len(right) * len(wrong))
 
 
+def summarise_copies(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Right answers to questions 2 to 8 from each copy."""
+    rows = []
+    for name in dict.fromkeys(record["copy"] for record in records):
+        mine = [record for record in records if record["copy"] == name]
+        later = {str(r["seed"]): [float(x) for x in r["right"][1:]] for r in mine}
+        row = {"copy": name, "pictures": len(mine), "kept": round(fmean(r["kept"] for r in mine), 4)}
+        rows.append({**row, "later": round(mean(later), 4), "interval": [round(x, 4) for x in interval(later)]})
+    return rows
+
+
+def judged_copies(
+    result: Result, copies: Sequence[str], seeds: range, rows: int | None = None
+) -> list[tuple[float, bool]]:
+    """Readings (from as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
+    records, number = result["records"], str(result["rows_read_by_server"] if rows is None else rows)
+    full = {r["seed"]: r["right"] for r in records if r["copy"] == FULL}
+    return [
+        (reading, not right)
+        for record in records
+        if record["copy"] in copies and record["seed"] in seeds
+        for reading, right, known in zip(record["readings"][number], record["right"], full[record["seed"]], strict=True)
+        if known
+    ]
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +222,7 @@ def table(result: Result) -> str:
             f"{row['ttft_ms']:.0f}",
             f"{row['ttft_ratio']:.2f}x",
             f"{row['ttft_gain']:.2f}x",
+            f"{row['prefill_ms']:.0f}",
             f"{row['picture_kept']:.2f}" if row["arm"] != PRIVATE else f"{row['picture_kept']:.2f} each",
             f"{row['bytes_ratio']:.3f}",
             f"{row['sketch_ratio']:.3f}" if row["sketch_bytes"] else "",
@@ -177,7 +232,7 @@ def table(result: Result) -> str:
         for row in result["summary"]
     ]
     head = ["arm", "question 1", "questions 2 to 8", "first token ms", "over a hit", "off over this"]
-    head += ["of the picture", "bytes", "sketch", "recomputed", "reading"]
+    head += ["prefill ms", "of the picture", "bytes", "sketch", "recomputed", "reading"]
     return markdown_table(head, lines)
 
 
@@ -187,10 +242,10 @@ def targets(result: Result) -> str:
     for row in result["summary"]:
         if row["arm"] not in (FULL, PRIVATE):
             values = (f"{row['lost']:.3f}", f"{row['ttft_ratio']:.2f}", f"{row['ttft_gain']:.2f}")
-            values = (*values, f"{row['bytes_ratio'] + row['sketch_ratio']:.3f}")
+            values = (*values, f"{row['picture_ratio']:.3f}", f"{row['bytes_ratio']:.3f}")
             met = reached(row).values()
             lines.append([row["arm"], *(f"{v}{'' if ok else ', **no**'}" for v, ok in zip(values, met, strict=True))])
-    bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25")
+    bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25", "at most 0.25")
     return markdown_table(("arm", *(f"{n} ({b})" for n, b in zip(TARGETS, bounds, strict=True))), lines)
 
 
@@ -212,21 +267,59 @@ def latency(result: Result) -> str:
     return markdown_table(head, lines, left=2)
 
 
+JUDGED = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
+
+
+def _judgement(title: str, threshold: float, items: Sequence[tuple[float, bool]]) -> list[str]:
+    alarms, right, misses, wrong = rates(items, threshold)
+    shown = [
+        f"{count} of {total}: {_share(count / total, wilson(count, total))}" if total else "none"
+        for count, total in ((alarms, right), (misses, wrong))
+    ]
+    return [title, f"{threshold:.2f}", *shown, f"{area(items):.3f}" if wrong and right else ""]
+
+
 def guard(result: Result) -> str:
     """Thresholds, and what they would have done on other pictures."""
     lines = []
-    for name, arms in WATCHED.items():
-        chosen = choose(judged(result, arms, CHOICE))
-        for title, mine in ((f"{name}: both", arms), *((arm.removesuffix(", observe"), (arm,)) for arm in arms)):
-            items = judged(result, mine, JUDGEMENT)
-            alarms, right, misses, wrong = rates(items, chosen)
-            shown = []
-            for count, total in ((alarms, right), (misses, wrong)):
-                shown.append(f"{count} of {total}: {_share(count / total, wilson(count, total))}" if total else "none")
-            auc = f"{area(items):.3f}" if wrong and right else ""
-            lines.append([title, f"{chosen:.2f}", *shown, auc])
-    head = ("copies", "threshold", "false alarms, of right answers", "misses, of wrong answers", "area under ROC")
-    return markdown_table(head, lines)
+    for name, copies in WATCHED.items():
+        chosen = choose(judged_copies(result, copies, CHOICE))
+        lines.append(_judgement(f"{name}: all", chosen, judged_copies(result, copies, JUDGEMENT)))
+        lines += [_judgement(copy, chosen, judged_copies(result, (copy,), JUDGEMENT)) for copy in copies]
+    return markdown_table(JUDGED, lines)
+
+
+def guard_rows(result: Result) -> str:
+    """The same from other numbers of rows."""
+    lines = []
+    for name, copies in WATCHED.items():
+        for rows in ROWS_READ:
+            chosen = choose(judged_copies(result, copies, CHOICE, rows))
+            title = f"{name}: {f'last {rows}' if rows else 'all'}"
+            lines.append(_judgement(title, chosen, judged_copies(result, copies, JUDGEMENT, rows)))
+    return markdown_table(("rows", *JUDGED[1:]), lines)
+
+
+def guard_thresholds(result: Result) -> str:
+    """What other thresholds would have done."""
+    lines = []
+    for name, copies in WATCHED.items():
+        items = judged_copies(result, copies, JUDGEMENT)
+        for threshold in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+            lines.append(_judgement(name, threshold, items)[:-1])
+    return markdown_table(JUDGED[:-1], lines)
+
+
+def served(result: Result) -> str:
+    """The same thresholds on a server, all pictures."""
+    lines = []
+    for name, arms in SERVED.items():
+        threshold = float(result["threshold"])
+        items = judged(result, arms, range(CHOICE.start, JUDGEMENT.stop))
+        lines.append(_judgement(f"{name}, all", threshold, items))
+        for arm in arms:
+            lines.append(_judgement(arm, threshold, judged(result, (arm,), range(CHOICE.start, JUDGEMENT.stop))))
+    return markdown_table(JUDGED, lines)
 
 
 def overhead(result: Result) -> str:
@@ -298,43 +391,38 @@ def rows_read(result: Result) -> str:
 
 def scorers(result: Result) -> str:
     """Scores for copies, without and with a profile."""
-    rows = {row["arm"]: row for row in result["summary"]}
-    names = [arm.removeprefix("tiered, ") for arm in rows if arm.startswith("tiered, ") and "profile" not in arm]
-    lines = [[FULL, *[_share(rows[FULL]["later"], rows[FULL]["later_interval"])] * 2]]
-    for name in names:
-        both = (rows[f"tiered, {name}"], rows[f"tiered, {name}, profile"])
-        lines.append([f"`{name}`", *(_share(row["later"], row["later_interval"]) for row in both)])
-    return markdown_table(("scorer", "uniform", "profile"), lines)
+    rows = {row["copy"]: row for row in result["summary"]}
+    full = _share(rows[FULL]["later"], rows[FULL]["interval"])
+    lines = [[FULL, full, full]]
+    for scorer in SCORERS:
+        both = (rows[copy_name(scorer, BUDGET, profile)] for profile in (False, True))
+        lines.append([f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in both)])
+    return markdown_table(("scorer", "all layers alike", "layers by profile"), lines)
 
 
 def frontier(result: Result) -> str:
-    """Budgets, without and with a profile and the guard."""
+    """Budgets, without and with a profile."""
+    rows = {row["copy"]: row for row in result["summary"]}
     lines = []
-    for row in result["summary"]:
-        lines.append(
-            [
-                row["arm"],
-                f"{row['later']:.2f}",
-                f"{row['picture_kept']:.2f}",
-                f"{row['bytes_ratio']:.3f}",
-                f"{row['recomputed']:.1f}" if "enforce" in row["arm"] else "",
-                f"{row['whole']:.2f}" if "enforce" in row["arm"] else "",
-            ]
-        )
-    head = ("arm, share budget", "questions 2 to 8", "of the picture", "bytes", "recomputed", "kept whole")
-    return markdown_table(head, lines)
+    for budget in BUDGETS:
+        both = (rows[copy_name(SCORERS[0], budget, profile)] for profile in (False, True))
+        lines.append([f"{budget:g}", *(_share(row["later"], row["interval"]) for row in both)])
+    return markdown_table(("share budget", "all layers alike", "layers by profile"), lines)
 
 
 BLOCKS = {
     "table": ("table", table),
     "targets": ("table", targets),
     "latency": ("latency", latency),
-    "guard": ("guard", guard),
+    "guard": ("copies", guard),
+    "guard-rows": ("copies", guard_rows),
+    "guard-thresholds": ("copies", guard_thresholds),
+    "served": ("guard", served),
     "overhead": ("guard", overhead),
     "sketch": ("sketch", sketch),
     "rows": ("sketch", rows_read),
-    "scorers": ("scorers", scorers),
-    "frontier": ("frontier", frontier),
+    "scorers": ("copies", scorers),
+    "frontier": ("copies", frontier),
 }
 """Experiment and maker of each generated part of the page, by the name of its markers."""
 
@@ -360,15 +448,16 @@ def rendered(page: str, results: Mapping[str, Result]) -> str:
 def draw_plots(results: Mapping[str, Result], folder: Path = FIGURES) -> None:
     """The page's figures."""
     folder.mkdir(exist_ok=True)
-    for name, draw in (
-        ("table", draw_table),
-        ("guard", draw_guard),
-        ("sketch", draw_sketch),
-        ("frontier", draw_frontier),
-    ):
-        if name in results:
-            figure = draw(results[name])
-            figure.savefig(folder / f"sharing-{name}.png", dpi=140)
+    figures: dict[str, Any] = {}
+    if "table" in results:
+        figures["table"] = draw_table(results["table"])
+    if "sketch" in results:
+        figures["sketch"] = draw_sketch(results["sketch"])
+    if "copies" in results:
+        figures["guard"] = draw_guard(results["copies"])
+        figures["frontier"] = draw_frontier(results["copies"], results.get("table"))
+    for name, figure in figures.items():
+        figure.savefig(folder / f"sharing-{name}.png", dpi=140)
 
 
 def _axes(columns: int, width: float = 4.6, height: float = 4.2, **options: Any) -> tuple[Any, list[Any]]:
@@ -395,8 +484,9 @@ def draw_table(result: Result) -> Any:
         ("questions 2 to 8: right", [row["later"] for row in rows], full["later"] - 0.02, "%.2f"),
         ("first token of questions 2 to 8, ms", [row["ttft_ms"] for row in rows], 1.5 * full["ttft_ms"], "%.0f"),
         (
-            "bytes after 8 questions, of the full cache",
-            [row["bytes_ratio"] + row["sketch_ratio"] for row in rows],
+            "bytes of the picture, of the full cache's",
+            # Each private question keeps a copy of its own.
+            [row["picture_ratio"] * (8 if row["arm"] == PRIVATE else 1) for row in rows],
             0.25,
             "%.2f",
         ),
@@ -414,43 +504,25 @@ def draw_table(result: Result) -> Any:
 def draw_guard(result: Result) -> Any:
     """ROC on the pictures of judgement, and the readings behind it."""
     figure, axes = _axes(3)
-    for number, (name, arms) in enumerate(WATCHED.items()):
-        chosen = choose(judged(result, arms, CHOICE))
-        for title, mine, style in ((name, arms, "-"), (f"{name}, tiered only", arms[1:], ":")):
-            items = judged(result, mine, JUDGEMENT)
-            if len({wrong for _, wrong in items}) < 2:
-                continue
-            points = [(1.0, 1.0)]
-            for threshold in sorted({reading for reading, _ in items}):
-                alarms, right, misses, wrong = rates(items, threshold)
-                points.append((alarms / right, 1 - misses / wrong))
-            axes[0].step(
-                *zip(*points, strict=True),
-                style,
-                color=COLOURS[number],
-                where="pre",
-                label=f"{title}: {area(items):.3f}",
-            )
-            if mine == arms:
-                alarms, right, misses, wrong = rates(items, chosen)
-                axes[0].plot(
-                    alarms / right,
-                    1 - misses / wrong,
-                    "o",
-                    color=COLOURS[number],
-                    label=f"{name}, threshold {chosen:.2f}",
-                )
-        items = judged(result, arms, JUDGEMENT)
+    for number, (name, copies) in enumerate(WATCHED.items()):
+        chosen = choose(judged_copies(result, copies, CHOICE))
+        items = judged_copies(result, copies, JUDGEMENT)
+        points = [(1.0, 1.0)]
+        for threshold in sorted({reading for reading, _ in items}):
+            alarms, right, misses, wrong = rates(items, threshold)
+            points.append((alarms / right, 1 - misses / wrong))
+        colour = COLOURS[number]
+        axes[0].step(*zip(*points, strict=True), color=colour, where="pre", label=f"{name}: area {area(items):.3f}")
+        alarms, right, misses, wrong = rates(items, chosen)
+        axes[0].plot(alarms / right, 1 - misses / wrong, "o", color=colour, label=f"{name}, threshold {chosen:.2f}")
+        axis = axes[1 + number]
         edges = [step / 40 for step in range(41)]
-        for wrong, label, colour in ((False, "as the full cache's", COLOURS[3]), (True, "another", COLOURS[4])):
-            axes[1 + number].hist(
-                [r for r, w in items if w is wrong], edges, color=colour, alpha=0.7, label=f"answer {label}"
-            )
-        axes[1 + number].axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"threshold {chosen:.2f}")
-        axes[1 + number].set(
-            title=f"readings, {name}", xlabel="estimated missing share of attention", ylabel="questions"
-        )
-        axes[1 + number].legend(fontsize=8, frameon=False)
+        parts = [[reading for reading, wrong in items if wrong is which] for which in (False, True)]
+        labels = ("right", "wrong")
+        axis.hist(parts, edges, stacked=True, color=[COLOURS[3], COLOURS[4]], label=labels)
+        axis.axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"threshold {chosen:.2f}")
+        axis.set(title=f"readings, {name}", xlabel="estimated missing share of attention", ylabel="questions")
+        axis.legend(fontsize=8, frameon=False)
     axes[0].set(title="held-out pictures", xlabel="false alarms, of right answers", ylabel="noticed, of wrong answers")
     axes[0].set(xlim=(-0.02, 1), ylim=(0, 1.02))
     axes[0].legend(fontsize=8, frameon=False, loc="lower right")
@@ -480,39 +552,23 @@ def draw_sketch(result: Result) -> Any:
     return figure
 
 
-def draw_frontier(result: Result) -> Any:
-    """Right answers over bytes, a line per way to choose a copy."""
-    figure, (axis,) = _axes(1, 7.5, 4.6)
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result["summary"]:
-        if row["arm"] == FULL:
-            axis.axhline(row["later"], color="black", linestyle="--", linewidth=1, label=FULL)
-            continue
-        _, _, *rest = row["arm"].split(", ")
-        lines.setdefault(
-            ", ".join(
-                ["profile" if "profile" in rest else "uniform", *rest[1:]] if "profile" in rest else ["uniform", *rest]
-            ),
-            [],
-        ).append(row)
-    for number, (name, rows) in enumerate(lines.items()):
-        xs, ys = [row["bytes_ratio"] + row["sketch_ratio"] for row in rows], [row["later"] for row in rows]
-        axis.plot(xs, ys, marker=MARKERS[number], color=COLOURS[number], linewidth=1.2, label=name)
-        for row, x, y in zip(rows, xs, ys, strict=True):
-            note = row["arm"].split(", ")[1]
-            if "enforce" in name:
-                note += f": {row['recomputed']:.1f} recomputed"
-            axis.annotate(
-                note,
-                (x, y),
-                textcoords="offset points",
-                xytext=(5, -11 - 9 * (number % 2)),
-                fontsize=7,
-                color=COLOURS[number],
-            )
+def draw_frontier(result: Result, table: Result | None) -> Any:
+    """Right answers over bytes: lines over share budgets, and what enforcing makes of them."""
+    figure, (axis,) = _axes(1, 9.5, 4.8)
+    rows = {row["copy"]: row for row in result["summary"]}
+    axis.axhline(rows[FULL]["later"], color="black", linestyle="--", linewidth=1, label=FULL)
+    for number, (name, profile) in enumerate((("all layers alike", False), ("layers by profile", True))):
+        mine = [rows[copy_name(SCORERS[0], budget, profile)] for budget in BUDGETS]
+        xs, ys = [row["kept"] for row in mine], [row["later"] for row in mine]
+        spread = [[y - row["interval"][0] for y, row in zip(ys, mine, strict=True)]]
+        spread.append([row["interval"][1] - y for y, row in zip(ys, mine, strict=True)])
+        axis.errorbar(xs, ys, yerr=spread, marker=MARKERS[number], color=COLOURS[number], capsize=2, label=name)
+    policy = rows["policy"]
+    axis.plot(policy["kept"], policy["later"], MARKERS[2], color=COLOURS[7], label="what the first question needs")
+    for number, row in enumerate(row for row in (table["summary"] if table else ()) if "enforce" in row["arm"]):
+        label = f"{row['arm']}: {row['recomputed']:.1f} recomputed"
+        axis.plot(row["picture_ratio"], row["later"], MARKERS[3 + number], color=COLOURS[2 + number], label=label)
     axis.axvline(0.25, color="grey", linestyle=":", linewidth=1, label="target")
-    axis.set(
-        xlabel="bytes after 8 questions, of the full cache's", ylabel="questions 2 to 8: right", ylim=(-0.05, 1.07)
-    )
-    axis.legend(fontsize=8, frameon=False, loc="center right")
+    axis.set(xlabel="of the picture's bytes, after 8 questions", ylabel="questions 2 to 8: right", ylim=(-0.03, 1.05))
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure

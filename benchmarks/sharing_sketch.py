@@ -7,9 +7,7 @@ hidden are known, so the share of attention they would have got is known too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from sharing_page import dump
+from sharing_recorder import MODEL, Recorder, Seen
 from torch import Tensor
 
 from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share, sketch_limit
-from vlcache_sgl.tasks.receipts import Picture, Question, make_picture
+from vlcache_sgl.tasks.receipts import Picture, make_picture
 
-MODEL = "models/tinyvlm/grounded"
 SIDE, QUESTIONS, PICTURES = 24, 4, 10
 FIRST_SEED, CODEBOOK_SEED = 63_000, 64_000
 KEPT = 0.1
@@ -138,81 +136,26 @@ LAST_ROWS = (1, 4, 8, 0)
 """How many of a question's last rows a reading might look at; 0 = all of them."""
 
 
-# -- the model --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorder:
-    """The bundled model: notes queries and keys, hides evicted tokens from the rows behind a picture."""
-
-    keep: Tensor | None = None
-    """`[layers, image tokens]` bool."""
-    span: slice = field(default_factory=lambda: slice(0, 0))
-    """The picture of the present prompt."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Per layer: queries `[t, H, D]`, scaled; keys `[t, K, D]`; attention `[H, t, t]`."""
-
-    def __post_init__(self) -> None:
-        from transformers import AttentionInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        self._stock = sdpa_attention_forward
-        name = f"sharing_recorder_{id(self)}"
-        AttentionInterface.register(name, self._attend)
-        self._processor = AutoProcessor.from_pretrained(MODEL)
-        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            MODEL, dtype=torch.float32, attn_implementation=name
-        ).eval()
-        self.layers: int = self._model.config.text_config.num_hidden_layers
-
-    @torch.no_grad()
-    def prefill(self, picture: Picture, question: Question, keep: Tensor | None = None) -> None:
-        """Run a prompt; afterwards `seen` and `span` are its."""
-        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
-        text = self._processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        inputs = self._processor(text=[text], images=[picture.image], return_tensors="pt")
-        image = (inputs["input_ids"][0] == self._model.config.image_token_id).nonzero().flatten()
-        self.span, self.keep = slice(int(image[0]), int(image[-1]) + 1), keep
-        self.seen.clear()
-        self._model(**inputs)
-
-    def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **other: Any
-    ) -> tuple[Tensor, None]:
-        """Stock attention for the vision tower, the same written out for the language model."""
-        if not hasattr(module, "layer_idx"):
-            result: tuple[Tensor, None] = self._stock(
-                module, query, key, value, attention_mask, scaling=scaling, **other
-            )
-            return result
-        groups, tokens = module.num_key_value_groups, query.shape[2]
-        visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        if self.keep is not None:
-            visible[self.span.stop :, self.span] &= self.keep[module.layer_idx]
-        logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
-        weights = torch.softmax(logits.masked_fill(~visible, -math.inf), -1)
-        self.seen.append((query[0].transpose(0, 1) * scaling, key[0].transpose(0, 1), weights[0]))
-        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+# -- the model's part --------------------------------------------------------------------------------------------------
 
 
 def kept_by_first(model: Recorder) -> Tensor:
-    """`[layers, image tokens]` bool: the tenth of every layer that the text of the present prompt looked at most."""
-    rows = []
-    for _, _, weights in model.seen:
-        scores = weights[:, model.span.stop :, model.span].sum(1).mean(0)
-        row = torch.zeros(len(scores), dtype=torch.bool)
-        row[scores.topk(round(KEPT * len(scores))).indices] = True
-        rows.append(row)
-    return torch.stack(rows)
+    """`[layers, prefix]` bool: the tenth of every layer of the picture that the present question looked at most."""
+    keep = torch.ones(model.layers, model.span.stop, dtype=torch.bool)
+    for layer, seen in enumerate(model.seen):
+        scores = seen.weights[0, :, :, model.span].sum(1).mean(0)
+        keep[layer, model.span] = False
+        keep[layer, model.span.start + scores.topk(round(KEPT * len(scores))).indices] = True
+    return keep
 
 
 def code_books(model: Recorder, pictures: Sequence[Picture]) -> list[Tensor]:
     """Per layer `[K, 4, 256, D / 4]`."""
     keys: list[list[Tensor]] = [[] for _ in range(model.layers)]
     for picture in pictures:
-        model.prefill(picture, picture.questions[0])
-        for layer, (_, key, _) in enumerate(model.seen):
-            keys[layer].append(key[model.span])
+        model.look_at(picture)
+        for layer, seen in enumerate(model.seen):
+            keys[layer].append(seen.keys[0, model.span])
     books = []
     for layer in keys:
         points = torch.cat(layer)  # [n, K, D]
@@ -222,17 +165,12 @@ def code_books(model: Recorder, pictures: Sequence[Picture]) -> list[Tensor]:
     return books
 
 
-def shares_of(model: Recorder, layer: int, keep: Tensor, sketches: Mapping[str, Sketched]) -> dict[str, Tensor]:
-    """`[rows]`: missing share of the present prompt's rows in one layer, mean over heads, by method and in truth."""
-    queries, keys, _ = model.seen[layer]
-    rows = queries[model.span.stop :]
-    tokens, heads = len(keys), keys.shape[1]
-    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()[model.span.stop :]
-    visible[:, model.span] &= keep[layer]
-    grouped = rows.view(len(rows), heads, -1, rows.shape[-1])
-    logits = torch.einsum("rkgd,nkd->rkgn", grouped, keys).flatten(1, 2)
-    kept = logits.masked_fill(~visible[:, None], -math.inf).logsumexp(-1)
-    return {name: missing_share(kept, sketch.log_mass(rows)).mean(1) for name, sketch in sketches.items()}
+def shares_of(seen: Seen, sketches: Mapping[str, Sketched]) -> dict[str, Tensor]:
+    """`[rows]`: missing share of a question's rows in one layer, mean over heads, by method and in truth."""
+    return {
+        name: missing_share(seen.lse[0].transpose(0, 1), sketch.log_mass(seen.queries[0])).mean(1)
+        for name, sketch in sketches.items()
+    }
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -246,19 +184,20 @@ def measure(pictures: int, console: Console) -> tuple[list[dict[str, Any]], dict
     sizes: dict[str, list[int]] = {name: [] for name in METHODS}
     for number in track(range(pictures), "sketch", console=console, transient=True):
         picture = make_picture(FIRST_SEED + number, SIDE, SIDE, num_questions=QUESTIONS)
-        model.prefill(picture, picture.questions[0])
+        model.look_at(picture)
+        keys = [seen.keys[0] for seen in model.seen]
+        model.ask([model.tokens(picture.questions[0])])
         keep = kept_by_first(model)
         layers = []
-        for layer, (_, keys, _) in enumerate(model.seen):
-            evicted = keys[model.span][~keep[layer]].transpose(0, 1).contiguous()
-            tokens = keep.shape[1]
-            made = {name: method(evicted, tokens, books[layer]) for name, method in METHODS.items()}
+        for layer in range(model.layers):
+            evicted = keys[layer][~keep[layer]].transpose(0, 1).contiguous()
+            made = {name: method(evicted, SIDE * SIDE, books[layer]) for name, method in METHODS.items()}
             for name, sketch in made.items():
                 sizes[name].append(sketch.nbytes)
             layers.append({"true": exact(evicted), **made})
         for index, question in enumerate(picture.questions):
-            model.prefill(picture, question, keep)
-            shares = [shares_of(model, layer, keep, sketches) for layer, sketches in enumerate(layers)]
+            model.ask([model.tokens(question)], keep[None])
+            shares = [shares_of(seen, sketches) for seen, sketches in zip(model.seen, layers, strict=True)]
             by_method = {name: [round(float(s[name].mean()), 5) for s in shares] for name in ("true", *METHODS)}
             by_rows = {
                 str(last): {

@@ -118,25 +118,32 @@ def test_the_page_of_sharing_is_current(sharing: ModuleType) -> None:
 def test_sharing_results_are_whole(sharing: ModuleType) -> None:
     """Every arm has answered every question, no policy failed, and the summary is that of the records."""
     results = sharing.committed()
-    assert "table" in results
-    for name, result in results.items():
-        records = result["records"]
-        if name == "sketch":
-            again = sharing.sharing_sketch.summarise(records, result["sizes"])
-            assert result["summary"] == json.loads(json.dumps(again))
-            assert result["rows"] == sharing.sharing_sketch.summarise_rows(records)
-            continue
+    assert set(results) == {*sharing.experiments(), *sharing.OFFLINE}
+    for name in sharing.experiments():
+        result, records = results[name], results[name]["records"]
         assert result["summary"] == json.loads(json.dumps(sharing.summarise(records))), name
-        assert {record["arm"] for record in records} == set(result["arms"]), name
-        asked = {
-            arm: {(record["seed"], record["side"]) for record in records if record["arm"] == arm}
-            for arm in result["arms"]
-        }
+        asked = {arm: {(r["seed"], r["side"]) for r in records if r["arm"] == arm} for arm in result["arms"]}
         assert len({frozenset(pictures) for pictures in asked.values()}) == 1, name
         assert len(records) == sum(map(len, asked.values())), name
         for record in records:
             assert len(record["questions"]) >= sharing.QUESTIONS
             assert record["policy_failures"] == 0
+
+
+def test_results_of_sharing_without_a_server_are_whole(sharing: ModuleType) -> None:
+    import sharing_page
+
+    results = sharing.committed()
+    sketch, copies = results["sketch"], results["copies"]
+    again = sharing.sharing_sketch.summarise(sketch["records"], sketch["sizes"])
+    assert sketch["summary"] == json.loads(json.dumps(again))
+    assert sketch["rows"] == sharing.sharing_sketch.summarise_rows(sketch["records"])
+    assert copies["summary"] == json.loads(json.dumps(sharing_page.summarise_copies(copies["records"])))
+    assert {row["copy"] for row in copies["summary"]} == {
+        sharing_page.FULL,
+        *(copy.name for copy in sharing.sharing_copies.copies()),
+    }
+    assert len({row["pictures"] for row in copies["summary"]}) == 1
 
 
 def test_a_threshold_is_chosen_between_right_and_wrong(sharing: ModuleType) -> None:
