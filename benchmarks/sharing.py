@@ -128,7 +128,7 @@ def experiments() -> dict[str, Experiment]:
         ),
         "latency": Experiment(
             (FULL, POLICY, PRIVATE, TIERED),
-            tuple((TEST_SEED + i, side) for i in range(3) for side in (24, 48)),
+            tuple((TEST_SEED + i, SIDE) for i in range(3)),
             model=RANDOM_WEIGHTS,
         ),
         "guard": Experiment(
