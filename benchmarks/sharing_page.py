@@ -223,7 +223,7 @@ def table(result: Result) -> str:
             f"{row['ttft_ratio']:.2f}x",
             f"{row['ttft_gain']:.2f}x",
             f"{row['prefill_ms']:.0f}",
-            f"{row['picture_kept']:.2f}" if row["arm"] != PRIVATE else f"{row['picture_kept']:.2f} each",
+            f"{row['picture_kept']:.2f}" if row["arm"] != PRIVATE else f"{row['picture_kept']:.2f} while asked",
             f"{row['bytes_ratio']:.3f}",
             f"{row['sketch_ratio']:.3f}" if row["sketch_bytes"] else "",
             f"{row['recomputed']:.1f}" if "enforce" in row["arm"] else "",
@@ -485,8 +485,7 @@ def draw_table(result: Result) -> Any:
         ("first token of questions 2 to 8, ms", [row["ttft_ms"] for row in rows], 1.5 * full["ttft_ms"], "%.0f"),
         (
             "bytes of the picture, of the full cache's",
-            # Each private question keeps a copy of its own.
-            [row["picture_ratio"] * (8 if row["arm"] == PRIVATE else 1) for row in rows],
+            [row["picture_ratio"] if row["bytes"] else 0.0 for row in rows],
             0.25,
             "%.2f",
         ),
