@@ -101,7 +101,7 @@ class KVConfig:
     """File of layer weights (`vlcache calibrate`): what each layer is worth to later questions."""
     guard: Guard = "off"
     """Whether questions about a shared picture are watched (``observe``), what they lack fetched (``enforce``)."""
-    guard_threshold: float = 0.15
+    guard_threshold: float = 0.2
     """Share of a question's attention that may fall on evicted tokens, in (0, 1)."""
 
     @property
@@ -205,7 +205,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--kv-guard-threshold",
-        "Share of a question's attention that may be missing, in (0, 1). Default: 0.15.",
+        "Share of a question's attention that may be missing, in (0, 1). Default: 0.2.",
         metavar="SHARE",
     ),
 )

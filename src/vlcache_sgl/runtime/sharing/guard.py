@@ -7,7 +7,7 @@ layer; the reading is its mean, layers weighted by what they are worth to later 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from vlcache_sgl.runtime.allocator import passed_event
 from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
-from vlcache_sgl.runtime.sharing.sketch import missing_share
+from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share
 
 LAST_ROWS = 4
 """Rows that are read.  Not all rows of a question look for its answer: over all of them, what one misses and what
@@ -61,8 +61,7 @@ class GuardReading:
         parts = [part for sketch in self.sketches if (part := sketch.layers[layer]) is not None]
         if not parts or not queries.shape[0] or not self.weights[layer]:
             return
-        evicted = torch.stack([part.log_mass(queries, scale) for part in parts]).logsumexp(0)
-        share = missing_share(lse, evicted).mean(1).sum()
+        share = missing_share(lse, _log_mass(parts, queries, scale)).mean(1).sum()
         known = self._sum.get(layer)
         self._sum[layer] = share if known is None else known + share
 
@@ -131,8 +130,7 @@ class DecodeReading:
         heads, dim = queries.shape
         by_head = queries.float().view(keys.shape[1], -1, dim)
         kept = (torch.einsum("kgd,nkd->kgn", by_head, keys.float()) * scale).logsumexp(-1).view(1, heads)
-        evicted = torch.stack([part.log_mass(queries[None], scale) for part in parts]).logsumexp(0)
-        share = float(missing_share(kept, evicted).mean())
+        share = float(missing_share(kept, _log_mass(parts, queries[None], scale)).mean())
         self._steps[length] = self._steps.get(length, 0.0) + self._weights[layer] * share
 
     def missing(self, answered: int) -> float | None:
@@ -140,3 +138,10 @@ class DecodeReading:
         last = self._length + answered - 1  # one more step may have run before it was known that the answer had ended
         steps = [share for length, share in self._steps.items() if length <= last]
         return sum(steps) / len(steps) if steps else None
+
+
+def _log_mass(parts: Sequence[KeySketch], queries: torch.Tensor, scale: float) -> torch.Tensor:
+    """`KeySketch.log_mass` over all stretches of a prompt."""
+    if len(parts) == 1:
+        return parts[0].log_mass(queries, scale)
+    return torch.stack([part.log_mass(queries, scale) for part in parts]).logsumexp(0)
