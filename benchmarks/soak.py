@@ -320,7 +320,7 @@ def write(result: dict[str, Any], arguments: argparse.Namespace, console: Consol
     """The result on the console and as JSON."""
     folder = arguments.output or ROOT / ("benchmarks/results" if arguments.minutes >= MINUTES else "out")
     folder.mkdir(parents=True, exist_ok=True)
-    task = "soak-guard" if arguments.guard else "soak"
+    task = "guarded" if arguments.guard else "soak"
     stem = f"{device_name()}-{result['model']}-{task}-sglang{result['host']['packages']['sglang']}"
     path = folder / f"{stem}.json"
     path.write_text(
