@@ -246,8 +246,8 @@ def test_heads_with_cells_of_their_own_are_sketched_apart() -> None:
     sharing.remember(job, PROMPT, keep, keys_values)
     assert job.image is not None
     (sketch,) = job.image.sketches.values()
-    assert sketch.layers[0] is not None
-    assert sketch.layers[0].codes.shape[0] == KV_HEADS
+    assert [layers for layers, _ in sketch.groups] == [(0, 1, 2, 3)]
+    assert sketch.groups[0][1].codes.shape[0] == LAYERS * KV_HEADS
 
 
 @pytest.mark.parametrize("scorer", ["vlcache", "snapkv", "h2o", "expected_attention"])

@@ -185,8 +185,10 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
+        started = time.perf_counter()
         if job.guard is not None:
             job.guard.close(self._heads.mean, row.device)
+            self.counters.guard_ms += (time.perf_counter() - started) * 1e3
         scoring = job.scoring
         if job.done or scoring is None:
             return

@@ -7,7 +7,7 @@ layer; the reading is its mean, layers weighted by what they are worth to later 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 
 from vlcache_sgl.runtime.allocator import passed_event
 from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
-from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share
+from vlcache_sgl.runtime.sharing.sketch import missing_share
 
+Row = tuple[torch.Tensor, torch.Tensor]
+"""Queries `[R, H, D]` of some rows in one layer, and `[R, H]` float32, their log-sum-exp over what they see."""
 LAST_ROWS = 4
 """Rows that are read.  Not all rows of a question look for its answer: over all of them, what one misses and what
 it would miss anyway lie close together (`docs/sharing.md`)."""
@@ -39,8 +41,8 @@ class GuardReading:
     """Per layer, sum 1."""
     failure: Exception | None = None
     """Why there is no estimate."""
-    _sum: dict[int, torch.Tensor] = field(default_factory=dict)
-    _rows: int = 0
+    _seen: dict[int, list[Row]] = field(default_factory=dict)
+    _scale: float = 1.0
     _copied: torch.Tensor | None = None
     _event: Any = None
 
@@ -56,20 +58,22 @@ class GuardReading:
             lse: `[R, H]` float32, natural logarithm of the sum of exponentials over what they see.
             scale: factor of the logits.
         """
-        if layer == 0:
-            self._rows += queries.shape[0]
-        parts = [part for sketch in self.sketches if (part := sketch.layers[layer]) is not None]
-        if not parts or not queries.shape[0] or not self.weights[layer]:
-            return
-        share = missing_share(lse, _log_mass(parts, queries, scale)).mean(1).sum()
-        known = self._sum.get(layer)
-        self._sum[layer] = share if known is None else known + share
+        if queries.shape[0] and self.weights[layer]:
+            self._scale = scale
+            # Copies of a few rows: the tensors that they are part of may be large.
+            self._seen.setdefault(layer, []).append((queries.clone(), lse.clone()))
 
     def close(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
         """The last chunk has been computed: bring the reading to the host.  Every rank takes part, failed or not."""
-        total = torch.full((1,), torch.nan if self.failure is not None else 0.0, device=device)
-        for layer, value in self._sum.items():
-            total = total + self.weights[layer] * value / max(1, self._rows)
+        total = torch.zeros(1, device=device)
+        try:
+            rows = {layer: (torch.cat(q), torch.cat(lse)) for layer, (q, lse) in _columns(self._seen).items()}
+            total += mean_missing(self.sketches, self.weights, rows, self._scale)
+        except Exception as error:
+            self.failure = error
+        self._seen.clear()
+        if self.failure is not None:
+            total.fill_(torch.nan)
         total = mean_over_ranks(total)
         if device.type != "cpu":
             total = torch.empty(1, pin_memory=True).copy_(total, non_blocking=True)
@@ -109,7 +113,8 @@ class DecodeReading:
         self._sketches = sketches
         self._weights = weights
         self._length = length
-        self._steps: dict[int, float] = {}
+        self._steps: dict[int, dict[int, Row]] = {}
+        self._scale = 1.0
 
     def wants(self, length: int) -> bool:
         """Whether the step that makes the sequence `length` tokens long is read."""
@@ -124,24 +129,51 @@ class DecodeReading:
             keys: `[n, K, D]`, what is kept of the sequence.
             scale: factor of the logits.
         """
-        parts = [part for sketch in self._sketches if (part := sketch.layers[layer]) is not None]
-        if not parts or not self._weights[layer]:
+        if not self._weights[layer]:
             return
         heads, dim = queries.shape
         by_head = queries.float().view(keys.shape[1], -1, dim)
         kept = (torch.einsum("kgd,nkd->kgn", by_head, keys.float()) * scale).logsumexp(-1).view(1, heads)
-        share = float(missing_share(kept, _log_mass(parts, queries[None], scale)).mean())
-        self._steps[length] = self._steps.get(length, 0.0) + self._weights[layer] * share
+        self._scale = scale
+        self._steps.setdefault(length, {})[layer] = (queries[None].clone(), kept)
 
     def missing(self, answered: int) -> float | None:
         """Mean over the steps that made an answer of `answered` tokens, in [0, 1]; None without a step."""
         last = self._length + answered - 1  # one more step may have run before it was known that the answer had ended
-        steps = [share for length, share in self._steps.items() if length <= last]
+        steps = [
+            float(mean_missing(self._sketches, self._weights, rows, self._scale))
+            for length, rows in self._steps.items()
+            if length <= last
+        ]
         return sum(steps) / len(steps) if steps else None
 
 
-def _log_mass(parts: Sequence[KeySketch], queries: torch.Tensor, scale: float) -> torch.Tensor:
-    """`KeySketch.log_mass` over all stretches of a prompt."""
-    if len(parts) == 1:
-        return parts[0].log_mass(queries, scale)
-    return torch.stack([part.log_mass(queries, scale) for part in parts]).logsumexp(0)
+def _columns(seen: Mapping[int, Sequence[Row]]) -> dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """By layer, queries and log-sum-exps of all chunks."""
+    return {layer: ([q for q, _ in rows], [lse for _, lse in rows]) for layer, rows in seen.items()}
+
+
+def mean_missing(
+    sketches: Sequence[PrefixSketch], weights: Sequence[float], rows: Mapping[int, Row], scale: float
+) -> torch.Tensor:
+    """Share of the attention of some rows that evicted tokens would get, `[]` float32.
+
+    Layers without a sketch miss nothing.
+
+    Args:
+        sketches: of all stretches of the prompt.
+        weights: per layer, sum 1.
+        rows: by layer.
+        scale: factor of the logits.
+    """
+    evicted: dict[int, list[torch.Tensor]] = {}
+    for sketch in sketches:
+        for layers, keys in sketch.groups:
+            found = keys.log_mass(torch.cat([rows[layer][0] for layer in layers], 1), scale)
+            for layer, mass in zip(layers, found.chunk(len(layers), 1), strict=True):
+                evicted.setdefault(layer, []).append(mass)
+    if not evicted:
+        return torch.zeros(())
+    masses = torch.stack([part[0] if len(part) == 1 else torch.stack(part).logsumexp(0) for part in evicted.values()])
+    shares = missing_share(torch.stack([rows[layer][1] for layer in evicted]), masses).mean((1, 2))
+    return (shares * torch.tensor([weights[layer] for layer in evicted], device=shares.device)).sum()

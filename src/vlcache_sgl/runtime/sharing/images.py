@@ -25,16 +25,18 @@ LEVELS = 3
 
 @dataclass(frozen=True)
 class PrefixSketch:
-    """What one eviction removed from one stretch of a prompt, per layer; None where nothing is to be known."""
+    """What one eviction removed from one stretch of a prompt; layers of which nothing is to be known are missing."""
 
     generation: int
     end: int
     """Position behind the stretch."""
-    layers: tuple[KeySketch | None, ...]
+    groups: tuple[tuple[tuple[int, ...], KeySketch], ...]
+    """Layers that lack equally many tokens, with one sketch of the heads of all of them, layer after layer: reading
+    them at once costs little more than reading one."""
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers if layer is not None)
+        return sum(keys.nbytes for _, keys in self.groups)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -83,26 +84,34 @@ class Sharing:
         if self._config.guard == "off" or job.image is None or split <= 0:
             return
         try:
-            layers = tuple(
-                self._sketch(keep[layer, :, :split], keys_values(layer)[:split, 0]) if self.weights[layer] else None
-                for layer in range(prompt.num_layers)
-            )
+            groups = self._sketch(keep[..., :split], lambda layer: keys_values(layer)[:split, 0])
         except Exception as error:  # a picture without a sketch is shared without a guard
             logger.warning("no sketch of a picture: %s: %s", type(error).__name__, error)
             return
         digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
-        sketch = PrefixSketch(job.generation, job.pictures_end, layers)
+        sketch = PrefixSketch(job.generation, job.pictures_end, groups)
         self._images.remember(job.image, digest, sketch, self._most_bytes)
 
-    def _sketch(self, keep: torch.Tensor, keys: torch.Tensor) -> KeySketch | None:
-        """`keep` `[G, m]`, equally many per group; `keys` `[m, K, D]`."""
-        by_head = keys.transpose(0, 1)
-        if keep.shape[0] == 1:
-            evicted = by_head[:, ~keep[0]]
-        else:
-            per_group = by_head.shape[0] // keep.shape[0]
-            evicted = torch.stack([by_head[head][~keep[head // per_group]] for head in range(by_head.shape[0])])
-        return KeySketch.of(evicted, keys.shape[0])
+    def _sketch(
+        self, keep: torch.Tensor, keys_of: Callable[[int], torch.Tensor]
+    ) -> tuple[tuple[tuple[int, ...], KeySketch], ...]:
+        """Sketches of layers that are worth something, see `PrefixSketch.groups`.
+
+        Args:
+            keep: `[L, G, m]`, equally many per group of a layer.
+            keys_of: layer -> `[m, K, D]`.
+        """
+        by_count: dict[int, dict[int, torch.Tensor]] = {}
+        for layer, weight in enumerate(self.weights):
+            if weight:
+                evicted = _evicted(keep[layer], keys_of(layer))
+                by_count.setdefault(evicted.shape[1], {})[layer] = evicted
+        groups = []
+        for evicted_by_layer in by_count.values():
+            sketch = KeySketch.of(torch.cat(list(evicted_by_layer.values())), keep.shape[-1])
+            if sketch is not None:
+                groups.append((tuple(evicted_by_layer), sketch))
+        return tuple(groups)
 
     def watch(self, job: CompressionJob, hit: int) -> None:
         """A prompt begins with `hit` tokens from the prefix cache: read what it misses of their pictures."""
@@ -113,9 +122,18 @@ class Sharing:
         known = tuple(
             sketch
             for digest, sketch in image.sketches.items()
-            if sketch.end <= hit and any(sketch.layers) and digest == prefix_digest(job.tokens, sketch.end, begin)
+            if sketch.end <= hit and sketch.groups and digest == prefix_digest(job.tokens, sketch.end, begin)
         )
         if known:
             first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
             job.guard = GuardReading(image, known, first_row, job.length, self.weights)
             job.decode_guard = DecodeReading(known, self.weights, job.length)
+
+
+def _evicted(keep: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`[K, e, D]`, the keys `[m, K, D]` that are not in `keep` `[G, m]`."""
+    by_head = keys.transpose(0, 1)
+    if keep.shape[0] == 1:
+        return by_head[:, ~keep[0]]
+    per_group = by_head.shape[0] // keep.shape[0]
+    return torch.stack([by_head[head][~keep[head // per_group]] for head in range(by_head.shape[0])])
