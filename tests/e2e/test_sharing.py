@@ -99,7 +99,7 @@ def test_many_questions_at_once(server: Any, asks: Any) -> None:
     answers = [*server.ask_all([first]), *server.ask_together(rest)]
     state = server.settled()
     assert right(drawn, answers) >= QUESTIONS - 1
-    assert state["guard_trips"] - before["guard_trips"] >= 2
+    assert state["guard_trips"] - before["guard_trips"] >= 1
     assert 1 <= state["expansions"] - before["expansions"] <= 3, "a storm is bounded"
     assert state["integrity"] == []
     server.flush()
