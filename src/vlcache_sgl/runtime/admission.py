@@ -115,6 +115,17 @@ def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
     Under overlap scheduling its last chunk may be in flight: SGLang drops the result of a retracted request, and on the
     device whoever gets its cells writes behind it.
     """
+    retract(scheduler, req)
+    scheduler.chunked_req = None
+    # More was decoded than expected: expect more before the next prompt starts.
+    ratio = scheduler.new_token_ratio_tracker
+    ratio.current = max(ratio.current, ratio.estimate_new_token_ratio_after_retract(running))
+    logger.warning("KV cache is full: a prompt of %d tokens starts over later", len(req.origin_input_ids))
+    scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def retract(scheduler: Any, req: Any) -> None:
+    """Release what a request holds, as SGLang does for want of memory; the caller queues it again."""
     retract_all(
         reqs=[req],
         req_to_token_pool=scheduler.req_to_token_pool,
@@ -123,9 +134,3 @@ def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
         hisparse_coordinator=None,
         offload_kv=False,
     )
-    scheduler.chunked_req = None
-    # More was decoded than expected: expect more before the next prompt starts.
-    ratio = scheduler.new_token_ratio_tracker
-    ratio.current = max(ratio.current, ratio.estimate_new_token_ratio_after_retract(running))
-    logger.warning("KV cache is full: a prompt of %d tokens starts over later", len(req.origin_input_ids))
-    scheduler._add_request_to_queue(req, is_retracted=True)

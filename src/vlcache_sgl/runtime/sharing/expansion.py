@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import retract_all
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from vlcache_sgl.runtime.admission import retract
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob, job_of
 from vlcache_sgl.runtime.residency import EVICTED
@@ -95,15 +95,7 @@ class Expansions:
                 image.leader = req
                 job.inherited = self._resident(req, job)
                 self._counters.expansions += 1
-        scheduler = self._scheduler
-        retract_all(
-            reqs=[req],
-            req_to_token_pool=scheduler.req_to_token_pool,
-            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
-            tree_cache=scheduler.tree_cache,
-            hisparse_coordinator=None,
-            offload_kv=False,
-        )
+        retract(self._scheduler, req)
         self._returning.append(req)
 
     def _resident(self, req: Any, job: CompressionJob) -> torch.Tensor:
