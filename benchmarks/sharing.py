@@ -35,7 +35,8 @@ from load import PLACE, Prompt, Timeline, prefill_ms, stream
 from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
-from sharing_page import PAGE, draw_plots, dump, rendered, summarise
+from sharing_figures import draw_plots
+from sharing_page import PAGE, dump, rendered, summarise
 from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import data_url
