@@ -51,13 +51,8 @@ class Expansions:
 
     # -- after a prefill --------------------------------------------------------------------------------------------
 
-    def judge(self, batch: Any) -> list[Any]:
-        """Read the guards of a prefill batch whose forward has ended and whose result is not published.
-
-        Returns:
-            The requests that were retracted.
-        """
-        gone = []
+    def judge(self, batch: Any) -> None:
+        """Read the guards of a prefill batch whose forward has ended and whose result is not published."""
         for req in batch.reqs:
             job = job_of(req)
             guard = job.guard if job is not None else None
@@ -74,8 +69,6 @@ class Expansions:
             if trips and self._enforce and self._may_retract(req, job, batch):
                 job.missed = round(missing, 4)
                 self._send_back(req, job)
-                gone.append(req)
-        return gone
 
     def _may_retract(self, req: Any, job: CompressionJob, batch: Any) -> bool:
         """Whether anything is gained, and nobody else loses."""
@@ -147,6 +140,9 @@ class Expansions:
         """While SGLang chooses whom to start: requests that wait for a copy are out of its queue."""
         scheduler, held = self._scheduler, self.held()
         self.reclaim()
+        if not held:
+            yield
+            return
         waiting = {id(req) for req in held}
         scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlcache_sgl.runtime.allocator import passed_event
-from vlcache_sgl.runtime.sharing.images import PrefixSketch, SharedImage
+from vlcache_sgl.runtime.sharing.images import PrefixSketch
 from vlcache_sgl.runtime.sharing.sketch import missing_share
 
 Row = tuple[torch.Tensor, torch.Tensor]
@@ -31,7 +31,6 @@ class GuardReading:
     `missing` is an estimate: sketches are lossy, and rows attend to kept tokens only on their way through the layers.
     """
 
-    image: SharedImage
     sketches: tuple[PrefixSketch, ...]
     first_row: int
     """Position of the first row that is read: behind the last picture and behind what the prefix cache served."""

@@ -126,7 +126,7 @@ class Sharing:
         )
         if known:
             first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
-            job.guard = GuardReading(image, known, first_row, job.length, self.weights)
+            job.guard = GuardReading(known, first_row, job.length, self.weights)
             job.decode_guard = DecodeReading(known, self.weights, job.length)
 
 
