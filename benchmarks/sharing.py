@@ -3,7 +3,7 @@
 Each experiment becomes `benchmarks/results/sharing-NAME.json`; docs/sharing.md and its figures come from these alone:
 
 * table: every way to share beside the full cache: right answers, first tokens, bytes, pictures computed anew.
-* latency: first tokens on a model of random weights whose prefill costs something.
+* latency: first tokens, and what observing costs, on a model of random weights whose prefill costs something.
 * guard: readings on a server beside wrong answers, and what observing costs.
 * copies: without a server, scores and budgets of a copy, readings beside wrong answers.
 * sketch: without a server, estimated against true missing attention, and what else was tried.
@@ -112,7 +112,7 @@ def varied(arm: Arm, what: str, *flags: str) -> Arm:
 
 def experiments() -> dict[str, Experiment]:
     """By name, in the order in which they are run."""
-    tested = tuple((TEST_SEED + i, SIDE) for i in range(6))
+    tested = tuple((TEST_SEED + i, SIDE) for i in range(20))
     return {
         "table": Experiment(
             (
@@ -128,8 +128,8 @@ def experiments() -> dict[str, Experiment]:
             tested,
         ),
         "latency": Experiment(
-            (FULL, POLICY, PRIVATE, TIERED),
-            tuple((TEST_SEED + i, SIDE) for i in range(3)),
+            (FULL, POLICY, PRIVATE, TIERED, varied(TIERED, "observe", *guarded("observe"))),
+            tuple((TEST_SEED + i, SIDE) for i in range(10)),
             model=RANDOM_WEIGHTS,
         ),
         "guard": Experiment(

@@ -324,8 +324,10 @@ def served(result: Result) -> str:
 def overhead(result: Result) -> str:
     """What observing costs."""
     lines = []
-    for plain, watched in (("tiered", "tiered, observe"), ("tiered", "tiered, profile, observe")):
-        off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in (plain, watched))
+    for watched in ("tiered, observe", "tiered, profile, observe"):
+        off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in ("tiered", watched))
+        if not on:
+            continue
         readings = [sum("missing" in q for q in r["questions"]) for r in on]
         reading = median(r["guard_ms"] / count for r, count in zip(on, readings, strict=True))
         sketch = median(r["selection_ms"] for r in on) - median(r["selection_ms"] for r in off)
@@ -418,6 +420,7 @@ BLOCKS = {
     "guard-thresholds": ("copies", guard_thresholds),
     "served": ("guard", served),
     "overhead": ("guard", overhead),
+    "overhead-latency": ("latency", overhead),
     "sketch": ("sketch", sketch),
     "rows": ("sketch", rows_read),
     "scorers": ("copies", scorers),

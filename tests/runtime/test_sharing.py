@@ -59,6 +59,12 @@ def keys_values(layer: int) -> torch.Tensor:
     return both
 
 
+def keys_of(layer: int, which: torch.Tensor) -> torch.Tensor:
+    """What the compressor reads of `keys_values`; the latter has all heads in one group."""
+    keys = keys_values(layer)[: which.shape[1], 0].transpose(0, 1)
+    return keys[which.expand(KV_HEADS, -1)].view(KV_HEADS, -1, DIM)
+
+
 def copy_of(sharing: Sharing, job: CompressionJob, needed: list[int]) -> torch.Tensor:
     """`[L, n]` bool."""
     plan = sharing.copy_plan(job, PROMPT, own_plan(needed), keys_values, ALONE)
@@ -152,7 +158,7 @@ def test_a_replaced_copy_takes_its_sketches_with_it() -> None:
     job = make_job("policy", image=image)
     keep = own_plan([1, 2, 3]).keep
     for job.generation in (0, 1):
-        sharing.remember(job, PROMPT, keep, keys_values)
+        sharing.remember(job, PROMPT, keep, keys_of)
     assert len(image.sketches) == 2
     copy = StaleCopy(TOKENS[:206], VISION, "key", None)
     images.replaced(image, copy)
@@ -168,7 +174,7 @@ def test_sketches_are_bounded() -> None:
     sharing = make_sharing(MODEL, images, guard="observe")
     for number in range(40):
         job = make_job("policy", image=images.find(array("q", [number, *range(1, 230)]), 206, ()))
-        sharing.remember(job, PROMPT, own_plan([1]).keep, keys_values)
+        sharing.remember(job, PROMPT, own_plan([1]).keep, keys_of)
         assert images.sketch_bytes <= 0.03 * 2**20
     assert 1 < sum(bool(image.sketches) for image in images) < 40
     images.clear()
@@ -178,7 +184,7 @@ def test_sketches_are_bounded() -> None:
 def guarded(sharing: Sharing, kept: list[int]) -> GuardReading:
     """The reading of a second question about a picture of which a first one kept `kept`."""
     job = make_job("policy")
-    sharing.remember(job, PROMPT, own_plan(kept).keep, keys_values)
+    sharing.remember(job, PROMPT, own_plan(kept).keep, keys_of)
     sharing.watch(job, VISION.end)
     assert job.guard is not None
     return job.guard
@@ -225,10 +231,10 @@ def test_no_guard_where_nothing_is_known_or_nothing_was_evicted() -> None:
     job = make_job("policy")
     sharing.watch(job, VISION.end)
     assert job.guard is None
-    sharing.remember(job, PROMPT, own_plan(list(range(LENGTH))).keep, keys_values)
+    sharing.remember(job, PROMPT, own_plan(list(range(LENGTH))).keep, keys_of)
     sharing.watch(job, VISION.end)
     assert job.guard is None
-    sharing.remember(job, PROMPT, own_plan([1]).keep, keys_values)
+    sharing.remember(job, PROMPT, own_plan([1]).keep, keys_of)
     sharing.watch(job, VISION.begin + 3)
     assert job.guard is None, "the hit ends inside the picture"
     job.generation = 1
@@ -243,7 +249,7 @@ def test_heads_with_cells_of_their_own_are_sketched_apart() -> None:
     keep[..., VISION.end :] = True
     counts = keep[..., : VISION.end].sum(-1)
     keep[..., : VISION.end] = torch.arange(VISION.end) < counts.amin()  # equally many, as with heads=split
-    sharing.remember(job, PROMPT, keep, keys_values)
+    sharing.remember(job, PROMPT, keep, keys_of)
     assert job.image is not None
     (sketch,) = job.image.sketches.values()
     assert [layers for layers, _ in sketch.groups] == [(0, 1, 2, 3)]
@@ -270,7 +276,7 @@ def test_first_decode_steps_are_read() -> None:
     sharing = make_sharing(MODEL, guard="observe")
     job = make_job("policy")
     kept = list(range(0, VISION.end, 4))
-    sharing.remember(job, PROMPT, own_plan(kept).keep, keys_values)
+    sharing.remember(job, PROMPT, own_plan(kept).keep, keys_of)
     sharing.watch(job, VISION.end)
     guard = job.decode_guard
     assert guard is not None
@@ -286,3 +292,6 @@ def test_first_decode_steps_are_read() -> None:
     ]
     assert guard.missing(2) == pytest.approx(want[0], abs=0.1), "the second step ran, the answer had ended"
     assert guard.missing(5) == pytest.approx(sum(want) / 2, abs=0.1)
+    guard.give_up()
+    assert guard.missing(5) is None
+    assert not guard.wants(LENGTH + 1)

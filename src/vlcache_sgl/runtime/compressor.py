@@ -28,6 +28,7 @@ from vlcache_sgl.runtime.recall import Recall
 from vlcache_sgl.runtime.requests import CompressionJob
 from vlcache_sgl.runtime.residency import EVICTED
 from vlcache_sgl.runtime.scoring import KeysValues, Scoring
+from vlcache_sgl.runtime.sharing.guard import DecodeReading
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
@@ -171,6 +172,31 @@ class Compressor:
                     job.guard.failure = error
         self.counters.guard_ms += (time.perf_counter() - started) * 1e3
 
+    def read_first_steps(
+        self, steps: list[tuple[int, DecodeReading, int, torch.Tensor]], layer: int, queries: torch.Tensor, scale: float
+    ) -> None:
+        """Let the first decode steps of questions about shared pictures look at what they have, in one layer.
+
+        Args:
+            steps: number in the batch, reading, length of the sequence, and `[L, length]` int32, its cells in all
+                planes, -1 where evicted.  Readings that fail leave the list.
+            queries: `[B, H, D]` of the batch.
+        """
+        assert self.allocator is not None
+        started = time.perf_counter()
+        arena = self.allocator.arena
+        for step in list(steps):
+            number, reading, length, cells = step
+            kept = cells[layer]
+            try:
+                keys = arena.arena[kept[kept >= 0].to(torch.int64), 0]
+                reading.observe(layer, length, queries[number], keys, scale)
+            except Exception as error:
+                logger.warning("a decode step was not read: %s: %s", type(error).__name__, error)
+                reading.give_up()
+                steps.remove(step)
+        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+
     def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
         """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
         for job in jobs:
@@ -246,11 +272,30 @@ class Compressor:
 
         return keys_values
 
+    def _keys(self, slots: torch.Tensor, layer: int, which: torch.Tensor) -> torch.Tensor:
+        """`[kv_heads, e, head_dim]`: one layer's cached keys of those of the first `n` `slots` that are in `which`.
+
+        Args:
+            which: `[G, n]` bool; `G` is 1 (one set for all heads) or the arena's.
+
+        Raises:
+            ValueError: not equally many per group.
+        """
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        counts = which.sum(-1)
+        if counts.numel() > 1 and not torch.equal(counts, counts[:1].expand_as(counts)):
+            raise ValueError("heads lack different numbers of tokens")
+        cells = arena.residency.cells_of(arena.planes_of(layer), slots[: which.shape[1]])
+        chosen = cells[which.expand(arena.groups, -1)].view(arena.groups, -1)
+        keys = arena.arena[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
+        return keys.transpose(1, 2).flatten(0, 1)
+
     def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
         assert self.allocator is not None
         arena = self.allocator.arena
         keep = self._heads.own_groups(plan.keep, arena.groups)
-        self.sharing.remember(job, prompt, keep, self._keys_values(slots))
+        self.sharing.remember(job, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         eviction = arena.residency.evict(slots, keep)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)

@@ -225,10 +225,8 @@ class ResidencyBackend(AttentionBackend):
         for number, recall, cells in self._watched:
             keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
             recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
-        for number, guard, length, cells in self._guarded_steps:
-            kept = cells[layer.layer_id]
-            keys = self.arena.arena[kept[kept >= 0].to(torch.int64), 0]
-            guard.observe(layer.layer_id, length, queries[number], keys, layer.scaling)
+        if self._guarded_steps:
+            self.compressor.read_first_steps(self._guarded_steps, layer.layer_id, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 

@@ -112,12 +112,18 @@ class DecodeReading:
         self._sketches = sketches
         self._weights = weights
         self._length = length
+        self._last = length + FIRST_STEPS
         self._steps: dict[int, dict[int, Row]] = {}
         self._scale = 1.0
 
     def wants(self, length: int) -> bool:
         """Whether the step that makes the sequence `length` tokens long is read."""
-        return self._length < length <= self._length + FIRST_STEPS
+        return self._length < length <= self._last
+
+    def give_up(self) -> None:
+        """Forget what was read, and read no more."""
+        self._steps.clear()
+        self._last = 0
 
     def observe(self, layer: int, length: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
         """One step in one layer.

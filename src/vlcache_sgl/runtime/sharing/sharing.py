@@ -74,17 +74,25 @@ class Sharing:
 
     # -- what it lacks ----------------------------------------------------------------------------------------------
 
-    def remember(self, job: CompressionJob, prompt: Prompt, keep: torch.Tensor, keys_values: KeysValues) -> None:
+    def remember(
+        self,
+        job: CompressionJob,
+        prompt: Prompt,
+        keep: torch.Tensor,
+        keys_of: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> None:
         """Sketch what is about to be evicted of the pictures.
 
         Args:
             keep: `[L, G, m]` bool, of this rank's head groups.
+            keys_of: layer and `[G, n]` bool, equally many per group -> `[K, e, D]`, the keys of those of the first
+                `n` owned tokens.
         """
         split = job.pictures_end - prompt.start
         if self._config.guard == "off" or job.image is None or split <= 0:
             return
         try:
-            groups = self._sketch(keep[..., :split], lambda layer: keys_values(layer)[:split, 0])
+            groups = self._sketch(keep[..., :split], keys_of)
         except Exception as error:  # a picture without a sketch is shared without a guard
             logger.warning("no sketch of a picture: %s: %s", type(error).__name__, error)
             return
@@ -93,18 +101,13 @@ class Sharing:
         self._images.remember(job.image, digest, sketch, self._most_bytes)
 
     def _sketch(
-        self, keep: torch.Tensor, keys_of: Callable[[int], torch.Tensor]
+        self, keep: torch.Tensor, keys_of: Callable[[int, torch.Tensor], torch.Tensor]
     ) -> tuple[tuple[tuple[int, ...], KeySketch], ...]:
-        """Sketches of layers that are worth something, see `PrefixSketch.groups`.
-
-        Args:
-            keep: `[L, G, m]`, equally many per group of a layer.
-            keys_of: layer -> `[m, K, D]`.
-        """
+        """Sketches of layers that are worth something, see `PrefixSketch.groups`; arguments as in `remember`."""
         by_count: dict[int, dict[int, torch.Tensor]] = {}
         for layer, weight in enumerate(self.weights):
             if weight:
-                evicted = _evicted(keep[layer], keys_of(layer))
+                evicted = keys_of(layer, ~keep[layer])
                 by_count.setdefault(evicted.shape[1], {})[layer] = evicted
         groups = []
         for evicted_by_layer in by_count.values():
@@ -128,12 +131,3 @@ class Sharing:
             first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
             job.guard = GuardReading(known, first_row, job.length, self.weights)
             job.decode_guard = DecodeReading(known, self.weights, job.length)
-
-
-def _evicted(keep: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """`[K, e, D]`, the keys `[m, K, D]` that are not in `keep` `[G, m]`."""
-    by_head = keys.transpose(0, 1)
-    if keep.shape[0] == 1:
-        return by_head[:, ~keep[0]]
-    per_group = by_head.shape[0] // keep.shape[0]
-    return torch.stack([by_head[head][~keep[head // per_group]] for head in range(by_head.shape[0])])

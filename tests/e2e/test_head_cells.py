@@ -1,0 +1,61 @@
+"""`--kv-head-cells` on a real server: heads that keep tokens of their own, beside stock, with sharing and a guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+BUDGET = 0.2
+FLAGS = (
+    *("--kv-policy", "snapkv:heads=split", "--kv-budget", str(BUDGET), "--kv-head-cells"),
+    *("--kv-guard", "observe"),
+)
+KV_HEADS = 2
+WHOLE: dict[str, Any] = {"custom_params": {"kv_budget": 1.0}}
+
+
+@pytest.fixture
+def server(servers: Any) -> Any:
+    server = servers.get(*FLAGS)
+    server.flush()
+    return server
+
+
+def test_whole_caches_answer_as_stock(server: Any, stock: Any, picture: Any, an_ask: Any) -> None:
+    """Cells per head, several chunks, hits and misses, eight at a time: the same tokens."""
+    drawn = [picture(7900 + i, 16, 16 + 4 * i) for i in range(4)]
+    asked = [(question.text, d.image) for d in drawn for question in d.questions[:2]]
+    ours = server.ask_all([an_ask(text, (image,), WHOLE) for text, image in asked], at_once=8)
+    theirs = stock.ask_all([an_ask(text, (image,)) for text, image in asked], at_once=8)
+    assert [answer.text for answer in ours] == [answer.text for answer in theirs]
+
+
+def test_each_head_keeps_its_own(server: Any, picture: Any) -> None:
+    drawn = picture(7910, 24, 24)
+    options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_report": "positions"}}
+    answer = server.ask(drawn.questions[0].text, drawn.image, **options)
+    state = server.settled()
+    layers = len(answer.report["kept_positions"])
+    assert state["cells_per_token"] == layers * KV_HEADS
+    kept = BUDGET * answer.prompt_tokens
+    assert answer.report["kept_tokens_per_layer"] == pytest.approx([kept] * layers, abs=1)
+    # Positions are those that any head keeps.
+    assert all(len(positions) > 1.05 * kept for positions in answer.report["kept_positions"])
+    own = answer.completion_tokens * state["cells_per_token"]
+    assert state["cells_used"] <= kept * state["cells_per_token"] * 1.01 + own
+    assert answer.text.strip() == drawn.questions[0].answer
+
+
+def test_a_second_question_shares_and_is_read(server: Any, picture: Any) -> None:
+    drawn = picture(7911, 24, 24)
+    options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_share": "tiered"}}
+    first, second = (server.ask(question.text, drawn.image, **options) for question in drawn.questions[:2])
+    assert first.report["share"] == "tiered"
+    assert second.cached_tokens >= drawn.num_image_tokens
+    assert 0 < second.report["guard"]["missing"] < 1
+    server.flush()
+    state = server.settled()
+    assert state["cells_used"] == 0
+    assert state["integrity"] == []
+    server.assert_alive()
