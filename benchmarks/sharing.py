@@ -208,7 +208,7 @@ def measure(http: httpx.Client, server: ServerProcess, arm: Arm, seed: int, side
             "cached_tokens": int(line.meta["cached_tokens"]),
         }
         if "guard" in report:
-            answer |= {key: report["guard"].get(key) for key in ("missing", "missing_in_decode", "tripped")}
+            answer |= {key: value for key, value in report["guard"].items() if key != "threshold"}
         if "recomputed" in report:
             answer["recomputed"] = report["recomputed"]
         answers.append(answer)

@@ -124,7 +124,9 @@ def shared_report(positions: list[list[int]], **more: Any) -> dict[str, Any]:
 
 
 def test_what_a_copy_has_gained_is_tinted(tmp_path: Path) -> None:
-    report = shared_report([[0, 2, 3, 7, 8, 9]], recomputed=1, missed=0.41, share_budget=0.2, generation=1)
+    report = shared_report(
+        [[0, 2, 3, 7, 8, 9]], recomputed=1, missed=0.41, missed_in="decode", share_budget=0.2, generation=1
+    )
     seen = read_report(report, [BLACK], "second?", ("a", "a"), "vlcache", "0.1", "m", before=shared_report([[0, 2, 8]]))
     look = seen.looks[0]
     gained = seen.gained(look, 0)
@@ -136,7 +138,7 @@ def test_what_a_copy_has_gained_is_tinted(tmp_path: Path) -> None:
     assert corner[1][0] > corner[1][2], "orange"
     assert seen.sharing == (
         "a copy for all questions, number 1, 20% of pictures; "
-        "it missed about 41% in the copy before: the picture was computed anew"
+        "its answer missed about 41% in the copy before: the picture was computed anew"
     )
     draw_sheet(seen, tmp_path / "sheet.png")
     write_page(seen, tmp_path / "page.html")

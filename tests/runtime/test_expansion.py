@@ -28,13 +28,13 @@ def sglang_settings() -> Iterator[None]:
 class Album(World):
     """A world in which everybody asks about one picture."""
 
-    def ask(self, number: int, *, trips: bool = False, tokens: int = 1) -> Req:
+    def ask(self, number: int, *, trips: bool = False, trips_late: bool = False, tokens: int = 1) -> Req:
         """Queue question `number` and let one batch start."""
-        self.trip_share = float(trips)
+        self.trip_share, self.late_trip_share = float(trips), float(trips_late)
         req = self.submit((*SYSTEM, *PICTURE, 10, number, 9), tokens=tokens, picture=SPAN)
         assert req is not None
         self.prefill()
-        self.trip_share = 0.0
+        self.trip_share = self.late_trip_share = 0.0
         self.check()
         return req
 
@@ -134,6 +134,31 @@ def test_a_picture_that_trips_again_and_again_settles() -> None:
     assert world.image.generation >= 3
     world.prefill()
     assert world.image.stale == []
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_an_answer_that_misses_much_goes_on_with_the_whole_picture(heard: bool) -> None:
+    world = Album(physical=144, chunk=64)
+    world.ask(1)
+    req = world.ask(2, trips_late=True, tokens=8)
+    req.send_token_offset = int(heard)
+    for answered in (2, 3):
+        assert not world.prefill()
+        assert req.retraction_count == 0, "not both steps have been read"
+        world.decode()
+        assert len(req.output_ids) == answered
+    world.prefill()
+    assert req.retraction_count == 1
+    assert len(req.output_ids) == (3 if heard else 0), "what was said stays if somebody heard it"
+    assert world.batch.reqs == []
+    world.prefill()
+    assert world.image.settled, "what it looks up just in time no copy could have kept for it"
+    assert (job(req).generation, job(req).missed_in) == (1, "decode")
+    assert len(req.output_ids) == (4 if heard else 1)
+    world.run_dry()
+    world.check()
+    assert len(req.output_ids) == 8
+    assert world.expansions._counters.guard_trips_in_decode == 1
 
 
 def test_a_retracted_reader_looks_for_the_present_copy() -> None:

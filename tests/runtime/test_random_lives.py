@@ -53,7 +53,7 @@ class CapacityMachine(RuleBasedStateMachine):
             free(slots)
 
         self.world.allocator.free = spy  # type: ignore[method-assign]
-        self.world.trip_share = trips
+        self.world.trip_share = self.world.late_trip_share = trips
         self.read: dict[tuple[str, int], torch.Tensor] = {}
         hollow = self.world.allocator.hollow
 

@@ -284,14 +284,29 @@ def test_first_decode_steps_are_read() -> None:
     assert guard.missing(5) is None
     queries = torch.randn(2, LAYERS, HEADS, DIM, generator=torch.Generator().manual_seed(9)) * 2
     for step in (0, 1):
+        assert not guard.complete
         for layer in range(LAYERS):
-            guard.observe(layer, LENGTH + 1 + step, queries[step, layer], keys_values(layer)[kept, 0], scale)
+            guard.observe(layer, queries[step, layer], keys_values(layer)[kept, 0], scale)
+        guard.end_step(ALONE.mean)
     want = [
         sum(float(true_missing(kept, queries[step, layer, None], layer, scale)) / LAYERS for layer in range(LAYERS))
         for step in (0, 1)
     ]
+    assert guard.complete
     assert guard.missing(2) == pytest.approx(want[0], abs=0.1), "the second step ran, the answer had ended"
     assert guard.missing(5) == pytest.approx(sum(want) / 2, abs=0.1)
-    guard.give_up()
+
+
+def test_decode_steps_that_cannot_be_read_are_not_known() -> None:
+    sharing = make_sharing(MODEL, guard="observe")
+    job = make_job("policy")
+    sharing.remember(job, PROMPT, own_plan([1]).keep, keys_of)
+    sharing.watch(job, VISION.end)
+    guard = job.decode_guard
+    assert guard is not None
+    guard.observe(0, torch.randn(HEADS, DIM), torch.randn(5, KV_HEADS, DIM), 1.0)
+    guard.end_step(ALONE.mean)
+    assert isinstance(guard.failure, KeyError), "a layer is missing"
+    guard.end_step(ALONE.mean)
+    assert guard.complete
     assert guard.missing(5) is None
-    assert not guard.wants(LENGTH + 1)

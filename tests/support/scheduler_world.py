@@ -44,6 +44,23 @@ class Reading:
     closed, missing, failure = True, 1.0, None
 
 
+class LateReading:
+    """The same of a question that misses everything, but not before its second decode step."""
+
+    failure, judged = None, False
+
+    def __init__(self, req: Req) -> None:
+        self._req = req
+
+    @property
+    def complete(self) -> bool:
+        return len(self._req.output_ids) > 2
+
+    def missing(self, answered: int) -> float:
+        assert answered == 3
+        return 1.0
+
+
 class Event:
     """Of a device that is behind: passes when somebody waits for it, or when time goes on."""
 
@@ -64,6 +81,9 @@ class Batch:
         self._world = world
         self.reqs: list[Req] = []
         self.batch_is_full = False
+
+    def filter_batch(self, reqs_to_exclude: list[Req]) -> None:
+        self.reqs = [req for req in self.reqs if req not in reqs_to_exclude]
 
     def batch_size(self) -> int:
         return len(self.reqs)
@@ -123,6 +143,8 @@ class World:
         self.random = random.Random(0)
         self.trip_share = 0.0
         """Of the questions about a shared picture, those that miss too much of it."""
+        self.late_trip_share = 0.0
+        """Of the other ones, those whose answer does."""
         self.images = SharedImages()
         self.expansions = Expansions(self, self.images, 0.5, enforce=True, counters=Counters())
         self.enable_overlap = False
@@ -259,8 +281,11 @@ class World:
                 if not job.done and req.extend_end >= job.length:
                     self._compress(req, job)
                 hit = bool(job.vision) and job.report["start"] >= job.pictures_end
-                if hit and req is not self.chunked_req and self.random.random() < self.trip_share:
-                    job.guard = Reading()  # type: ignore[assignment]
+                if hit and req is not self.chunked_req:
+                    if self.random.random() < self.trip_share:
+                        job.guard = Reading()  # type: ignore[assignment]
+                    elif self.random.random() < self.late_trip_share:
+                        job.decode_guard = LateReading(req)  # type: ignore[assignment]
         self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
         for req in reqs:
             if req.is_retracted:

@@ -125,10 +125,14 @@ def sharing_sentence(report: Mapping[str, Any]) -> str:
         said.append(
             f"a copy for all questions, number {report['generation']}, {report['share_budget']:.0%} of pictures"
         )
-    if guard := report.get("guard"):
+    guard = report.get("guard", {})
+    if "missing" in guard:
         said.append(f"the question misses about {guard['missing']:.0%} of its attention in the shared copy")
+    if "missing_in_decode" in guard:
+        said.append(f"its answer misses about {guard['missing_in_decode']:.0%} in its first steps")
     if "recomputed" in report:
-        said.append(f"it missed about {report['missed']:.0%} in the copy before: the picture was computed anew")
+        where = "its answer missed" if report["missed_in"] == "decode" else "it missed"
+        said.append(f"{where} about {report['missed']:.0%} in the copy before: the picture was computed anew")
     return "; ".join(said)
 
 

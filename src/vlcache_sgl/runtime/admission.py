@@ -9,6 +9,7 @@ ones, a prompt that waits between its chunks, running requests.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,18 @@ def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
     ratio.current = max(ratio.current, ratio.estimate_new_token_ratio_after_retract(running))
     logger.warning("KV cache is full: a prompt of %d tokens starts over later", len(req.origin_input_ids))
     scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def unsay(req: Any) -> bool:
+    """Let a retracted request answer from the beginning, if nobody has heard any of its answer; whether it does.
+
+    What it has said stays where more than the tokens themselves depends on it.
+    """
+    heard = req.send_token_offset > 0
+    if heard or req.grammar is not None or req.return_logprob or req.return_hidden_states or req.require_reasoning:
+        return False
+    req.output_ids = array("q")
+    return True
 
 
 def retract(scheduler: Any, req: Any) -> None:

@@ -34,6 +34,10 @@ from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
 logger = logging.getLogger(__name__)
 
+FirstStep = tuple[int, DecodeReading, torch.Tensor]
+"""A decode step that is read: number in the batch, its reading, and `[L, length]` int32, the cells of the sequence in
+all planes, -1 where evicted."""
+
 
 class Compressor:
     """Compresses prompts of one model on one rank.
@@ -172,29 +176,29 @@ class Compressor:
                     job.guard.failure = error
         self.counters.guard_ms += (time.perf_counter() - started) * 1e3
 
-    def read_first_steps(
-        self, steps: list[tuple[int, DecodeReading, int, torch.Tensor]], layer: int, queries: torch.Tensor, scale: float
-    ) -> None:
+    def read_first_steps(self, steps: Sequence[FirstStep], layer: int, queries: torch.Tensor, scale: float) -> None:
         """Let the first decode steps of questions about shared pictures look at what they have, in one layer.
 
         Args:
-            steps: number in the batch, reading, length of the sequence, and `[L, length]` int32, its cells in all
-                planes, -1 where evicted.  Readings that fail leave the list.
             queries: `[B, H, D]` of the batch.
         """
         assert self.allocator is not None
         started = time.perf_counter()
         arena = self.allocator.arena
-        for step in list(steps):
-            number, reading, length, cells = step
+        for number, reading, cells in steps:
             kept = cells[layer]
             try:
                 keys = arena.arena[kept[kept >= 0].to(torch.int64), 0]
-                reading.observe(layer, length, queries[number], keys, scale)
+                reading.observe(layer, queries[number], keys, scale)
             except Exception as error:
-                logger.warning("a decode step was not read: %s: %s", type(error).__name__, error)
-                reading.give_up()
-                steps.remove(step)
+                reading.failure = error
+        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+
+    def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
+        """All layers of a decode step have been computed."""
+        started = time.perf_counter()
+        for _, reading, _ in steps:
+            reading.end_step(self._heads.mean)
         self.counters.guard_ms += (time.perf_counter() - started) * 1e3
 
     def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:

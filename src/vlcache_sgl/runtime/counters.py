@@ -38,6 +38,8 @@ class Counters:
     """Sum of these estimates, each in [0, 1]."""
     guard_trips: int = 0
     """Readings above the threshold."""
+    guard_trips_in_decode: int = 0
+    """Questions whose prefill missed little, but whose first decode steps missed more than the threshold."""
     expansions: int = 0
     """Pictures computed anew because of one."""
     guard_ms: float = 0.0
@@ -96,6 +98,7 @@ class Counters:
             "guard_readings": self.guard_readings,
             "guard_missing": round(self.guard_missing, 4),
             "guard_trips": self.guard_trips,
+            "guard_trips_in_decode": self.guard_trips_in_decode,
             "expansions": self.expansions,
             "guard_ms": round(self.guard_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),

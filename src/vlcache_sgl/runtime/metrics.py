@@ -53,7 +53,12 @@ FIGURES = (
     Figure("prefix_hit_tokens", "counter", "Tokens of these prompts that came from the prefix."),
     Figure("guard_readings", "counter", "Questions about a shared picture whose missing attention was estimated."),
     Figure("guard_missing", "counter", "Sum of these estimates, each a share in [0, 1]."),
-    Figure("guard_trips", "counter", "Readings above --kv-guard-threshold."),
+    Figure(
+        "guard_trips",
+        "counter",
+        "Questions that missed more than --kv-guard-threshold, by where it was seen: prefill, or only decode.",
+        ("seen_in",),
+    ),
     Figure("expansions", "counter", "Pictures computed anew because of one; several trips may share one."),
     Figure("guard_seconds", "counter", "Host time spent on guard readings, within forwards."),
     Figure("prefill_seconds", "counter", "Wall time of forwards that contained a compressed prompt."),
@@ -114,7 +119,8 @@ class Metrics:
         self._raise_to("prefix_hit_tokens", counters.prefix_hit_tokens)
         self._raise_to("guard_readings", counters.guard_readings)
         self._raise_to("guard_missing", counters.guard_missing)
-        self._raise_to("guard_trips", counters.guard_trips)
+        self._raise_to("guard_trips", counters.guard_trips, seen_in="prefill")
+        self._raise_to("guard_trips", counters.guard_trips_in_decode, seen_in="decode")
         self._raise_to("expansions", counters.expansions)
         self._raise_to("guard_seconds", counters.guard_ms / 1e3)
         self._raise_to("prefill_seconds", counters.prefill_ms / 1e3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -193,11 +193,13 @@ class CompressionJob:
     guard: GuardReading | None = None
     """How well the present prefill finds what it looks for."""
     decode_guard: DecodeReading | None = None
-    """The same for the first decode steps."""
+    """The same for the first decode steps, also of whoever has just compressed the picture."""
     trips: int = 0
     """How often it did not, and started over."""
     missed: float = 0.0
     """The reading of the last time."""
+    missed_in: Literal["prefill", "decode"] = "prefill"
+    """Whose reading it was."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
 
@@ -223,7 +225,7 @@ class CompressionJob:
         self.guard = self.decode_guard = None
         self.report.clear()
         if self.trips:
-            self.report.update(recomputed=self.trips, missed=self.missed)
+            self.report.update(recomputed=self.trips, missed=self.missed, missed_in=self.missed_in)
 
 
 JOB_ATTRIBUTE = "vlcache_job"

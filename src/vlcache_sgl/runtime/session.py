@@ -373,7 +373,10 @@ class Session:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             self._backend.jobs = self._backend.rows = None
-        if jobs is None or self.compressor is None or forward_batch.forward_mode.is_decode():
+        if jobs is None or self.compressor is None:
+            return result
+        if forward_batch.forward_mode.is_decode():
+            self.compressor.end_first_steps(self._backend.first_steps)
             return result
         table = runner.req_to_token_pool.req_to_token
         complete = [
@@ -418,9 +421,8 @@ class Session:
                 continue
             if job.recall is not None:
                 job.report["recall"] = job.recall.report(len(req.output_ids))
-            if job.decode_guard is not None and "guard" in job.report:
-                missing = job.decode_guard.missing(len(req.output_ids))
-                job.report["guard"]["missing_in_decode"] = None if missing is None else round(missing, 4)
+            if self._expansions is not None:
+                self._expansions.note_decode(req, job)
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""

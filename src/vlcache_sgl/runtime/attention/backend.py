@@ -25,10 +25,9 @@ from vlcache_sgl.runtime.attention.provider import (
     make_provider,
 )
 from vlcache_sgl.runtime.batch_scoring import BatchScoring
-from vlcache_sgl.runtime.compressor import Compressor
+from vlcache_sgl.runtime.compressor import Compressor, FirstStep
 from vlcache_sgl.runtime.recall import Recall
 from vlcache_sgl.runtime.requests import CompressionJob
-from vlcache_sgl.runtime.sharing.guard import DecodeReading
 
 
 class ResidencyBackend(AttentionBackend):
@@ -64,8 +63,8 @@ class ResidencyBackend(AttentionBackend):
         # Requests with a guard, by their rows of the batch that it reads.
         self._guarded: list[tuple[CompressionJob, slice]] = []
         self._watched: list[tuple[int, Recall, torch.Tensor]] = []
-        # Questions about shared pictures in their first decode steps: number, reading, length, cells of all planes.
-        self._guarded_steps: list[tuple[int, DecodeReading, int, torch.Tensor]] = []
+        self.first_steps: list[FirstStep] = []
+        """Of the present decode step, questions about shared pictures that are read."""
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -94,7 +93,7 @@ class ResidencyBackend(AttentionBackend):
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
         self._voting = None
-        self._watched, self._guarded_steps = [], []
+        self._watched, self.first_steps = [], []
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
             self._plan_recall(forward_batch)
@@ -153,7 +152,7 @@ class ResidencyBackend(AttentionBackend):
             guard = None if job is None or self.arena.groups > 1 or self.provider.on_device else job.decode_guard
             if guard is not None and guard.wants(length):
                 slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
-                self._guarded_steps.append((number, guard, length, self.arena.residency.table[:, slots]))
+                self.first_steps.append((number, guard, self.arena.residency.table[:, slots]))
 
     def _rows_of(self, forward_batch: Any) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -225,8 +224,8 @@ class ResidencyBackend(AttentionBackend):
         for number, recall, cells in self._watched:
             keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
             recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
-        if self._guarded_steps:
-            self.compressor.read_first_steps(self._guarded_steps, layer.layer_id, queries, layer.scaling)
+        if self.first_steps:
+            self.compressor.read_first_steps(self.first_steps, layer.layer_id, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 

@@ -4,6 +4,9 @@ The reading of a question's prefill is there before its first token is published
 retracted, as SGLang does for want of memory, and queued again under the name of the next generation: the picture is
 prefilled once more (its embedding comes from SGLang's multimodal cache), compressed with the new needs, and published.
 Questions that trip on the same copy meanwhile wait for it: one recompute serves them all.
+
+A question whose prefill finds enough, but whose first decode steps do not, is sent back as well.  What it looks up just
+in time cannot be chosen before it is looked up: its picture is kept whole from then on.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from vlcache_sgl.runtime.admission import retract
+from vlcache_sgl.runtime.admission import retract, unsay
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob, job_of
 from vlcache_sgl.runtime.residency import EVICTED
+from vlcache_sgl.runtime.sharing.guard import FIRST_STEPS
 from vlcache_sgl.runtime.sharing.images import LEVELS, SharedImage, SharedImages, StaleCopy
 
 logger = logging.getLogger(__name__)
@@ -64,26 +68,61 @@ class Expansions:
             if math.isnan(missing):
                 logger.error("the guard failed: %s", guard.failure)
                 continue
-            job.report["guard"] = {"missing": round(missing, 4), "threshold": self._threshold, "tripped": trips}
+            self._report_of(job).update(missing=round(missing, 4), tripped=trips)
             self._counters.guard_read(missing, trips)
-            if trips and self._enforce and self._may_retract(req, job, batch):
-                job.missed = round(missing, 4)
-                self._send_back(req, job)
+            # SGLang finds a request's log-probabilities by counting tokens of those before it, retracted ones left out.
+            alone = not batch.return_logprob or len(batch.reqs) == 1
+            if trips and alone and self._may_retract(req, job):
+                job.missed_in = "prefill"
+                self._send_back(req, job, missing, 1)
 
-    def _may_retract(self, req: Any, job: CompressionJob, batch: Any) -> bool:
-        """Whether anything is gained, and nobody else loses."""
-        if req.is_retracted or req.finished() or req.to_finish is not None or not req.kv.holds_kv:
-            return False
-        # SGLang finds a request's log-probabilities by counting tokens of those before it, retracted ones left out.
-        alone = not batch.return_logprob or len(batch.reqs) == 1
-        return alone and job.trips < LEVELS
+    def judge_decode(self, batch: Any) -> None:
+        """Read the guards of running requests whose first decode steps have been computed."""
+        for req in batch.reqs:
+            job = job_of(req)
+            reading = job.decode_guard if job is not None else None
+            if job is None or reading is None or reading.judged or not reading.complete:
+                continue
+            reading.judged = True
+            missing = reading.missing(FIRST_STEPS + 1)
+            if missing is None:
+                logger.error("the guard failed in decode: %s", reading.failure)
+                continue
+            guard = self._report_of(job)
+            guard["missing_in_decode"] = round(missing, 4)
+            if missing <= self._threshold or guard["tripped"]:
+                continue
+            guard["tripped"] = True
+            self._counters.guard_trips_in_decode += 1
+            if self._may_retract(req, job):
+                job.missed_in = "decode"
+                self._send_back(req, job, missing, LEVELS)
+                unsay(req)
 
-    def _send_back(self, req: Any, job: CompressionJob) -> None:
+    def _report_of(self, job: CompressionJob) -> dict[str, Any]:
+        """What the response says of the guard."""
+        guard: dict[str, Any] = job.report.setdefault("guard", {"threshold": self._threshold, "tripped": False})
+        return guard
+
+    def note_decode(self, req: Any, job: CompressionJob) -> None:
+        """An answer has ended: short ones have not been judged."""
+        missing = None if job.decode_guard is None else job.decode_guard.missing(len(req.output_ids))
+        if missing is not None:
+            self._report_of(job)["missing_in_decode"] = round(missing, 4)
+
+    def _may_retract(self, req: Any, job: CompressionJob) -> bool:
+        """Whether a trip has consequences, and anything is gained by them."""
+        ended = req.is_retracted or req.finished() or req.to_finish is not None or not req.kv.holds_kv
+        return self._enforce and not ended and job.trips < LEVELS
+
+    def _send_back(self, req: Any, job: CompressionJob, missing: float, weight: int) -> None:
+        """Let `req` start over, and its picture's next copy be larger by `weight` levels."""
         image = job.image
         assert image is not None
         job.trips += 1
+        job.missed = round(missing, 4)
         if job.generation == image.generation:
-            image.tripped += 1
+            image.tripped += weight
             if not self._leads_on(image):
                 image.leader = req
                 job.inherited = self._resident(req, job)
@@ -122,18 +161,19 @@ class Expansions:
     # -- before the next batch --------------------------------------------------------------------------------------
 
     def before_next_batch(self, running_batch: Any, last_batch: Any) -> None:
-        """Take tripped requests out of the batch that was just prefilled, queue those of before again."""
+        """Take tripped requests out of the batches, queue those of before again."""
         returning, self._returning = self._returning, []
         for req in returning:
             self._scheduler._add_request_to_queue(req, is_retracted=True)
-        if last_batch is None or not last_batch.forward_mode.is_extend():
-            return
-        if self._scheduler.enable_overlap:
+        self.judge_decode(running_batch)
+        prefilled = last_batch is not None and last_batch.forward_mode.is_extend()
+        if prefilled and self._scheduler.enable_overlap:
             self.judge(last_batch)
-        gone = [req for req in last_batch.reqs if req.is_retracted and job_of(req) is not None]
-        if gone:
-            last_batch.filter_batch(reqs_to_exclude=gone)
-            running_batch.batch_is_full = False
+        for batch in (running_batch, last_batch) if prefilled else (running_batch,):
+            gone = [req for req in batch.reqs if req.is_retracted and job_of(req) is not None]
+            if gone:
+                batch.filter_batch(reqs_to_exclude=gone)
+                running_batch.batch_is_full = False
 
     @contextmanager
     def holding_back(self) -> Iterator[None]:

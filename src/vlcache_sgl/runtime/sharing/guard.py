@@ -7,6 +7,7 @@ layer; the reading is its mean, layers weighted by what they are worth to later 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,37 +102,33 @@ FIRST_STEPS = 2
 class DecodeReading:
     """A second look, at the first decode steps: what an answer looks up just in time no prefill row has looked for.
 
-    It comes too late to withhold the answer and is only reported.
-
     Args:
         sketches, weights: as in `GuardReading`.
         length: of the prompt.
     """
 
     def __init__(self, sketches: tuple[PrefixSketch, ...], weights: tuple[float, ...], length: int) -> None:
-        self._sketches = sketches
+        self.sketches = sketches
         self._weights = weights
         self._length = length
-        self._last = length + FIRST_STEPS
-        self._steps: dict[int, dict[int, Row]] = {}
+        self._rows: dict[int, Row] = {}
         self._scale = 1.0
+        self._shares: list[float] = []
+        self.failure: Exception | None = None
+        """Why there is no estimate."""
+        self.judged = False
+        """Whether it has had its consequences."""
 
     def wants(self, length: int) -> bool:
         """Whether the step that makes the sequence `length` tokens long is read."""
-        return self._length < length <= self._last
+        return self._length < length <= self._length + FIRST_STEPS
 
-    def give_up(self) -> None:
-        """Forget what was read, and read no more."""
-        self._steps.clear()
-        self._last = 0
-
-    def observe(self, layer: int, length: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
-        """One step in one layer.
+    def observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        """One layer of the present step.
 
         Args:
-            length: of the sequence, this step's token included.
             queries: `[H, D]`, of the step's token.
-            keys: `[n, K, D]`, what is kept of the sequence.
+            keys: `[n, K, D]`, what is kept of the sequence, the step's token included.
             scale: factor of the logits.
         """
         if not self._weights[layer]:
@@ -140,17 +137,30 @@ class DecodeReading:
         by_head = queries.float().view(keys.shape[1], -1, dim)
         kept = (torch.einsum("kgd,nkd->kgn", by_head, keys.float()) * scale).logsumexp(-1).view(1, heads)
         self._scale = scale
-        self._steps.setdefault(length, {})[layer] = (queries[None].clone(), kept)
+        self._rows[layer] = (queries[None].clone(), kept)
+
+    def end_step(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """All layers of the present step have been computed.  Every rank takes part, failed or not."""
+        share = torch.full((1,), torch.nan)
+        try:
+            if self.failure is None:
+                share[0] = mean_missing(self.sketches, self._weights, self._rows, self._scale)
+        except Exception as error:
+            self.failure = error
+        self._rows.clear()
+        self._shares.append(float(mean_over_ranks(share)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps have been read."""
+        return len(self._shares) >= FIRST_STEPS
 
     def missing(self, answered: int) -> float | None:
-        """Mean over the steps that made an answer of `answered` tokens, in [0, 1]; None without a step."""
-        last = self._length + answered - 1  # one more step may have run before it was known that the answer had ended
-        steps = [
-            float(mean_missing(self._sketches, self._weights, rows, self._scale))
-            for length, rows in self._steps.items()
-            if length <= last
-        ]
-        return sum(steps) / len(steps) if steps else None
+        """Mean over the steps that made an answer of `answered` tokens, in [0, 1]; None where it is not known."""
+        # One more step may have run before it was known that the answer had ended.
+        shares = self._shares[: max(0, answered - 1)]
+        mean = sum(shares) / len(shares) if shares else math.nan
+        return None if math.isnan(mean) else mean
 
 
 def _columns(seen: Mapping[int, Sequence[Row]]) -> dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]:

@@ -81,7 +81,7 @@ class Sharing:
         keep: torch.Tensor,
         keys_of: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> None:
-        """Sketch what is about to be evicted of the pictures.
+        """Sketch what is about to be evicted of the pictures, and let the answer's first steps look at it.
 
         Args:
             keep: `[L, G, m]` bool, of this rank's head groups.
@@ -99,6 +99,9 @@ class Sharing:
         digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
         sketch = PrefixSketch(job.generation, job.pictures_end, groups)
         self._images.remember(job.image, digest, sketch, self._most_bytes)
+        if groups:
+            earlier = () if job.decode_guard is None else job.decode_guard.sketches
+            job.decode_guard = DecodeReading((*earlier, sketch), self.weights, job.length)
 
     def _sketch(
         self, keep: torch.Tensor, keys_of: Callable[[int, torch.Tensor], torch.Tensor]
