@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -29,11 +29,28 @@ TARGETS = {
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
 """Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
 SCORERS = ("keydiff", "infinipot_v", "knorm", "lagkv", "random")
+"""Scores with which a server makes copies."""
+OBSERVERS = ("leverage", "compactor", "expected_attention")
+"""Scores of plugins that need a rotation or the picture's own rows, which no server collects for a copy."""
+ASKERS = ("describe", "asked")
+"""Scores from questions that somebody made up."""
+BOUND = "oracle"
+"""The score from the very questions that are then asked."""
 ROWS_READ = (1, 4, 8, 0)
 """Last rows of a question that a reading is made of; 0 = all."""
 BUDGET = 0.2
 BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-"""Copies of the experiment `copies`: all scorers at `BUDGET`, the first one at all budgets."""
+FRONTIER = (SCORERS[0], "leverage", "expected_attention", "asked", BOUND)
+"""Copies of the experiment `copies`: all scorers at `BUDGET`, these at all budgets."""
+DECODE = "decode"
+"""Name of the reading from the first decode steps; others are named by their number of rows."""
+SIGNALS: Mapping[str, Callable[[float, float], float]] = {
+    "prefill": lambda prefill, decode: prefill,
+    "decode": lambda prefill, decode: decode,
+    "the larger": max,
+    "their mean": lambda prefill, decode: (prefill + decode) / 2,
+}
+"""What can be made of both readings."""
 
 
 def copy_name(scorer: str, budget: float, profile: bool) -> str:
@@ -176,6 +193,7 @@ def summarise_copies(records: Sequence[Record]) -> list[dict[str, Any]]:
         mine = [record for record in records if record["copy"] == name]
         later = {str(r["seed"]): [float(x) for x in r["right"][1:]] for r in mine}
         row = {"copy": name, "pictures": len(mine), "kept": round(fmean(r["kept"] for r in mine), 4)}
+        row["extra_rows"] = round(fmean(r["extra_rows"] for r in mine), 1)
         rows.append({**row, "later": round(mean(later), 4), "interval": [round(x, 4) for x in interval(later)]})
     return rows
 
