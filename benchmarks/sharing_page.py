@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -29,9 +30,13 @@ TARGETS = {
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
 """Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
 SCORERS = ("keydiff", "infinipot_v", "knorm", "lagkv", "random")
-"""Scores with which a server makes copies."""
-OBSERVERS = ("leverage", "compactor", "expected_attention")
-"""Scores of plugins that need a rotation or the picture's own rows, which no server collects for a copy."""
+"""Scores with which a server makes copies: they need keys and values only."""
+OBSERVERS = {
+    "leverage": "rotation",
+    "compactor": "rotation, queries",
+    "expected_attention": "rotation, queries",
+}
+"""Scores of plugins that need more than that of the picture's own prefill, and what it is."""
 ASKERS = ("describe", "asked")
 """Scores from questions that somebody made up."""
 BOUND = "oracle"
@@ -44,13 +49,8 @@ FRONTIER = (SCORERS[0], "leverage", "expected_attention", "asked", BOUND)
 """Copies of the experiment `copies`: all scorers at `BUDGET`, these at all budgets."""
 DECODE = "decode"
 """Name of the reading from the first decode steps; others are named by their number of rows."""
-SIGNALS: Mapping[str, Callable[[float, float], float]] = {
-    "prefill": lambda prefill, decode: prefill,
-    "decode": lambda prefill, decode: decode,
-    "the larger": max,
-    "their mean": lambda prefill, decode: (prefill + decode) / 2,
-}
-"""What can be made of both readings."""
+Reading = Callable[[Mapping[str, float]], float]
+"""What of a question's readings is compared with a threshold."""
 
 
 def copy_name(scorer: str, budget: float, profile: bool) -> str:
@@ -199,16 +199,16 @@ def summarise_copies(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def judged_copies(
-    result: Result, copies: Sequence[str], seeds: range, rows: int | None = None
+    result: Result, copies: Sequence[str], seeds: range, reading: Reading | None = None
 ) -> list[tuple[float, bool]]:
-    """Readings (from as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
-    records, number = result["records"], str(result["rows_read_by_server"] if rows is None else rows)
-    full = {r["seed"]: r["right"] for r in records if r["copy"] == FULL}
+    """Readings (of as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
+    reading = reading or itemgetter(str(result["rows_read_by_server"]))
+    full = {r["seed"]: r["right"] for r in result["records"] if r["copy"] == FULL}
     return [
-        (reading, not right)
-        for record in records
+        (reading({name: values[number] for name, values in record["readings"].items()}), not right)
+        for record in result["records"]
         if record["copy"] in copies and record["seed"] in seeds
-        for reading, right, known in zip(record["readings"][number], record["right"], full[record["seed"]], strict=True)
+        for number, (right, known) in enumerate(zip(record["right"], full[record["seed"]], strict=True))
         if known
     ]
 
@@ -308,13 +308,31 @@ def guard(result: Result) -> str:
 
 def guard_rows(result: Result) -> str:
     """The same from other numbers of rows."""
+    found: dict[str, Reading] = {f"last {rows}" if rows else "all": itemgetter(str(rows)) for rows in ROWS_READ}
+    return _readings("rows", result, found)
+
+
+def guard_decode(result: Result) -> str:
+    """The same with a look at the first decode steps."""
+    prefill = str(result["rows_read_by_server"])
+    found: dict[str, Reading] = {
+        "prefill": itemgetter(prefill),
+        "decode": itemgetter(DECODE),
+        "the larger": lambda readings: max(readings[prefill], readings[DECODE]),
+        "their mean": lambda readings: (readings[prefill] + readings[DECODE]) / 2,
+    }
+    return _readings("reading", result, found)
+
+
+def _readings(head: str, result: Result, found: Mapping[str, Reading]) -> str:
+    """Readings beside each other, each with a threshold of its own."""
     lines = []
     for name, copies in WATCHED.items():
-        for rows in ROWS_READ:
-            chosen = choose(judged_copies(result, copies, CHOICE, rows))
-            title = f"{name}: {f'last {rows}' if rows else 'all'}"
-            lines.append(_judgement(title, chosen, judged_copies(result, copies, JUDGEMENT, rows)))
-    return markdown_table(("rows", *JUDGED[1:]), lines)
+        for title, reading in found.items():
+            chosen = choose(judged_copies(result, copies, CHOICE, reading))
+            items = judged_copies(result, copies, JUDGEMENT, reading)
+            lines.append(_judgement(f"{name}: {title}", chosen, items))
+    return markdown_table((head, *JUDGED[1:]), lines)
 
 
 def guard_thresholds(result: Result) -> str:
@@ -407,24 +425,30 @@ def rows_read(result: Result) -> str:
 
 
 def scorers(result: Result) -> str:
-    """Scores for copies, without and with a profile."""
+    """Scores for copies, without and with a profile, and what each takes beyond keys and values."""
     rows = {row["copy"]: row for row in result["summary"]}
     full = _share(rows[FULL]["later"], rows[FULL]["interval"])
-    lines = [[FULL, full, full]]
-    for scorer in SCORERS:
-        both = (rows[copy_name(scorer, BUDGET, profile)] for profile in (False, True))
-        lines.append([f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in both)])
-    return markdown_table(("scorer", "all layers alike", "layers by profile"), lines)
+    lines = [[FULL, "", full, full]]
+    for scorer in (*SCORERS, *OBSERVERS, *ASKERS, BOUND):
+        both = [rows[copy_name(scorer, BUDGET, profile)] for profile in (False, True)]
+        takes = OBSERVERS.get(scorer, "")
+        if scorer in ASKERS:
+            takes = f"a forward of {both[0]['extra_rows']:.0f} rows"
+        if scorer == BOUND:
+            takes = "the questions to come: a bound"
+        lines.append([f"`{scorer}`", takes, *(_share(row["later"], row["interval"]) for row in both)])
+    return markdown_table(("scorer", "needs", "all layers alike", "layers by profile"), lines, left=2)
 
 
 def frontier(result: Result) -> str:
     """Budgets, without and with a profile."""
     rows = {row["copy"]: row for row in result["summary"]}
     lines = []
-    for budget in BUDGETS:
-        both = (rows[copy_name(SCORERS[0], budget, profile)] for profile in (False, True))
-        lines.append([f"{budget:g}", *(_share(row["later"], row["interval"]) for row in both)])
-    return markdown_table(("share budget", "all layers alike", "layers by profile"), lines)
+    for name, profile in (("all alike", False), ("by profile", True)):
+        for scorer in FRONTIER:
+            mine = (rows[copy_name(scorer, budget, profile)] for budget in BUDGETS)
+            lines.append([name, f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in mine)])
+    return markdown_table(("layers", "scorer", *(f"{budget:g}" for budget in BUDGETS)), lines, left=2)
 
 
 BLOCKS = {
@@ -433,6 +457,7 @@ BLOCKS = {
     "latency": ("latency", latency),
     "guard": ("copies", guard),
     "guard-rows": ("copies", guard_rows),
+    "guard-decode": ("copies", guard_decode),
     "guard-thresholds": ("copies", guard_thresholds),
     "served": ("guard", served),
     "overhead": ("guard", overhead),
