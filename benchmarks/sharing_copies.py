@@ -107,9 +107,12 @@ class Looked:
         plan = policy.decide(*views, whole, budget.target(length, length, model.layers))
         self.own = plan.keep[..., : span.end].any(1)
         """`[layers, prefix]`."""
+        asked = guesses(seed)
+        self.guessed = [(question.record.colour, question.record.letter) in asked for question in self.questions]
+        """Which of the questions are about a label that a made-up one was about."""
         self._told = {
             "describe": looked_at(model, GENERIC, over_rows),
-            "asked": looked_at(model, guesses(seed), any_row),
+            "asked": looked_at(model, list(asked.values()), any_row),
             BOUND: looked_at(model, [question.text for question in self.questions], last_rows),
         }
 
@@ -178,8 +181,9 @@ def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
         looked = Looked(model, seed)
         lengths = [len(model.tokens(question.text)) for question in looked.questions]
         everything = torch.ones_like(looked.own).expand(len(lengths), -1, -1)
-        full = model.right(looked.questions, everything)
-        records.append({"copy": FULL, "seed": seed, "kept": 1.0, "extra_rows": 0, "right": full})
+        full = {"copy": FULL, "seed": seed, "kept": 1.0, "extra_rows": 0}
+        right = model.right(looked.questions, everything)
+        records.append({**full, "right": right, "guessed": looked.guessed})
         for copy, policy in chosen:
             keep = looked.keep(copy, policy)
             right = model.right(looked.questions, keep.expand(len(lengths), -1, -1))

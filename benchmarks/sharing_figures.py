@@ -13,6 +13,7 @@ from sharing_page import (
     CHOICE,
     FULL,
     JUDGEMENT,
+    LAYERS,
     PRIVATE,
     SCORERS,
     WATCHED,
@@ -142,14 +143,14 @@ def draw_frontier(result: Result, table: Result | None) -> Any:
     figure, (axis,) = _axes(1, 9.5, 4.8)
     rows = {row["copy"]: row for row in result["summary"]}
     axis.axhline(rows[FULL]["later"], color="black", linestyle="--", linewidth=1, label=FULL)
-    for number, (name, profile) in enumerate((("all layers alike", False), ("layers by profile", True))):
+    for number, (name, profile) in enumerate(LAYERS.items()):
         look = {"marker": MARKERS[number], "color": COLOURS[number], "capsize": 2}
         for scorer, style in STYLES.items():
             mine = [rows[copy_name(scorer, budget, profile)] for budget in BUDGETS]
             xs, ys = [row["kept"] for row in mine], [row["later"] for row in mine]
             spread = [[y - row["interval"][0] for y, row in zip(ys, mine, strict=True)]]
             spread.append([row["interval"][1] - y for y, row in zip(ys, mine, strict=True)])
-            axis.errorbar(xs, ys, yerr=spread, linestyle=style, label=f"{scorer}, {name}", **look)
+            axis.errorbar(xs, ys, yerr=spread, linestyle=style, label=f"{scorer}, layers {name}", **look)
     policy = rows["policy"]
     axis.plot(policy["kept"], policy["later"], MARKERS[2], color=COLOURS[7], label="what the first question needs")
     for number, row in enumerate(row for row in (table["summary"] if table else ()) if "enforce" in row["arm"]):

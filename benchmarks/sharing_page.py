@@ -45,6 +45,8 @@ ROWS_READ = (1, 4, 8, 0)
 """Last rows of a question that a reading is made of; 0 = all."""
 BUDGET = 0.2
 BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+LAYERS = {"all alike": False, "by profile": True}
+"""Whether a copy's layers divide its budget by a profile."""
 FRONTIER = (SCORERS[0], "leverage", "expected_attention", "asked", BOUND)
 """Copies of the experiment `copies`: all scorers at `BUDGET`, these at all budgets."""
 DECODE = "decode"
@@ -444,11 +446,46 @@ def frontier(result: Result) -> str:
     """Budgets, without and with a profile."""
     rows = {row["copy"]: row for row in result["summary"]}
     lines = []
-    for name, profile in (("all alike", False), ("by profile", True)):
+    for name, profile in LAYERS.items():
         for scorer in FRONTIER:
             mine = (rows[copy_name(scorer, budget, profile)] for budget in BUDGETS)
             lines.append([name, f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in mine)])
     return markdown_table(("layers", "scorer", *(f"{budget:g}" for budget in BUDGETS)), lines, left=2)
+
+
+def guesses(result: Result) -> str:
+    """Whom made-up questions help: those about a label that was guessed, or the others too."""
+    lines = [
+        [
+            name,
+            f"{budget:g}",
+            *(
+                _share(mean(rights), interval(rights))
+                for known in (True, False)
+                for scorer in ("asked", SCORERS[0])
+                for rights in [_rights(result, copy_name(scorer, budget, profile), known)]
+            ),
+        ]
+        for name, profile in LAYERS.items()
+        for budget in BUDGETS
+    ]
+    head = ("layers", "share budget", "guessed: `asked`", "`keydiff`", "others: `asked`", "`keydiff`")
+    return markdown_table(head, lines, left=2)
+
+
+def _rights(result: Result, copy: str, known: bool) -> dict[str, list[float]]:
+    """By picture, answers to those of questions 2 to 8 that somebody guessed or that nobody did."""
+    guessed = {r["seed"]: r["guessed"] for r in result["records"] if r["copy"] == FULL}
+    found = {
+        str(record["seed"]): [
+            float(right)
+            for right, was in zip(record["right"][1:], guessed[record["seed"]][1:], strict=True)
+            if was == known
+        ]
+        for record in result["records"]
+        if record["copy"] == copy
+    }
+    return {seed: rights for seed, rights in found.items() if rights}
 
 
 BLOCKS = {
@@ -465,6 +502,7 @@ BLOCKS = {
     "rows": ("sketch", rows_read),
     "scorers": ("copies", scorers),
     "frontier": ("copies", frontier),
+    "guesses": ("copies", guesses),
 }
 """Experiment and maker of each generated part of the page, by the name of its markers."""
 

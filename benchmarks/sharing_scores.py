@@ -61,11 +61,11 @@ class Told:
         return self.scores[layer.index]
 
 
-def guesses(seed: int) -> list[str]:
-    """Questions of the kind that the task asks, about labels drawn at random: most are in no picture."""
+def guesses(seed: int) -> dict[tuple[str, str], str]:
+    """Questions of the kind that the task asks, by colour and letter of labels drawn at random."""
     rng = random.Random(seed)
     labels = rng.sample(list(itertools.product(COLOUR_NAMES, LETTERS)), GUESSES)
-    return [rng.choice(TEMPLATES).format(colour=colour, letter=letter) for colour, letter in labels]
+    return {(colour, letter): rng.choice(TEMPLATES).format(colour=colour, letter=letter) for colour, letter in labels}
 
 
 def looked_at(model: Recorder, texts: Sequence[str], reduce: Reduce) -> Told:

@@ -79,10 +79,13 @@ def test_a_question_scores_alike_alone_and_beside_a_longer_one(experiment: Modul
             torch.testing.assert_close(scores, torch.maximum(*(told.scores[layer] for told in alone)))
 
 
-def test_guesses_are_other_labels_for_other_pictures(experiment: ModuleType) -> None:
+def test_guesses_are_other_labels_for_other_pictures(experiment: ModuleType, looked: Any) -> None:
     first, again, second = (experiment.guesses(seed) for seed in (SEED, SEED, SEED + 1))
     assert first == again != second
-    assert len(set(first)) == len(first) == 32
+    assert len(set(first.values())) == len(first) == 32
+    assert all(colour in text and letter in text for (colour, letter), text in first.items())
+    labels = [(question.record.colour, question.record.letter) for question in looked.questions]
+    assert looked.guessed == [label in first for label in labels]
 
 
 def test_decode_readings_are_those_of_the_rows_behind_the_prompt(
