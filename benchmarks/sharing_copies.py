@@ -1,7 +1,8 @@
 """Copies for everybody without a server: which score, which layers, how much; and readings beside right answers.
 
 The server's code chooses what the first question needs, and the copies; questions then run behind the picture with
-everything else of it hidden, as after a hit.  This is how many combinations are looked at in minutes.
+everything else of it hidden, as after a hit.  This is how many combinations are looked at in minutes, and scores that
+no server makes copies with beside those of servers.
 """
 
 from __future__ import annotations
@@ -14,15 +15,31 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_page import BUDGET, BUDGETS, FULL, ROWS_READ, SCORERS, copy_name, dump, summarise_copies
+from sharing_page import (
+    ASKERS,
+    BOUND,
+    BUDGET,
+    BUDGETS,
+    DECODE,
+    FRONTIER,
+    FULL,
+    OBSERVERS,
+    ROWS_READ,
+    SCORERS,
+    WATCHED,
+    copy_name,
+    dump,
+    summarise_copies,
+)
 from sharing_recorder import MODEL, Recorder
+from sharing_scores import GENERIC, any_row, guesses, last_rows, looked_at, over_rows
 from torch import Tensor
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import Policy, resolve
 from vlcache_sgl.runtime.scoring import Scoring
-from vlcache_sgl.runtime.sharing.guard import LAST_ROWS
+from vlcache_sgl.runtime.sharing.guard import FIRST_STEPS, LAST_ROWS
 from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share
 from vlcache_sgl.runtime.sharing.tier import copy_policy, copy_total, layer_weights, require_agnostic
 from vlcache_sgl.tasks.receipts import make_picture
@@ -44,36 +61,43 @@ class Copy(NamedTuple):
     budget: float
 
     @property
-    def policy(self) -> str:
-        return f"scorer={self.scorer or SCORERS[0]},allocator=" + (
-            f"table,file={PROFILE}" if self.profile else "uniform"
-        )
+    def allocator(self) -> str:
+        return f"table,file={PROFILE}" if self.profile else "uniform"
+
+    def share_policy(self) -> Policy:
+        """The server's share policy; a score that is no plugin's takes the place of its scorer."""
+        scorer = self.scorer if self.scorer in (*SCORERS, *OBSERVERS) else SCORERS[0]
+        return resolve(f"scorer={scorer},allocator={self.allocator}")
 
 
 def copies() -> list[Copy]:
     """All that are looked at."""
     found = [Copy("policy", None, False, BUDGET), Copy("policy, profile", None, True, BUDGET)]
+    pairs = [(scorer, BUDGET) for scorer in (*SCORERS, *OBSERVERS, *ASKERS, BOUND)]
+    pairs += [(scorer, budget) for scorer in FRONTIER for budget in BUDGETS]
     for profile in (False, True):
-        pairs = [(scorer, BUDGET) for scorer in SCORERS] + [(SCORERS[0], budget) for budget in BUDGETS]
         for scorer, budget in dict.fromkeys(pairs):
             found.append(Copy(copy_name(scorer, budget, profile), scorer, profile, budget))
     return found
 
 
 class Looked:
-    """A picture after its first question: the prefix's keys and values, and what the question's policy keeps."""
+    """A picture after its first question: what the prefix holds, what the question's policy keeps, what others see."""
 
     def __init__(self, model: Recorder, seed: int) -> None:
-        self.questions = make_picture(seed, SIDE, SIDE, num_questions=QUESTIONS).questions
-        model.look_at(make_picture(seed, SIDE, SIDE, num_questions=QUESTIONS))
+        picture = make_picture(seed, SIDE, SIDE, num_questions=QUESTIONS)
+        self.questions = picture.questions
+        model.look_at(picture)
         self.layers = [torch.stack([seen.keys[0], seen.values[0]], 1) for seen in model.seen]
         """`[prefix, 2, K, D]` each."""
-        model.ask([model.tokens(self.questions[0])])
+        self._queries = [seen.queries[0] / model.scale for seen in model.seen]
+        self._positions, self._scale = model.positions, model.scale
+        model.ask([model.tokens(self.questions[0].text)])
         first = model.seen
         length, heads = first[0].keys.shape[1], first[0].queries.shape[2]
         kv_heads, dim = first[0].keys.shape[2:]
         span = Span(model.span.start, model.span.stop)
-        whole = Prompt(length, 0, (span,), model.layers, heads, kv_heads, dim)
+        whole = Prompt(length, 0, (span,), model.layers, heads, kv_heads, dim, rotary=model.rotary)
         self.prompt = replace(whole, length=span.end)
         policy, budget = resolve(OWN[0]), OWN[1]
         scoring = Scoring(whole, policy.needs)
@@ -83,60 +107,93 @@ class Looked:
         plan = policy.decide(*views, whole, budget.target(length, length, model.layers))
         self.own = plan.keep[..., : span.end].any(1)
         """`[layers, prefix]`."""
+        asked = guesses(seed)
+        self.guessed = [(question.record.colour, question.record.letter) in asked for question in self.questions]
+        """Which of the questions are about a label that a made-up one was about."""
+        self._told = {
+            "describe": looked_at(model, GENERIC, over_rows),
+            "asked": looked_at(model, list(asked.values()), any_row),
+            BOUND: looked_at(model, [question.text for question in self.questions], last_rows),
+        }
+
+    def extra_rows(self, copy: Copy) -> int:
+        """Rows that the model computed for a copy's score, in addition to the prefill of the prefix."""
+        told = self._told.get(copy.scorer or "")
+        return told.rows if told else 0
 
     def keep(self, copy: Copy, policy: Policy) -> Tensor:
         """`[layers, prefix]`: what a copy has."""
         if copy.scorer is None:
             return self.own
+        if copy.scorer in self._told:
+            policy = replace(policy, scorer=self._told[copy.scorer], scorer_name=copy.scorer)
         chosen = copy_policy(policy, self.prompt, self.own, None)
-        views = Scoring(self.prompt, chosen.needs).views(self.layers.__getitem__)
-        return chosen.decide(*views, self.prompt, copy_total(self.prompt, copy.budget)).keep.any(1)
+        scoring = Scoring(self.prompt, chosen.needs)
+        scoring.add_positions(self._positions)
+        for layer, queries in enumerate(self._queries):
+            scoring.observe(layer, 0, queries, self.layers[layer][:, 0], None, None, self._scale)
+        views = scoring.views(self.layers.__getitem__)
+        return chosen.decide(*views, scoring.final_prompt(), copy_total(self.prompt, copy.budget)).keep.any(1)
+
+
+def rows_read(length: int) -> dict[str, slice]:
+    """Which rows of a question of `length` tokens and its answer each reading is made of."""
+    found = {str(rows): slice(length - rows if rows else 0, length) for rows in ROWS_READ}
+    return {**found, DECODE: slice(length, length + FIRST_STEPS)}
 
 
 def readings(
     model: Recorder, looked: Looked, keep: Tensor, weights: tuple[float, ...], lengths: list[int]
 ) -> dict[str, list[float]]:
-    """The guard's reading of each question of the last forward, from different numbers of last rows.
+    """The guard's readings of each question of the last forward, which went on with its right answer.
 
     Args:
         keep: `[layers, prefix]`, their copy.
         weights: per layer, sum 1.
         lengths: rows of each question's prompt.
     """
-    totals = {rows: torch.zeros(len(lengths)) for rows in ROWS_READ}
+    slices = [rows_read(length) for length in lengths]
+    totals = {name: torch.zeros(len(lengths)) for name in slices[0]}
     for layer, weight in enumerate(weights):
         evicted = looked.layers[layer][~keep[layer], 0].transpose(0, 1).contiguous()
         sketch = KeySketch.of(evicted, looked.prompt.length) if weight else None
         if sketch is None:
             continue
         seen = model.seen[layer]
-        for number, count in enumerate(lengths):
-            mass = sketch.log_mass(seen.queries[number, :count], 1.0)
-            shares = missing_share(seen.lse[number, :, :count].T, mass).mean(1)
-            for rows, total in totals.items():
-                total[number] += weight * shares[-rows:].mean()
-    return {str(rows): [round(float(value), 5) for value in total] for rows, total in totals.items()}
+        for number, parts in enumerate(slices):
+            mass = sketch.log_mass(seen.queries[number], 1.0)
+            shares = missing_share(seen.lse[number].T, mass).mean(1)
+            for name, part in parts.items():
+                totals[name][number] += weight * shares[part].mean()
+    return {name: [round(float(value), 5) for value in total] for name, total in totals.items()}
 
 
 def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
-    """One record per picture and copy."""
+    """One record per picture and copy, with readings where a table of the guard wants them."""
     model = Recorder()
-    chosen = [(copy, resolve(copy.policy)) for copy in copies()]
-    for _, policy in chosen:
-        require_agnostic(policy)
+    chosen = [(copy, copy.share_policy()) for copy in copies()]
+    for copy, policy in chosen:
+        if copy.scorer not in OBSERVERS:
+            require_agnostic(policy)
+    watched = {name for names in WATCHED.values() for name in names}
     records = []
     for seed in track(seeds, "copies", console=console, transient=True):
         looked = Looked(model, seed)
-        lengths = [len(model.tokens(question)) for question in looked.questions]
+        lengths = [len(model.tokens(question.text)) for question in looked.questions]
         everything = torch.ones_like(looked.own).expand(len(lengths), -1, -1)
-        records.append({"copy": FULL, "seed": seed, "kept": 1.0, "right": model.right(looked.questions, everything)})
+        full = {"copy": FULL, "seed": seed, "kept": 1.0, "extra_rows": 0}
+        right = model.right(looked.questions, everything)
+        records.append({**full, "right": right, "guessed": looked.guessed})
         for copy, policy in chosen:
             keep = looked.keep(copy, policy)
             right = model.right(looked.questions, keep.expand(len(lengths), -1, -1))
-            weights = layer_weights(policy, looked.prompt, copy.budget)
-            kept = float(keep[:, model.span].float().mean())
-            record = {"copy": copy.name, "seed": seed, "kept": round(kept, 4), "right": right}
-            records.append({**record, "readings": readings(model, looked, keep, weights, lengths)})
+            kept = round(float(keep[:, model.span].float().mean()), 4)
+            record: dict[str, Any] = {"copy": copy.name, "seed": seed, "kept": kept}
+            record |= {"extra_rows": looked.extra_rows(copy), "right": right}
+            if copy.name in watched:
+                weights = layer_weights(policy, looked.prompt, copy.budget)
+                record["readings"] = readings(model, looked, keep, weights, lengths)
+            records.append(record)
     return records
 
 
@@ -155,7 +212,12 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         "host": host,
         "model": MODEL,
         "rows_read_by_server": LAST_ROWS,
-        "copies": {copy.name: {"policy": copy.policy, "budget": copy.budget} for copy in copies() if copy.scorer},
+        "decode_steps_read_by_server": FIRST_STEPS,
+        "copies": {
+            copy.name: {"scorer": copy.scorer, "allocator": copy.allocator, "budget": copy.budget}
+            for copy in copies()
+            if copy.scorer
+        },
         "summary": summary,
         "records": records,
     }

@@ -8,10 +8,12 @@ from typing import Any
 
 from host import ROOT
 from sharing_page import (
+    BOUND,
     BUDGETS,
     CHOICE,
     FULL,
     JUDGEMENT,
+    LAYERS,
     PRIVATE,
     SCORERS,
     WATCHED,
@@ -26,6 +28,8 @@ from sharing_page import (
 from vlcache_sgl.fidelity.report import COLOURS, MARKERS
 
 FIGURES = ROOT / "docs/figures"
+STYLES = {SCORERS[0]: "-", "asked": "--", BOUND: ":"}
+"""Lines of scores over bytes."""
 
 
 def draw_plots(results: Mapping[str, Result], folder: Path = FIGURES) -> None:
@@ -139,12 +143,14 @@ def draw_frontier(result: Result, table: Result | None) -> Any:
     figure, (axis,) = _axes(1, 9.5, 4.8)
     rows = {row["copy"]: row for row in result["summary"]}
     axis.axhline(rows[FULL]["later"], color="black", linestyle="--", linewidth=1, label=FULL)
-    for number, (name, profile) in enumerate((("all layers alike", False), ("layers by profile", True))):
-        mine = [rows[copy_name(SCORERS[0], budget, profile)] for budget in BUDGETS]
-        xs, ys = [row["kept"] for row in mine], [row["later"] for row in mine]
-        spread = [[y - row["interval"][0] for y, row in zip(ys, mine, strict=True)]]
-        spread.append([row["interval"][1] - y for y, row in zip(ys, mine, strict=True)])
-        axis.errorbar(xs, ys, yerr=spread, marker=MARKERS[number], color=COLOURS[number], capsize=2, label=name)
+    for number, (name, profile) in enumerate(LAYERS.items()):
+        look = {"marker": MARKERS[number], "color": COLOURS[number], "capsize": 2}
+        for scorer, style in STYLES.items():
+            mine = [rows[copy_name(scorer, budget, profile)] for budget in BUDGETS]
+            xs, ys = [row["kept"] for row in mine], [row["later"] for row in mine]
+            spread = [[y - row["interval"][0] for y, row in zip(ys, mine, strict=True)]]
+            spread.append([row["interval"][1] - y for y, row in zip(ys, mine, strict=True)])
+            axis.errorbar(xs, ys, yerr=spread, linestyle=style, label=f"{scorer}, layers {name}", **look)
     policy = rows["policy"]
     axis.plot(policy["kept"], policy["later"], MARKERS[2], color=COLOURS[7], label="what the first question needs")
     for number, row in enumerate(row for row in (table["summary"] if table else ()) if "enforce" in row["arm"]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -29,11 +30,29 @@ TARGETS = {
 CHOICE, JUDGEMENT = range(61_000, 62_000), range(62_000, 63_000)
 """Seeds of the pictures a threshold is chosen on, and of those it is judged on."""
 SCORERS = ("keydiff", "infinipot_v", "knorm", "lagkv", "random")
+"""Scores with which a server makes copies: they need keys and values only."""
+OBSERVERS = {
+    "leverage": "rotation",
+    "compactor": "rotation, queries",
+    "expected_attention": "rotation, queries",
+}
+"""Scores of plugins that need more than that of the picture's own prefill, and what it is."""
+ASKERS = ("describe", "asked")
+"""Scores from questions that somebody made up."""
+BOUND = "oracle"
+"""The score from the very questions that are then asked."""
 ROWS_READ = (1, 4, 8, 0)
 """Last rows of a question that a reading is made of; 0 = all."""
 BUDGET = 0.2
 BUDGETS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
-"""Copies of the experiment `copies`: all scorers at `BUDGET`, the first one at all budgets."""
+LAYERS = {"all alike": False, "by profile": True}
+"""Whether a copy's layers divide its budget by a profile."""
+FRONTIER = (SCORERS[0], "leverage", "expected_attention", "asked", BOUND)
+"""Copies of the experiment `copies`: all scorers at `BUDGET`, these at all budgets."""
+DECODE = "decode"
+"""Name of the reading from the first decode steps; others are named by their number of rows."""
+Reading = Callable[[Mapping[str, float]], float]
+"""What of a question's readings is compared with a threshold."""
 
 
 def copy_name(scorer: str, budget: float, profile: bool) -> str:
@@ -176,21 +195,22 @@ def summarise_copies(records: Sequence[Record]) -> list[dict[str, Any]]:
         mine = [record for record in records if record["copy"] == name]
         later = {str(r["seed"]): [float(x) for x in r["right"][1:]] for r in mine}
         row = {"copy": name, "pictures": len(mine), "kept": round(fmean(r["kept"] for r in mine), 4)}
+        row["extra_rows"] = round(fmean(r["extra_rows"] for r in mine), 1)
         rows.append({**row, "later": round(mean(later), 4), "interval": [round(x, 4) for x in interval(later)]})
     return rows
 
 
 def judged_copies(
-    result: Result, copies: Sequence[str], seeds: range, rows: int | None = None
+    result: Result, copies: Sequence[str], seeds: range, reading: Reading | None = None
 ) -> list[tuple[float, bool]]:
-    """Readings (from as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
-    records, number = result["records"], str(result["rows_read_by_server"] if rows is None else rows)
-    full = {r["seed"]: r["right"] for r in records if r["copy"] == FULL}
+    """Readings (of as many rows as the server reads), and whether an answer was wrong that the full cache gives."""
+    reading = reading or itemgetter(str(result["rows_read_by_server"]))
+    full = {r["seed"]: r["right"] for r in result["records"] if r["copy"] == FULL}
     return [
-        (reading, not right)
-        for record in records
+        (reading({name: values[number] for name, values in record["readings"].items()}), not right)
+        for record in result["records"]
         if record["copy"] in copies and record["seed"] in seeds
-        for reading, right, known in zip(record["readings"][number], record["right"], full[record["seed"]], strict=True)
+        for number, (right, known) in enumerate(zip(record["right"], full[record["seed"]], strict=True))
         if known
     ]
 
@@ -290,13 +310,31 @@ def guard(result: Result) -> str:
 
 def guard_rows(result: Result) -> str:
     """The same from other numbers of rows."""
+    found: dict[str, Reading] = {f"last {rows}" if rows else "all": itemgetter(str(rows)) for rows in ROWS_READ}
+    return _readings("rows", result, found)
+
+
+def guard_decode(result: Result) -> str:
+    """The same with a look at the first decode steps."""
+    prefill = str(result["rows_read_by_server"])
+    found: dict[str, Reading] = {
+        "prefill": itemgetter(prefill),
+        "decode": itemgetter(DECODE),
+        "the larger": lambda readings: max(readings[prefill], readings[DECODE]),
+        "their mean": lambda readings: (readings[prefill] + readings[DECODE]) / 2,
+    }
+    return _readings("reading", result, found)
+
+
+def _readings(head: str, result: Result, found: Mapping[str, Reading]) -> str:
+    """Readings beside each other, each with a threshold of its own."""
     lines = []
     for name, copies in WATCHED.items():
-        for rows in ROWS_READ:
-            chosen = choose(judged_copies(result, copies, CHOICE, rows))
-            title = f"{name}: {f'last {rows}' if rows else 'all'}"
-            lines.append(_judgement(title, chosen, judged_copies(result, copies, JUDGEMENT, rows)))
-    return markdown_table(("rows", *JUDGED[1:]), lines)
+        for title, reading in found.items():
+            chosen = choose(judged_copies(result, copies, CHOICE, reading))
+            items = judged_copies(result, copies, JUDGEMENT, reading)
+            lines.append(_judgement(f"{name}: {title}", chosen, items))
+    return markdown_table((head, *JUDGED[1:]), lines)
 
 
 def guard_thresholds(result: Result) -> str:
@@ -391,24 +429,65 @@ def rows_read(result: Result) -> str:
 
 
 def scorers(result: Result) -> str:
-    """Scores for copies, without and with a profile."""
+    """Scores for copies, without and with a profile, and what each takes beyond keys and values."""
     rows = {row["copy"]: row for row in result["summary"]}
     full = _share(rows[FULL]["later"], rows[FULL]["interval"])
-    lines = [[FULL, full, full]]
-    for scorer in SCORERS:
-        both = (rows[copy_name(scorer, BUDGET, profile)] for profile in (False, True))
-        lines.append([f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in both)])
-    return markdown_table(("scorer", "all layers alike", "layers by profile"), lines)
+    lines = [[FULL, "", full, full]]
+    for scorer in (*SCORERS, *OBSERVERS, *ASKERS, BOUND):
+        both = [rows[copy_name(scorer, BUDGET, profile)] for profile in (False, True)]
+        takes = OBSERVERS.get(scorer, "")
+        if scorer in ASKERS:
+            takes = f"a forward of {both[0]['extra_rows']:.0f} rows"
+        if scorer == BOUND:
+            takes = "the questions to come: a bound"
+        lines.append([f"`{scorer}`", takes, *(_share(row["later"], row["interval"]) for row in both)])
+    return markdown_table(("scorer", "needs", "all layers alike", "layers by profile"), lines, left=2)
 
 
 def frontier(result: Result) -> str:
     """Budgets, without and with a profile."""
     rows = {row["copy"]: row for row in result["summary"]}
     lines = []
-    for budget in BUDGETS:
-        both = (rows[copy_name(SCORERS[0], budget, profile)] for profile in (False, True))
-        lines.append([f"{budget:g}", *(_share(row["later"], row["interval"]) for row in both)])
-    return markdown_table(("share budget", "all layers alike", "layers by profile"), lines)
+    for name, profile in LAYERS.items():
+        for scorer in FRONTIER:
+            mine = (rows[copy_name(scorer, budget, profile)] for budget in BUDGETS)
+            lines.append([name, f"`{scorer}`", *(_share(row["later"], row["interval"]) for row in mine)])
+    return markdown_table(("layers", "scorer", *(f"{budget:g}" for budget in BUDGETS)), lines, left=2)
+
+
+def guesses(result: Result) -> str:
+    """Whom made-up questions help: those about a label that was guessed, or the others too."""
+    lines = [
+        [
+            name,
+            f"{budget:g}",
+            *(
+                _share(mean(rights), interval(rights))
+                for known in (True, False)
+                for scorer in ("asked", SCORERS[0])
+                for rights in [_rights(result, copy_name(scorer, budget, profile), known)]
+            ),
+        ]
+        for name, profile in LAYERS.items()
+        for budget in BUDGETS
+    ]
+    head = ("layers", "share budget", "guessed: `asked`", "`keydiff`", "others: `asked`", "`keydiff`")
+    return markdown_table(head, lines, left=2)
+
+
+def _rights(result: Result, copy: str, known: bool) -> dict[str, list[float]]:
+    """By picture, answers to those of questions 2 to 8 that somebody guessed or that nobody did."""
+    guessed = {r["seed"]: r["guessed"] for r in result["records"] if r["copy"] == FULL}
+    found = {
+        str(record["seed"]): [
+            float(right)
+            for right, was in zip(record["right"][1:], guessed[record["seed"]][1:], strict=True)
+            if was == known
+        ]
+        for record in result["records"]
+        if record["copy"] == copy
+    }
+    return {seed: rights for seed, rights in found.items() if rights}
 
 
 BLOCKS = {
@@ -417,6 +496,7 @@ BLOCKS = {
     "latency": ("latency", latency),
     "guard": ("copies", guard),
     "guard-rows": ("copies", guard_rows),
+    "guard-decode": ("copies", guard_decode),
     "guard-thresholds": ("copies", guard_thresholds),
     "served": ("guard", served),
     "overhead": ("guard", overhead),
@@ -425,6 +505,7 @@ BLOCKS = {
     "rows": ("sketch", rows_read),
     "scorers": ("copies", scorers),
     "frontier": ("copies", frontier),
+    "guesses": ("copies", guesses),
 }
 """Experiment and maker of each generated part of the page, by the name of its markers."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlcache_sgl.runtime.rotary import ModelRotary
 from vlcache_sgl.tasks.receipts import Picture, Question
 
 MODEL = "models/tinyvlm/grounded"
@@ -50,10 +52,17 @@ class Recorder:
         self._keep: Tensor | None = None
         self._cache: Any = None
         self._next = 0
-        self._end: int = self._model.config.text_config.eos_token_id
-        self.layers: int = self._model.config.text_config.num_hidden_layers
+        self._tails: dict[str, list[int]] = {}
+        text = self._model.config.text_config
+        self._end: int = text.eos_token_id
+        self.layers: int = text.num_hidden_layers
+        self.scale = (text.hidden_size // text.num_attention_heads) ** -0.5
+        """Factor of the logits."""
+        self.rotary = self._rotary(text.max_position_embeddings)
         self.span = slice(0, 0)
         """The picture's positions; the prefix ends where it does."""
+        self.positions = torch.empty(3, 0, dtype=torch.long)
+        """`[3, prefix]`, rotary positions."""
         self.seen: list[Seen] = []
         """Per layer."""
 
@@ -67,17 +76,20 @@ class Recorder:
         for name, value in inputs.items():
             if value.dim() == 2 and value.shape[1] == whole:
                 inputs[name] = value[:, : self.span.stop]
+        positions, shift = self._model.model.get_rope_index(**inputs)
         self._picture, self._keep = picture, None
         self.seen = []
-        out = self._model(**inputs, use_cache=True)
+        out = self._model(**inputs, position_ids=positions, use_cache=True)
         self._cache = out.past_key_values
-        self._next = self.span.stop + int(self._model.model.rope_deltas)
+        self.positions = positions[:, 0]
+        self._next = self.span.stop + int(shift)
 
-    def tokens(self, question: Question) -> list[int]:
-        """What follows the picture in a question's prompt."""
-        ids = self._inputs(self._picture, question.text)["input_ids"][0]
-        found: list[int] = ids[self.span.stop :].tolist()
-        return found
+    def tokens(self, text: str) -> list[int]:
+        """What follows the picture, whichever it is, in the prompt of the question `text`."""
+        if text not in self._tails:
+            ids = self._inputs(self._picture, text)["input_ids"][0]
+            self._tails[text] = ids[self.span.stop :].tolist()
+        return self._tails[text]
 
     def answer_tokens(self, question: Question) -> list[int]:
         """The right answer with the end of the turn."""
@@ -116,12 +128,22 @@ class Recorder:
 
         It does if, given the right answer, every token of it is the first choice.
         """
-        prompts, answers = [self.tokens(q) for q in questions], [self.answer_tokens(q) for q in questions]
+        prompts, answers = [self.tokens(q.text) for q in questions], [self.answer_tokens(q) for q in questions]
         choices = self.ask([[*p, *a[:-1]] for p, a in zip(prompts, answers, strict=True)], keep)
         return [
             choices[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)].tolist() == answer
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
+
+    @torch.no_grad()
+    def _rotary(self, positions: int) -> ModelRotary:
+        """The language model's rotary embedding as policies see it, good for that many positions."""
+        embedding = self._model.model.language_model.rotary_emb
+        both = embedding(torch.zeros(()), torch.arange(positions).expand(3, 1, -1))
+        cache = torch.cat([part[0].chunk(2, -1)[0] for part in both], -1)  # each has its half twice
+        return ModelRotary(
+            SimpleNamespace(cos_sin_cache=cache, is_neox_style=True, mrope_section=embedding.mrope_section)
+        )
 
     def _inputs(self, picture: Picture, text: str) -> dict[str, Tensor]:
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]

@@ -186,7 +186,7 @@ def measure(pictures: int, console: Console) -> tuple[list[dict[str, Any]], dict
         picture = make_picture(FIRST_SEED + number, SIDE, SIDE, num_questions=QUESTIONS)
         model.look_at(picture)
         keys = [seen.keys[0] for seen in model.seen]
-        model.ask([model.tokens(picture.questions[0])])
+        model.ask([model.tokens(picture.questions[0].text)])
         keep = kept_by_first(model)
         layers = []
         for layer in range(model.layers):
@@ -196,7 +196,7 @@ def measure(pictures: int, console: Console) -> tuple[list[dict[str, Any]], dict
                 sizes[name].append(sketch.nbytes)
             layers.append({"true": exact(evicted), **made})
         for index, question in enumerate(picture.questions):
-            model.ask([model.tokens(question)], keep[None])
+            model.ask([model.tokens(question.text)], keep[None])
             shares = [shares_of(seen, sketches) for seen, sketches in zip(model.seen, layers, strict=True)]
             by_method = {name: [round(float(s[name].mean()), 5) for s in shares] for name in ("true", *METHODS)}
             by_rows = {
