@@ -5,7 +5,9 @@ Each experiment becomes `benchmarks/results/sharing-NAME.json`; docs/sharing.md 
 * table: every way to share beside the full cache: right answers, first tokens, bytes, pictures computed anew.
 * latency: first tokens, and what observing costs, on a model of random weights whose prefill costs something.
 * guard: readings on a server beside wrong answers, and what observing costs.
+* just-in-time: the same questions to a model that looks things up while it answers.
 * copies: without a server, scores and budgets of a copy, readings beside wrong answers.
+* late: the same readings of the model that looks things up while it answers.
 * sketch: without a server, estimated against true missing attention, and what else was tried.
 
 Every answer is written down at once, so that an interrupted run goes on where it stopped:
@@ -45,6 +47,7 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.tasks.receipts import make_picture
 
 GROUNDED = "models/tinyvlm/grounded"
+UNGROUNDED = "models/tinyvlm/ungrounded"
 PROFILE = "models/tinyvlm/profiles/grounded.json"
 RANDOM_WEIGHTS = "out/bench-model"
 OUT = ROOT / "out/sharing"
@@ -60,13 +63,15 @@ FLAGS = (
     *(*BUNDLED_FLAGS, "--chunked-prefill-size", "2048", "--enable-metrics"),
     *("--kv-policy", "vlcache", "--kv-budget", "0.1"),
 )
-COUNTERS = ("expansions", "guard_ms", "prefill_ms", "scoring_ms", "selection_ms", "policy_failures")
+COUNTERS = (
+    *("expansions", "guard_ms", "guard_decode_ms", "prefill_ms", "scoring_ms", "selection_ms", "policy_failures"),
+)
 """Of the server, as growth per picture."""
 STATE = ("cells_tree", "cells_per_token", "bytes_per_cell", "sketch_bytes", "pictures_whole")
 """Of the server, after a picture's last question."""
 THRESHOLD = KVConfig("vlcache").guard_threshold
 """Of the guards: the server's own."""
-OFFLINE = {"copies": sharing_copies, "sketch": sharing_sketch}
+OFFLINE = {"copies": sharing_copies.run, "late": sharing_copies.run_late, "sketch": sharing_sketch.run}
 """Experiments without a server."""
 
 
@@ -144,6 +149,17 @@ def experiments() -> dict[str, Experiment]:
             ),
             tuple((seed + i, SIDE) for i in range(4) for seed in (CHOICE_SEED, JUDGEMENT_SEED)),
             again=True,
+        ),
+        "just-in-time": Experiment(
+            (
+                FULL,
+                POLICY,
+                PRIVATE,
+                varied(POLICY, "enforce", *guarded("enforce")),
+                varied(TIERED, "enforce", *guarded("enforce")),
+            ),
+            tested[:10],
+            model=UNGROUNDED,
         ),
     }
 
@@ -357,7 +373,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             console.rule(name)
             host = host_block()
             if name in OFFLINE:
-                OFFLINE[name].run(result_path(name), host, arguments.quick, console)
+                OFFLINE[name](result_path(name), host, arguments.quick, console)
                 continue
             experiment = found[name]
             if arguments.quick:

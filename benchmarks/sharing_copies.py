@@ -7,7 +7,7 @@ no server makes copies with beside those of servers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ from vlcache_sgl.tasks.receipts import make_picture
 
 SIDE, QUESTIONS = 24, 8
 SEEDS = tuple(seed + i for seed in (60_000, 61_000, 62_000) for i in range(20))
+UNGROUNDED = "models/tinyvlm/ungrounded"
 PROFILE = "models/tinyvlm/profiles/grounded.json"
 OWN = ("vlcache", KVBudget(fraction=0.1))
 
@@ -168,10 +169,15 @@ def readings(
     return {name: [round(float(value), 5) for value in total] for name, total in totals.items()}
 
 
-def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
-    """One record per picture and copy, with readings where a table of the guard wants them."""
-    model = Recorder()
-    chosen = [(copy, copy.share_policy()) for copy in copies()]
+def measure(name: str, ways: Sequence[Copy], seeds: Sequence[int], console: Console) -> list[dict[str, Any]]:
+    """One record per picture and copy, with readings where a table of the guard wants them.
+
+    Args:
+        name: the model.
+        ways: to choose what stays.
+    """
+    model = Recorder(name)
+    chosen = [(copy, copy.share_policy()) for copy in ways]
     for copy, policy in chosen:
         if copy.scorer not in OBSERVERS:
             require_agnostic(policy)
@@ -199,7 +205,26 @@ def measure(seeds: tuple[int, ...], console: Console) -> list[dict[str, Any]]:
 
 def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> None:
     """Measure and write `path`."""
-    records = measure(SEEDS[:2] if quick else SEEDS, console)
+    _run(path, "copies", MODEL, copies(), SEEDS[:2] if quick else SEEDS, host, quick, console)
+
+
+def run_late(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> None:
+    """The readings of a model that looks things up while it answers; it has no profile."""
+    watched = [copy for copy in copies() if copy.name in WATCHED["no profile"]]
+    _run(path, "late", UNGROUNDED, watched, SEEDS[20:22] if quick else SEEDS[20:], host, quick, console)
+
+
+def _run(
+    path: Path,
+    name: str,
+    model: str,
+    ways: Sequence[Copy],
+    seeds: Sequence[int],
+    host: Mapping[str, Any],
+    quick: bool,
+    console: Console,
+) -> None:
+    records = measure(model, ways, seeds, console)
     summary = summarise_copies(records)
     if quick:
         for row in summary:
@@ -207,15 +232,15 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         return
     result = {
         "task": "sharing",
-        "experiment": "copies",
-        "command": "python benchmarks/run.py sharing copies",
+        "experiment": name,
+        "command": f"python benchmarks/run.py sharing {name}",
         "host": host,
-        "model": MODEL,
+        "model": model,
         "rows_read_by_server": LAST_ROWS,
         "decode_steps_read_by_server": FIRST_STEPS,
         "copies": {
             copy.name: {"scorer": copy.scorer, "allocator": copy.allocator, "budget": copy.budget}
-            for copy in copies()
+            for copy in ways
             if copy.scorer
         },
         "summary": summary,

@@ -333,7 +333,8 @@ def _readings(head: str, result: Result, found: Mapping[str, Reading]) -> str:
         for title, reading in found.items():
             chosen = choose(judged_copies(result, copies, CHOICE, reading))
             items = judged_copies(result, copies, JUDGEMENT, reading)
-            lines.append(_judgement(f"{name}: {title}", chosen, items))
+            if items:
+                lines.append(_judgement(f"{name}: {title}", chosen, items))
     return markdown_table((head, *JUDGED[1:]), lines)
 
 
@@ -371,6 +372,8 @@ def overhead(result: Result) -> str:
         sketch = median(r["selection_ms"] for r in on) - median(r["selection_ms"] for r in off)
         picture = median(r["prefill_ms"] for r in off)
         follow = [median(q["prefill_ms"] for r in rs for q in r["questions"][1:]) for rs in (off, on)]
+        answers = [sum("missing_in_decode" in q for q in r["questions"]) for r in on]
+        steps = median(r["guard_decode_ms"] / count for r, count in zip(on, answers, strict=True))
         lines.append(
             [
                 watched,
@@ -380,10 +383,11 @@ def overhead(result: Result) -> str:
                 f"{follow[0]:.1f}",
                 f"{follow[1]:.1f}",
                 f"{reading / follow[0]:.1%}",
+                f"{steps:.2f}",
             ]
         )
     head = ["copies", "prefill of the picture, ms", "sketch, ms", "one reading, ms"]
-    head += ["prefill of a question, off, ms", "observe, ms", "reading of it"]
+    head += ["prefill of a question, off, ms", "observe, ms", "reading of it", "first decode steps, ms"]
     return markdown_table(head, lines)
 
 
@@ -497,6 +501,8 @@ BLOCKS = {
     "guard": ("copies", guard),
     "guard-rows": ("copies", guard_rows),
     "guard-decode": ("copies", guard_decode),
+    "late": ("late", guard_decode),
+    "just-in-time": ("just-in-time", table),
     "guard-thresholds": ("copies", guard_thresholds),
     "served": ("guard", served),
     "overhead": ("guard", overhead),

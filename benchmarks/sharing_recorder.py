@@ -36,18 +36,21 @@ class Recorder:
     """Looks at a picture once, then answers questions from all or part of what it has kept of it.
 
     The prefix is the prompt up to the end of the picture; questions are its rows behind it, as on a server after a hit.
+
+    Args:
+        model: one of the bundled ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = MODEL) -> None:
         from transformers import AttentionInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         self._stock = sdpa_attention_forward
         name = f"sharing_recorder_{id(self)}"
         AttentionInterface.register(name, self._attend)
-        self._processor = AutoProcessor.from_pretrained(MODEL)
+        self._processor = AutoProcessor.from_pretrained(model)
         self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            MODEL, dtype=torch.float32, attn_implementation=name
+            model, dtype=torch.float32, attn_implementation=name
         ).eval()
         self._keep: Tensor | None = None
         self._cache: Any = None

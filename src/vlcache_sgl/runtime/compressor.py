@@ -192,14 +192,14 @@ class Compressor:
                 reading.observe(layer, queries[number], keys, scale)
             except Exception as error:
                 reading.failure = error
-        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
 
     def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
         """All layers of a decode step have been computed."""
         started = time.perf_counter()
         for _, reading, _ in steps:
             reading.end_step(self._heads.mean)
-        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
 
     def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
         """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""

@@ -43,6 +43,9 @@ class Counters:
     expansions: int = 0
     """Pictures computed anew because of one."""
     guard_ms: float = 0.0
+    """Host time of readings of prefill rows."""
+    guard_decode_ms: float = 0.0
+    """The same of first decode steps."""
     prefill_ms: float = 0.0
     """Wall time of forwards that contained a compressed prompt."""
     scoring_ms: float = 0.0
@@ -101,6 +104,7 @@ class Counters:
             "guard_trips_in_decode": self.guard_trips_in_decode,
             "expansions": self.expansions,
             "guard_ms": round(self.guard_ms, 3),
+            "guard_decode_ms": round(self.guard_decode_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),
             "scoring_ms": round(self.scoring_ms, 3),
             "selection_ms": round(self.selection_ms, 3),

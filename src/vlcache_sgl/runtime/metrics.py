@@ -122,7 +122,7 @@ class Metrics:
         self._raise_to("guard_trips", counters.guard_trips, seen_in="prefill")
         self._raise_to("guard_trips", counters.guard_trips_in_decode, seen_in="decode")
         self._raise_to("expansions", counters.expansions)
-        self._raise_to("guard_seconds", counters.guard_ms / 1e3)
+        self._raise_to("guard_seconds", (counters.guard_ms + counters.guard_decode_ms) / 1e3)
         self._raise_to("prefill_seconds", counters.prefill_ms / 1e3)
         self._raise_to("scoring_seconds", counters.scoring_ms / 1e3)
         self._raise_to("selection_seconds", counters.selection_ms / 1e3)
