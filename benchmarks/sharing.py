@@ -38,7 +38,7 @@ from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
 from sharing_figures import draw_plots
-from sharing_page import PAGE, dump, rendered, summarise
+from sharing_page import PAGE, UNGUARDED, dump, rendered, summarise
 from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import data_url
@@ -103,6 +103,8 @@ POLICY = Arm("policy", (), {"kv_share": "policy"})
 PRIVATE = Arm("off", (), {"kv_share": "off"})
 TIERED = Arm("tiered", (), {"kv_share": "tiered"})
 WITH_PROFILE = ("--kv-profile", PROFILE)
+ALONE = Arm(UNGUARDED, ("--kv-guard", "off"), {"kv_share": "tiered"})
+"""What observing is compared with: processes differ, and other arms keep theirs busy."""
 
 
 def guarded(mode: str, profile: bool = False) -> tuple[str, ...]:
@@ -133,7 +135,7 @@ def experiments() -> dict[str, Experiment]:
             tested,
         ),
         "latency": Experiment(
-            (FULL, POLICY, PRIVATE, TIERED, varied(TIERED, "observe", *guarded("observe"))),
+            (FULL, POLICY, PRIVATE, TIERED, ALONE, varied(TIERED, "observe", *guarded("observe"))),
             tuple((TEST_SEED + i, SIDE) for i in range(10)),
             model=RANDOM_WEIGHTS,
         ),
@@ -141,7 +143,7 @@ def experiments() -> dict[str, Experiment]:
             (
                 FULL,
                 POLICY,
-                TIERED,
+                ALONE,
                 varied(POLICY, "observe", *guarded("observe")),
                 varied(TIERED, "observe", *guarded("observe")),
                 varied(POLICY, "profile, observe", *guarded("observe", profile=True)),

@@ -18,7 +18,7 @@ PAGE = ROOT / "docs/sharing.md"
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]
 
-FULL, PRIVATE = "full cache", "off"
+FULL, PRIVATE, UNGUARDED = "full cache", "off", "tiered, alone"
 TARGETS = {
     "right answers lost": 0.02,
     "first token, over a hit": 1.5,
@@ -364,7 +364,7 @@ def overhead(result: Result) -> str:
     """What observing costs."""
     lines = []
     for watched in ("tiered, observe", "tiered, profile, observe"):
-        off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in ("tiered", watched))
+        off, on = ([r for r in result["records"] if r["arm"] == arm] for arm in (UNGUARDED, watched))
         if not on:
             continue
         readings = [sum("missing" in q for q in r["questions"]) for r in on]
@@ -372,8 +372,8 @@ def overhead(result: Result) -> str:
         sketch = median(r["selection_ms"] for r in on) - median(r["selection_ms"] for r in off)
         picture = median(r["prefill_ms"] for r in off)
         follow = [median(q["prefill_ms"] for r in rs for q in r["questions"][1:]) for rs in (off, on)]
-        answers = [sum("missing_in_decode" in q for q in r["questions"]) for r in on]
-        steps = median(r["guard_decode_ms"] / count for r, count in zip(on, answers, strict=True))
+        answered = sum("missing_in_decode" in q for r in on for q in r["questions"])
+        steps = sum(r["guard_decode_ms"] for r in on) / max(1, answered)
         lines.append(
             [
                 watched,
@@ -383,7 +383,7 @@ def overhead(result: Result) -> str:
                 f"{follow[0]:.1f}",
                 f"{follow[1]:.1f}",
                 f"{reading / follow[0]:.1%}",
-                f"{steps:.2f}",
+                f"{steps:.2f}" if answered else "",
             ]
         )
     head = ["copies", "prefill of the picture, ms", "sketch, ms", "one reading, ms"]

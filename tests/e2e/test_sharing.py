@@ -116,21 +116,22 @@ def test_streams_begin_once(server: Any, asks: Any) -> None:
     whole = server.ask_all(ask)
     server.flush()
     server.ask_all(ask[:1])
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
     for question, answer in zip(drawn.questions[1:], whole[1:], strict=True):
-        content = [
-            {"type": "image_url", "image_url": {"url": data_url(drawn.image)}},
-            {"type": "text", "text": question.text},
-        ]
-        stream = client.chat.completions.create(
-            model="default",
-            messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
-            max_tokens=8,
-            temperature=0,
-            stream=True,
-        )
-        said = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
-        assert len(said.strip()) == len(answer.text.strip()) == 4
+        assert len(_streamed(server, drawn, question.text)) == len(answer.text.strip()) == 4
+
+
+def _streamed(server: Any, drawn: Picture, question: str) -> str:
+    """All that a stream says."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
+    content = [{"type": "image_url", "image_url": {"url": data_url(drawn.image)}}, {"type": "text", "text": question}]
+    stream = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+    )
+    return "".join(part.choices[0].delta.content or "" for part in stream if part.choices).strip()
 
 
 def test_an_answer_that_looks_things_up_just_in_time_gets_the_whole_picture(servers: Any, asks: Any) -> None:
@@ -147,6 +148,10 @@ def test_an_answer_that_looks_things_up_just_in_time_gets_the_whole_picture(serv
         first = answers[0].report
         assert first.get("missed_in") == "decode" or not first["guard"]["tripped"]
     assert total >= 2 * QUESTIONS - 1
+    streamed = picture(70_062)
+    assert [_streamed(server, streamed, question.text) for question in streamed.questions] == [
+        question.answer for question in streamed.questions
+    ]
     state = server.settled()
     assert state["guard_trips_in_decode"] > before["guard_trips_in_decode"]
     assert state["pictures_whole"] >= 1

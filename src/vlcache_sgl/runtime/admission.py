@@ -125,16 +125,15 @@ def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
     scheduler._add_request_to_queue(req, is_retracted=True)
 
 
-def unsay(req: Any) -> bool:
-    """Let a retracted request answer from the beginning, if nobody has heard any of its answer; whether it does.
+def unsay(req: Any) -> None:
+    """Let a retracted request answer from the beginning, unless somebody has heard some of its answer.
 
-    What it has said stays where more than the tokens themselves depends on it.
+    What it has said stays, too, where more than its text depends on it.
     """
     heard = req.send_token_offset > 0
     if heard or req.grammar is not None or req.return_logprob or req.return_hidden_states or req.require_reasoning:
-        return False
+        return
     req.output_ids = array("q")
-    return True
 
 
 def retract(scheduler: Any, req: Any) -> None:

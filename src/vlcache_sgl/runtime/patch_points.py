@@ -96,6 +96,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "not answering questions that miss too much of a shared picture",
         ),
         PatchPoint(
+            "sglang.srt.managers.schedule_batch:Req.check_match_stop_str_prefix",
+            "after",
+            session.withholds,
+            "sending nothing of a stream that may have to start over",
+        ),
+        PatchPoint(
             f"{_SCHEDULER}.update_running_batch",
             "around",
             admission.make_room,

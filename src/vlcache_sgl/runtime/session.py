@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -31,6 +32,8 @@ from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.status import Status
+
+logger = logging.getLogger(__name__)
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
@@ -108,6 +111,22 @@ class Session:
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         assert self.compressor is not None
         self._status = Status(self.config, self.choices.default, self.compressor, self.images, labels)
+        self._say_what_is_served()
+
+    def _say_what_is_served(self) -> None:
+        config = self.config
+        logger.info(
+            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s",
+            config.policy,
+            config.budget,
+            config.share,
+            config.guard,
+        )
+        if config.guard == "off" and config.share == "policy" and not config.budget.keeps_all:
+            logger.info(
+                "What the first question about a picture kept answers others badly: --kv-profile makes copies for all "
+                "questions, --kv-guard enforce brings back what is missing, --kv-share off shares nothing"
+            )
 
     def _note_change(self) -> None:
         if self._status is not None:
@@ -219,6 +238,7 @@ class Session:
         self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters, sharing)
         self.compressor.allocator = model_runner.token_to_kv_pool_allocator
         self._backend = ResidencyBackend(model_runner, self.compressor, name, prompt.num_heads // size)
+        sharing.reads_decode = not self._backend.provider.on_device and not self.config.head_cells
         return self._backend
 
     def physical_capacity(self, original: property) -> property:
@@ -404,6 +424,10 @@ class Session:
         """Before SGLang publishes the first tokens of a prefill batch; under overlap scheduling that has been done."""
         if self._expansions is not None:
             self._expansions.judge(batch)
+
+    def withholds(self, result: bool, req: Any, *_: Any) -> bool:
+        """After SGLang has said whether what a stream has to say must wait: so must an answer that is not judged."""
+        return bool(result) or (self._expansions is not None and self._expansions.withholds(req))
 
     def admit_prefills(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
         """Around the choice of prompts to start: some memory has come back, some prompts must wait for another."""

@@ -149,7 +149,7 @@ class ResidencyBackend(AttentionBackend):
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
                 self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
             length = int(forward_batch.seq_lens_cpu[number])
-            guard = None if job is None or self.arena.groups > 1 or self.provider.on_device else job.decode_guard
+            guard = None if job is None else job.decode_guard
             if guard is not None and guard.wants(length):
                 slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
                 self.first_steps.append((number, guard, self.arena.residency.table[:, slots]))

@@ -99,6 +99,14 @@ class Expansions:
                 self._send_back(req, job, missing, LEVELS)
                 unsay(req)
 
+    def withholds(self, req: Any) -> bool:
+        """Whether an answer's first tokens must wait until they are judged."""
+        job = job_of(req)
+        reading = None if job is None else job.decode_guard
+        if job is None or reading is None or reading.judged:
+            return False
+        return self._enforce and job.trips < LEVELS and len(req.output_ids) <= FIRST_STEPS + 1
+
     def _report_of(self, job: CompressionJob) -> dict[str, Any]:
         """What the response says of the guard."""
         guard: dict[str, Any] = job.report.setdefault("guard", {"threshold": self._threshold, "tripped": False})

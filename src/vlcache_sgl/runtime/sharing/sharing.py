@@ -41,6 +41,8 @@ class Sharing:
         self._most_bytes = int(SHARE * arena_bytes)
         self.weights = layer_weights(policy, model, config.share_budget)
         """What each layer is worth to later questions, sum 1."""
+        self.reads_decode = True
+        """Whether attention shows its decode steps: in plain torch, where the heads of a layer keep the same tokens."""
 
     # -- what a copy keeps ------------------------------------------------------------------------------------------
 
@@ -99,7 +101,7 @@ class Sharing:
         digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
         sketch = PrefixSketch(job.generation, job.pictures_end, groups)
         self._images.remember(job.image, digest, sketch, self._most_bytes)
-        if groups:
+        if groups and self.reads_decode:
             earlier = () if job.decode_guard is None else job.decode_guard.sketches
             job.decode_guard = DecodeReading((*earlier, sketch), self.weights, job.length)
 
@@ -133,4 +135,5 @@ class Sharing:
         if known:
             first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
             job.guard = GuardReading(known, first_row, job.length, self.weights)
-            job.decode_guard = DecodeReading(known, self.weights, job.length)
+            if self.reads_decode:
+                job.decode_guard = DecodeReading(known, self.weights, job.length)
