@@ -372,8 +372,7 @@ def overhead(result: Result) -> str:
         sketch = median(r["selection_ms"] for r in on) - median(r["selection_ms"] for r in off)
         picture = median(r["prefill_ms"] for r in off)
         follow = [median(q["prefill_ms"] for r in rs for q in r["questions"][1:]) for rs in (off, on)]
-        answered = sum("missing_in_decode" in q for r in on for q in r["questions"])
-        steps = sum(r["guard_decode_ms"] for r in on) / max(1, answered)
+        steps = median(r["guard_decode_ms"] / len(r["questions"]) for r in on)
         lines.append(
             [
                 watched,
@@ -383,7 +382,7 @@ def overhead(result: Result) -> str:
                 f"{follow[0]:.1f}",
                 f"{follow[1]:.1f}",
                 f"{reading / follow[0]:.1%}",
-                f"{steps:.2f}" if answered else "",
+                f"{steps:.2f}" if steps else "",
             ]
         )
     head = ["copies", "prefill of the picture, ms", "sketch, ms", "one reading, ms"]

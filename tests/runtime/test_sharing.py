@@ -15,7 +15,7 @@ from vlcache_sgl.config import KVBudget
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.runtime.requests import Choice, CompressionJob
-from vlcache_sgl.runtime.sharing.guard import GuardReading
+from vlcache_sgl.runtime.sharing.guard import DecodeReading, GuardReading
 from vlcache_sgl.runtime.sharing.images import LEVELS, SharedImage, SharedImages, StaleCopy, prefix_digest
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.sharing.tier import layer_weights, require_agnostic
@@ -281,20 +281,30 @@ def test_first_decode_steps_are_read() -> None:
     guard = job.decode_guard
     assert guard is not None
     assert [guard.wants(LENGTH + step) for step in (0, 1, 2, 3)] == [False, True, True, False]
-    assert guard.missing(5) is None
     queries = torch.randn(2, LAYERS, HEADS, DIM, generator=torch.Generator().manual_seed(9)) * 2
+    blank = torch.zeros(2, KV_HEADS, DIM)  # the steps' own, of hardly any weight
     for step in (0, 1):
         assert not guard.complete
         for layer in range(LAYERS):
-            guard.observe(layer, queries[step, layer], keys_values(layer)[kept, 0], scale)
-        guard.end_step(ALONE.mean)
+            guard.observe(layer, queries[step, layer], scale)
+        guard.end_step(lambda layer: torch.cat([keys_values(layer)[kept, 0], blank]), ALONE.mean)
     want = [
         sum(float(true_missing(kept, queries[step, layer, None], layer, scale)) / LAYERS for layer in range(LAYERS))
         for step in (0, 1)
     ]
     assert guard.complete
-    assert guard.missing(2) == pytest.approx(want[0], abs=0.1), "the second step ran, the answer had ended"
-    assert guard.missing(5) == pytest.approx(sum(want) / 2, abs=0.1)
+    assert guard.missing == pytest.approx(sum(want) / 2, abs=0.1)
+
+
+def test_a_decode_step_does_not_see_the_next_one() -> None:
+    reading = DecodeReading((), (1.0,), LENGTH)
+    steps = [torch.ones(HEADS, DIM), torch.ones(HEADS, DIM)]
+    keys = torch.zeros(3, KV_HEADS, DIM)
+    keys[2] = 10  # the second step's own
+    queries, lse = reading._rows(steps, keys)
+    assert queries.shape == (2, HEADS, DIM)
+    torch.testing.assert_close(lse[0], torch.full((HEADS,), 2.0).log())
+    torch.testing.assert_close(lse[1], torch.full((HEADS,), 10.0 * DIM))
 
 
 def test_decode_steps_that_cannot_be_read_are_not_known() -> None:
@@ -304,9 +314,13 @@ def test_decode_steps_that_cannot_be_read_are_not_known() -> None:
     sharing.watch(job, VISION.end)
     guard = job.decode_guard
     assert guard is not None
-    guard.observe(0, torch.randn(HEADS, DIM), torch.randn(5, KV_HEADS, DIM), 1.0)
-    guard.end_step(ALONE.mean)
-    assert isinstance(guard.failure, KeyError), "a layer is missing"
-    guard.end_step(ALONE.mean)
+
+    def lost(layer: int) -> torch.Tensor:
+        raise IndexError(layer)
+
+    for _ in range(2):
+        guard.observe(0, torch.randn(HEADS, DIM), 1.0)
+        guard.end_step(lost, ALONE.mean)
+    assert isinstance(guard.failure, IndexError)
     assert guard.complete
-    assert guard.missing(5) is None
+    assert guard.missing is None

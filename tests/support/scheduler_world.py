@@ -47,7 +47,7 @@ class Reading:
 class LateReading:
     """The same of a question that misses everything, but not before its second decode step."""
 
-    failure, judged = None, False
+    failure, judged, missing = None, False, 1.0
 
     def __init__(self, req: Req) -> None:
         self._req = req
@@ -55,10 +55,6 @@ class LateReading:
     @property
     def complete(self) -> bool:
         return len(self._req.output_ids) > 2
-
-    def missing(self, answered: int) -> float:
-        assert answered == 3
-        return 1.0
 
 
 class Event:

@@ -35,8 +35,7 @@ from vlcache_sgl.runtime.tensor_parallel import HeadGather
 logger = logging.getLogger(__name__)
 
 FirstStep = tuple[int, DecodeReading, torch.Tensor]
-"""A decode step that is read: number in the batch, its reading, and `[L, length]` int32, the cells of the sequence in
-all planes, -1 where evicted."""
+"""A decode step that is read: number in the batch, its reading, and `[length]` int64, the slots of the sequence."""
 
 
 class Compressor:
@@ -177,28 +176,28 @@ class Compressor:
         self.counters.guard_ms += (time.perf_counter() - started) * 1e3
 
     def read_first_steps(self, steps: Sequence[FirstStep], layer: int, queries: torch.Tensor, scale: float) -> None:
-        """Let the first decode steps of questions about shared pictures look at what they have, in one layer.
+        """Remember what the first decode steps of questions about shared pictures look for in one layer.
 
         Args:
             queries: `[B, H, D]` of the batch.
         """
-        assert self.allocator is not None
         started = time.perf_counter()
-        arena = self.allocator.arena
-        for number, reading, cells in steps:
-            kept = cells[layer]
-            try:
-                keys = arena.arena[kept[kept >= 0].to(torch.int64), 0]
-                reading.observe(layer, queries[number], keys, scale)
-            except Exception as error:
-                reading.failure = error
+        for number, reading, _ in steps:
+            reading.observe(layer, queries[number], scale)
         self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
 
     def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
         """All layers of a decode step have been computed."""
+        assert self.allocator is not None
         started = time.perf_counter()
-        for _, reading, _ in steps:
-            reading.end_step(self._heads.mean)
+        arena = self.allocator.arena
+        for _, reading, slots in steps:
+
+            def keys_of(layer: int, slots: torch.Tensor = slots) -> torch.Tensor:
+                cells = arena.residency.cells_of(layer, slots)
+                return arena.arena[cells[cells >= 0].to(torch.int64), 0]
+
+            reading.end_step(keys_of, self._heads.mean)
         self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
 
     def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:

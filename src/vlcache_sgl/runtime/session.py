@@ -446,7 +446,7 @@ class Session:
             if job.recall is not None:
                 job.report["recall"] = job.recall.report(len(req.output_ids))
             if self._expansions is not None:
-                self._expansions.note_decode(req, job)
+                self._expansions.note_decode(job)
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""

@@ -152,7 +152,7 @@ class ResidencyBackend(AttentionBackend):
             guard = None if job is None else job.decode_guard
             if guard is not None and guard.wants(length):
                 slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
-                self.first_steps.append((number, guard, self.arena.residency.table[:, slots]))
+                self.first_steps.append((number, guard, slots))
 
     def _rows_of(self, forward_batch: Any) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:

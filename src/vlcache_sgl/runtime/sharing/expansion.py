@@ -84,7 +84,7 @@ class Expansions:
             if job is None or reading is None or reading.judged or not reading.complete:
                 continue
             reading.judged = True
-            missing = reading.missing(FIRST_STEPS + 1)
+            missing = reading.missing
             if missing is None:
                 logger.error("the guard failed in decode: %s", reading.failure)
                 continue
@@ -112,9 +112,9 @@ class Expansions:
         guard: dict[str, Any] = job.report.setdefault("guard", {"threshold": self._threshold, "tripped": False})
         return guard
 
-    def note_decode(self, req: Any, job: CompressionJob) -> None:
-        """An answer has ended: short ones have not been judged."""
-        missing = None if job.decode_guard is None else job.decode_guard.missing(len(req.output_ids))
+    def note_decode(self, job: CompressionJob) -> None:
+        """An answer has ended, perhaps with the last step that is read."""
+        missing = None if job.decode_guard is None else job.decode_guard.missing
         if missing is not None:
             self._report_of(job)["missing_in_decode"] = round(missing, 4)
 

@@ -111,9 +111,10 @@ class DecodeReading:
         self.sketches = sketches
         self._weights = weights
         self._length = length
-        self._rows: dict[int, Row] = {}
+        self._queries: dict[int, list[torch.Tensor]] = {}
         self._scale = 1.0
-        self._shares: list[float] = []
+        self._steps = 0
+        self._share = math.nan
         self.failure: Exception | None = None
         """Why there is no estimate."""
         self.judged = False
@@ -123,44 +124,55 @@ class DecodeReading:
         """Whether the step that makes the sequence `length` tokens long is read."""
         return self._length < length <= self._length + FIRST_STEPS
 
-    def observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+    def observe(self, layer: int, queries: torch.Tensor, scale: float) -> None:
         """One layer of the present step.
 
         Args:
             queries: `[H, D]`, of the step's token.
-            keys: `[n, K, D]`, what is kept of the sequence, the step's token included.
             scale: factor of the logits.
         """
-        if not self._weights[layer]:
-            return
-        heads, dim = queries.shape
-        by_head = queries.float().view(keys.shape[1], -1, dim)
-        kept = (torch.einsum("kgd,nkd->kgn", by_head, keys.float()) * scale).logsumexp(-1).view(1, heads)
-        self._scale = scale
-        self._rows[layer] = (queries[None].clone(), kept)
+        if self._weights[layer]:
+            self._scale = scale
+            self._queries.setdefault(layer, []).append(queries.clone())
 
-    def end_step(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """All layers of the present step have been computed.  Every rank takes part, failed or not."""
+    def end_step(
+        self, keys_of: Callable[[int], torch.Tensor], mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """All layers of the present step have been computed.  Every rank takes part, failed or not.
+
+        Args:
+            keys_of: layer -> `[n, K, D]`, what is kept of the sequence, the step's token included.
+        """
+        self._steps += 1
+        if not self.complete:
+            return
         share = torch.full((1,), torch.nan)
         try:
-            if self.failure is None:
-                share[0] = mean_missing(self.sketches, self._weights, self._rows, self._scale)
+            rows = {layer: self._rows(queries, keys_of(layer)) for layer, queries in self._queries.items()}
+            share[0] = mean_missing(self.sketches, self._weights, rows, self._scale)
         except Exception as error:
             self.failure = error
-        self._rows.clear()
-        self._shares.append(float(mean_over_ranks(share)))
+        self._queries.clear()
+        self._share = float(mean_over_ranks(share))
+
+    def _rows(self, steps: list[torch.Tensor], keys: torch.Tensor) -> Row:
+        """All steps in one layer, and what each sees of `keys` `[n, K, D]`: those of later steps are the last ones."""
+        queries = torch.stack(steps)
+        count, heads, dim = queries.shape
+        by_head = queries.float().view(count, keys.shape[1], -1, dim)
+        logits = torch.einsum("skgd,nkd->skgn", by_head, keys.float()) * self._scale
+        later = torch.ones(count, keys.shape[0], dtype=torch.bool).triu(keys.shape[0] - count + 1)
+        return queries, logits.masked_fill(later[:, None, None], -math.inf).logsumexp(-1).view(count, heads)
 
     @property
     def complete(self) -> bool:
         """Whether all steps have been read."""
-        return len(self._shares) >= FIRST_STEPS
+        return self._steps >= FIRST_STEPS
 
-    def missing(self, answered: int) -> float | None:
-        """Mean over the steps that made an answer of `answered` tokens, in [0, 1]; None where it is not known."""
-        # One more step may have run before it was known that the answer had ended.
-        shares = self._shares[: max(0, answered - 1)]
-        mean = sum(shares) / len(shares) if shares else math.nan
-        return None if math.isnan(mean) else mean
+    @property
+    def missing(self) -> float | None:
+        """Share of these steps' attention that evicted tokens would get, in [0, 1]; None where it is not known."""
+        return None if math.isnan(self._share) else self._share
 
 
 def _columns(seen: Mapping[int, Sequence[Row]]) -> dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]:
