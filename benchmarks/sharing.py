@@ -38,7 +38,8 @@ from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
 from sharing_figures import draw_plots
-from sharing_page import PAGE, UNGUARDED, dump, rendered, summarise
+from sharing_page import PAGE, rendered
+from sharing_results import UNGUARDED, dump, summarise
 from speed import MODEL_NAME
 
 from vlcache_sgl.cli.client import data_url

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_page import (
+from sharing_recorder import MODEL, Recorder
+from sharing_results import (
     ASKERS,
     BOUND,
     BUDGET,
@@ -31,7 +32,6 @@ from sharing_page import (
     dump,
     summarise_copies,
 )
-from sharing_recorder import MODEL, Recorder
 from sharing_scores import GENERIC, any_row, guesses, last_rows, looked_at, over_rows
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from host import ROOT
-from sharing_page import (
+from sharing_results import (
     BOUND,
     BUDGETS,
     CHOICE,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_page import dump
 from sharing_recorder import MODEL, Recorder, Seen
+from sharing_results import dump
 from torch import Tensor
 
 from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share, sketch_limit

@@ -131,30 +131,30 @@ def test_sharing_results_are_whole(sharing: ModuleType) -> None:
 
 
 def test_results_of_sharing_without_a_server_are_whole(sharing: ModuleType) -> None:
-    import sharing_page
+    import sharing_results
 
     results = sharing.committed()
     sketch, copies = results["sketch"], results["copies"]
     again = sharing.sharing_sketch.summarise(sketch["records"], sketch["sizes"])
     assert sketch["summary"] == json.loads(json.dumps(again))
     assert sketch["rows"] == sharing.sharing_sketch.summarise_rows(sketch["records"])
-    assert copies["summary"] == json.loads(json.dumps(sharing_page.summarise_copies(copies["records"])))
+    assert copies["summary"] == json.loads(json.dumps(sharing_results.summarise_copies(copies["records"])))
     assert {row["copy"] for row in copies["summary"]} == {
-        sharing_page.FULL,
+        sharing_results.FULL,
         *(copy.name for copy in sharing.sharing_copies.copies()),
     }
     assert len({row["pictures"] for row in copies["summary"]}) == 1
 
 
 def test_a_threshold_is_chosen_between_right_and_wrong(sharing: ModuleType) -> None:
-    import sharing_page
+    import sharing_results
 
     items = [(0.05, False), (0.10, False), (0.30, True), (0.60, True)]
-    chosen = sharing_page.choose(items)
-    assert sharing_page.rates(items, chosen) == (0, 2, 0, 2)
+    chosen = sharing_results.choose(items)
+    assert sharing_results.rates(items, chosen) == (0, 2, 0, 2)
     assert 0.15 < chosen < 0.25  # not at the edge of what was seen
-    assert sharing_page.area(items) == 1.0
-    assert sharing_page.rates([*items, (0.5, False), (0.2, True)], 0.25) == (1, 3, 1, 3)
+    assert sharing_results.area(items) == 1.0
+    assert sharing_results.rates([*items, (0.5, False), (0.2, True)], 0.25) == (1, 3, 1, 3)
 
 
 def test_sharing_goes_on_where_it_stopped(sharing: ModuleType, tmp_path: Path) -> None:
