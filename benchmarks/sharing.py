@@ -37,6 +37,7 @@ from load import PLACE, Prompt, Timeline, prefill_ms, stream
 from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
+from sharing_copies import PROFILE, UNGROUNDED
 from sharing_figures import draw_plots
 from sharing_page import PAGE, rendered
 from sharing_results import UNGUARDED, dump, summarise
@@ -48,8 +49,6 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.tasks.receipts import make_picture
 
 GROUNDED = "models/tinyvlm/grounded"
-UNGROUNDED = "models/tinyvlm/ungrounded"
-PROFILE = "models/tinyvlm/profiles/grounded.json"
 RANDOM_WEIGHTS = "out/bench-model"
 OUT = ROOT / "out/sharing"
 RESULTS = ROOT / "benchmarks/results"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
 """What of `custom_params` chooses how a request is compressed."""
+Phase = Literal["prefill", "decode"]
+"""Where a guard has seen what a request misses."""
 REPORTS = ("summary", "positions", "recall")
 """What `custom_params["kv_report"]` may ask for; the first is the default."""
 LONGEST_SPEC = 512
@@ -198,7 +200,7 @@ class CompressionJob:
     """How often it did not, and started over."""
     missed: float = 0.0
     """The reading of the last time."""
-    missed_in: Literal["prefill", "decode"] = "prefill"
+    missed_in: Phase = "prefill"
     """Whose reading it was."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
@@ -206,7 +208,7 @@ class CompressionJob:
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
-        return self.recall is not None or self.decode_guard is not None
+        return self.recall is not None or (self.decode_guard is not None and not self.decode_guard.complete)
 
     @property
     def pictures_end(self) -> int:

@@ -23,7 +23,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from vlcache_sgl.runtime.admission import retract, unsay
 from vlcache_sgl.runtime.counters import Counters
-from vlcache_sgl.runtime.requests import CompressionJob, job_of
+from vlcache_sgl.runtime.requests import CompressionJob, Phase, job_of
 from vlcache_sgl.runtime.residency import EVICTED
 from vlcache_sgl.runtime.sharing.guard import FIRST_STEPS
 from vlcache_sgl.runtime.sharing.images import LEVELS, SharedImage, SharedImages, StaleCopy
@@ -73,8 +73,7 @@ class Expansions:
             # SGLang finds a request's log-probabilities by counting tokens of those before it, retracted ones left out.
             alone = not batch.return_logprob or len(batch.reqs) == 1
             if trips and alone and self._may_retract(req, job):
-                job.missed_in = "prefill"
-                self._send_back(req, job, missing, 1)
+                self._send_back(req, job, missing, "prefill")
 
     def judge_decode(self, batch: Any) -> None:
         """Read the guards of running requests whose first decode steps have been computed."""
@@ -88,15 +87,14 @@ class Expansions:
             if missing is None:
                 logger.error("the guard failed in decode: %s", reading.failure)
                 continue
+            self.note_decode(job)
             guard = self._report_of(job)
-            guard["missing_in_decode"] = round(missing, 4)
             if missing <= self._threshold or guard["tripped"]:
                 continue
             guard["tripped"] = True
             self._counters.guard_trips_in_decode += 1
             if self._may_retract(req, job):
-                job.missed_in = "decode"
-                self._send_back(req, job, missing, LEVELS)
+                self._send_back(req, job, missing, "decode")
                 unsay(req)
 
     def withholds(self, req: Any) -> bool:
@@ -113,7 +111,7 @@ class Expansions:
         return guard
 
     def note_decode(self, job: CompressionJob) -> None:
-        """An answer has ended, perhaps with the last step that is read."""
+        """Report the reading of the first decode steps, if they have been read."""
         missing = None if job.decode_guard is None else job.decode_guard.missing
         if missing is not None:
             self._report_of(job)["missing_in_decode"] = round(missing, 4)
@@ -123,14 +121,14 @@ class Expansions:
         ended = req.is_retracted or req.finished() or req.to_finish is not None or not req.kv.holds_kv
         return self._enforce and not ended and job.trips < LEVELS
 
-    def _send_back(self, req: Any, job: CompressionJob, missing: float, weight: int) -> None:
-        """Let `req` start over, and its picture's next copy be larger by `weight` levels."""
+    def _send_back(self, req: Any, job: CompressionJob, missing: float, seen_in: Phase) -> None:
+        """Let `req` start over, and its picture's next copy be larger: whole, where only decode shows what it needs."""
         image = job.image
         assert image is not None
         job.trips += 1
-        job.missed = round(missing, 4)
+        job.missed, job.missed_in = round(missing, 4), seen_in
         if job.generation == image.generation:
-            image.tripped += weight
+            image.tripped += LEVELS if seen_in == "decode" else 1
             if not self._leads_on(image):
                 image.leader = req
                 job.inherited = self._resident(req, job)
