@@ -50,6 +50,7 @@ class Allocator(Protocol):
 
     * ``quality_target``: False | True, the sum may exceed the budget;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
+    * ``per_head``: False | True, counts differ between the KV heads of a layer: only with ``heads=split``;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 
@@ -59,7 +60,8 @@ class Allocator(Protocol):
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
-        `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
+        With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
+        of its heads.  `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
         allocator declares ``quality_target = True``.
         """
         ...

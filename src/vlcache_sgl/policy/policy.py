@@ -18,7 +18,7 @@ from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.protocols import Allocator, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
-from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
+from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
 from vlcache_sgl.policy.checks import needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, registry
@@ -74,7 +74,7 @@ class Policy:
 
         Args:
             scorer_layers, allocator_layers: one view per layer, in order, with what `needs` declares; the two may be
-                the same objects when their rows agree.  `scores` is set on both.
+                the same objects when their rows agree.  `scores` is set on those of the allocator.
             prompt: geometry of the request.
             total: tokens to keep, summed over layers; more than there are means all.
 
@@ -84,10 +84,7 @@ class Policy:
         Raises:
             PolicyFault: when scorer or allocator raises or returns something unusable.
         """
-        scores = self.score(scorer_layers, prompt)
-        for view, score in zip(scorer_layers, scores.unbind(), strict=True):
-            view.scores = score
-        return self.plan(scores, allocator_layers, prompt, total)
+        return self.plan(self.score(scorer_layers, prompt), allocator_layers, prompt, total)
 
     def require(self, model: Prompt) -> None:
         """Whether this policy can serve a model at all; asked once, before the first request.
@@ -125,7 +122,7 @@ class Policy:
         """The second half of `decide`: budgets from the allocator's views, then the choice.
 
         Args:
-            scores: `[L, K, owned]` float32, `K` = ``prompt.num_kv_heads``; set on `layers`.
+            scores: `[L, K, owned]` float32, finite, `K` = ``prompt.num_kv_heads``.
             layers: one view per layer, with what the allocator needs.
             prompt: geometry; with tensor parallelism that of all ranks' heads.
             total: see `decide`.
@@ -133,15 +130,16 @@ class Policy:
         Raises:
             PolicyFault: the allocator raises or returns something unusable.
         """
-        for view, score in zip(layers, scores.unbind(), strict=True):
+        rivals = competing(scores, prompt, self.selection)
+        for view, score in zip(layers, rivals.unbind(), strict=True):
             view.scores = score
         budget = budget_for(total, prompt, self.selection)
         with _blame(f"allocator {self.allocator_name}"):
             counts = self.allocator.allocate(layers, prompt, budget)
-        plan = make_plan(scores.unbind(), counts, prompt, self.selection)
+        plan = choose(rivals, counts, prompt, self.selection)
         if plan.total > budget.total and not getattr(self.allocator, "quality_target", False):
             raise PolicyFault(
-                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total}"
+                f"allocator {self.allocator_name} keeps {plan.total:g} tokens, the budget is {budget.total}"
             )
         return plan
 
@@ -197,13 +195,16 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
     )
     if problem := pair_problem(*built):
         raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
+    chosen = _select(selection, values["selection"])
+    if getattr(built[1], "per_head", False) and chosen.heads != "split":
+        raise PolicyError(f"allocator {allocator_name} gives KV heads different budgets, which needs heads=split")
     return Policy(
         spec=text.strip(),
         scorer_name=scorer_name,
         scorer=built[0],
         allocator_name=allocator_name,
         allocator=built[1],
-        selection=_select(selection, values["selection"]),
+        selection=chosen,
         providers=(_release(scorer.provider), _release(allocator.provider)),
     )
 

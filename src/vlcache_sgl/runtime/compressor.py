@@ -234,7 +234,7 @@ class Compressor:
             self.counters.skipped("recall")
         else:
             self._evict(job, prompt, slots, plan)
-        per_layer = [int(tokens) for tokens in plan.counts.tolist()]
+        per_layer = plan.tokens_per_layer
         job.report.update(
             policy=job.choice.policy.spec,
             budget=str(job.choice.budget),
@@ -243,6 +243,8 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(per_layer) / (prompt.owned * len(per_layer)), 4),
         )
+        if plan.differs_by_head:
+            job.report["kept_tokens_per_head"] = plan.counts.tolist()
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
@@ -305,7 +307,8 @@ class Compressor:
         done = passed_event(slots.device)
         self.allocator.retire(eviction, done)
         # From the plan, not from the device: the host need not wait to know them.
-        kept = [int(tokens) * arena.groups for tokens in plan.counts.tolist()]
+        counts = self._heads.own_groups(plan.counts, arena.groups)
+        kept = [int(tokens) for tokens in counts.expand(-1, arena.groups).sum(-1).tolist()]
         seen = slots.numel() * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))
