@@ -46,7 +46,7 @@ def test_a_name_may_be_several_things(capsys):
 def test_unknown_name_lists_the_choices(capsys):
     assert main(["policies", "snapkw"]) == 2
     error = capsys.readouterr().err
-    assert "nothing is called 'snapkw'; choose from: aircache, cake" in error
+    assert "nothing is called 'snapkw' (did you mean 'snapkv'?); choose from: aircache, cake" in error
 
 
 def test_broken_plugins_are_told_and_the_rest_is_listed(capsys, monkeypatch):

@@ -86,7 +86,12 @@ def test_values_get_the_type_of_their_field(key, text, role, value):
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("windw", "3", "unknown parameter 'windw'; choose from: scorer s: window, pool, gamma, limit, values; "),
+        (
+            "windw",
+            "3",
+            "unknown parameter 'windw' (did you mean 'window'?); choose from: "
+            "scorer s: window, pool, gamma, limit, values; ",
+        ),
         ("window", "3", "window belongs to scorer s and allocator a: write scorer.window= or allocator.window="),
         ("selection.window", "3", "unknown parameter"),
         ("scorer.window", "3.5", "scorer.window of scorer s must be a whole number, got '3.5'"),

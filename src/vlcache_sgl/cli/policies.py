@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vlcache_sgl.policy.describe import Description, Parameter, describe
 from vlcache_sgl.policy.manager import Registry, registry
+from vlcache_sgl.spelling import did_you_mean
 
 TITLES = {
     "policy": "Policies: --kv-policy NAME[:variant-or-key=value,...]",
@@ -67,8 +68,9 @@ def explain(name: str, installed: Registry, console: Console) -> int:
     everything = describe(installed)
     found = [item for item in everything if item.name == name]
     if not found:
-        names = ", ".join(sorted({item.name for item in everything}))
-        print(f"vlcache policies: nothing is called {name!r}; choose from: {names}", file=sys.stderr)
+        names = sorted({item.name for item in everything})
+        meant = did_you_mean(name, names)
+        print(f"vlcache policies: nothing is called {name!r}{meant}; choose from: {', '.join(names)}", file=sys.stderr)
         return 2
     by_name = {(item.kind, item.name): item for item in everything}
     shown: list[Description] = []

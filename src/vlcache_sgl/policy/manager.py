@@ -20,6 +20,7 @@ from vlcache_sgl.api import hookspecs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin
 from vlcache_sgl.policy.checks import factory_problem
 from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.spelling import did_you_mean
 
 GROUP = hookspecs.PROJECT
 
@@ -194,4 +195,5 @@ def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Re
     for choice, registered in choices.items():
         listed.setdefault(registered.provider.distribution, []).append(choice)
     offers = "; ".join(f"{', '.join(names)} (from {distribution})" for distribution, names in listed.items())
-    raise PolicyError(f"unknown {what} {name!r}; choose from: {offers or 'nothing is installed'}")
+    meant = did_you_mean(name, choices)
+    raise PolicyError(f"unknown {what} {name!r}{meant}; choose from: {offers or 'nothing is installed'}")

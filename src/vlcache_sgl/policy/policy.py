@@ -23,6 +23,7 @@ from vlcache_sgl.policy.checks import needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, registry
 from vlcache_sgl.policy.spec import Owner, assign, parse
+from vlcache_sgl.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         for variant in spec.variants:
             if variant not in recipe.variants:
                 choices = ", ".join(recipe.variants) or "none"
-                raise PolicyError(f"policy {spec.name} has no variant {variant!r}; variants: {choices}")
+                meant = did_you_mean(variant, recipe.variants)
+                raise PolicyError(f"policy {spec.name} has no variant {variant!r}{meant}; variants: {choices}")
         layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
     assert scorer_name is not None
     assert allocator_name is not None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vlcache_sgl.policy.checks import is_optional, parameter_types, strip_optional
 from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.spelling import did_you_mean
 
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -113,7 +114,8 @@ def _owner(key: str, owners: tuple[Owner, ...]) -> tuple[Owner, str]:
         ways = " or ".join(f"{owner.role}.{name}=" for owner in holders)
         raise PolicyError(f"{key} belongs to {' and '.join(owner.title for owner in holders)}: write {ways}")
     choices = "; ".join(f"{owner.title}: {', '.join(owner.parameters) or 'none'}" for owner in owners)
-    raise PolicyError(f"unknown parameter {key!r}; choose from: {choices}")
+    meant = did_you_mean(name, [known for owner in owners for known in owner.parameters])
+    raise PolicyError(f"unknown parameter {key!r}{meant}; choose from: {choices}")
 
 
 def _convert(text: str, hint: Any, what: str) -> Any:
@@ -123,7 +125,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(hint)}
         if text not in choices:
-            raise PolicyError(f"{what} must be one of {', '.join(choices)}, got {text!r}")
+            raise PolicyError(f"{what} must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}")
         return choices[text]
     try:
         return SWITCHES[text.lower()] if hint is bool else hint(text)
