@@ -330,24 +330,6 @@ def test_the_server_outlives_all_refusals(ours_tenth: Any, picture: Any) -> None
 # -- the operator's limits --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def limited(servers: Any) -> Any:
-    """A server that lets requests choose little."""
-    limits = (
-        "--kv-policy",
-        "vlcache",
-        "--kv-budget",
-        "0.3",
-        "--kv-budget-min",
-        "0.2",
-        "--kv-budget-max",
-        "0.5",
-        "--kv-allow-policies",
-        "snapkv,knorm",
-    )
-    return servers.get(*limits)
-
-
 BEYOND: dict[str, tuple[dict[str, Any], Sequence[str]]] = {
     "below": ({"kv_budget": 0.15}, ("kv_budget", "0.2 to 0.5")),
     "above": ({"kv_budget": 0.6}, ("kv_budget", "0.2 to 0.5")),

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", help="a policy, scorer or allocator")
     arguments = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     installed = registry()
     if arguments.name:
         return explain(arguments.name, installed, console)
@@ -41,18 +41,13 @@ def show_all(installed: Registry, console: Console) -> None:
     everything = describe(installed)
     for kind, title in TITLES.items():
         table = Table(title=title, title_justify="left", title_style="bold")
-        for column in (
-            "name",
-            "made of" if kind == "policy" else "needs",
-            "query-aware",
-            "parameters",
-            "paper",
-            "provider",
-        ):
+        parts = "made of" if kind == "policy" else "needs"
+        for column in ("name", "in a sentence", parts, "query-aware", "parameters", "paper", "provider"):
             table.add_column(column, overflow="fold", no_wrap=column == "name")
         for item in (item for item in everything if item.kind == kind):
             table.add_row(
                 item.name,
+                escape(item.summary),
                 escape(item.parts or item.needs),
                 yes_or_no(item.query_aware),
                 escape(", ".join(f"{p.name}={p.default}" for p in item.parameters)),

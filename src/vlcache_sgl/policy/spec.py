@@ -6,8 +6,9 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from vlcache_sgl.api.records import AllocatorPlugin, ScorerPlugin, Selection
 from vlcache_sgl.policy.checks import is_optional, parameter_types, strip_optional
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.spelling import did_you_mean
@@ -78,6 +79,15 @@ class Owner:
     def is_guarded(self, key: str) -> bool:
         """Whether only the operator may set this field, not a request (a file name, for instance)."""
         return any(f.name == key and f.metadata.get("operator_only") for f in dataclasses.fields(self.factory))
+
+
+def part_owners(scorer: ScorerPlugin, allocator: AllocatorPlugin) -> tuple[Owner, Owner, Owner]:
+    """Scorer, allocator and selection of one policy."""
+    return (
+        Owner("scorer", f"scorer {scorer.name}", cast("type[Any]", scorer.factory)),
+        Owner("allocator", f"allocator {allocator.name}", cast("type[Any]", allocator.factory)),
+        Owner("selection", "selection", Selection),
+    )
 
 
 Settings = dict[str, dict[str, Any]]
