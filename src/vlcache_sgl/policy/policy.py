@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,7 +22,8 @@ from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack
 from vlcache_sgl.policy.checks import needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, registry
-from vlcache_sgl.policy.spec import Owner, assign, parse
+from vlcache_sgl.policy.spec import Owner, assign, parse, part_owners
+from vlcache_sgl.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -174,16 +175,13 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         for variant in spec.variants:
             if variant not in recipe.variants:
                 choices = ", ".join(recipe.variants) or "none"
-                raise PolicyError(f"policy {spec.name} has no variant {variant!r}; variants: {choices}")
+                meant = did_you_mean(variant, recipe.variants)
+                raise PolicyError(f"policy {spec.name} has no variant {variant!r}{meant}; variants: {choices}")
         layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
     assert scorer_name is not None
     assert allocator_name is not None
     scorer, allocator = installed.scorer(scorer_name), installed.allocator(allocator_name)
-    owners = (
-        Owner("scorer", f"scorer {scorer_name}", cast("type[Any]", scorer.record.factory)),
-        Owner("allocator", f"allocator {allocator_name}", cast("type[Any]", allocator.record.factory)),
-        Owner("selection", "selection", Selection),
-    )
+    owners = part_owners(scorer.record, allocator.record)
     values: dict[str, dict[str, Any]] = {owner.role: {} for owner in owners}
     for number, settings in enumerate(layers):
         is_last = number == len(layers) - 1
