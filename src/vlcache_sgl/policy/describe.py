@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin, Selection
-from vlcache_sgl.policy.checks import parameter_types
+from vlcache_sgl.policy.checks import needs_of, parameter_types
 from vlcache_sgl.policy.manager import Registered, Registry
 
 Kind = Literal["policy", "scorer", "allocator"]
@@ -132,10 +132,11 @@ def _release(entry: Registered[Any]) -> str:
 
 
 def _needs(factory: type[Any]) -> Needs | None:
-    if isinstance(factory.needs, Needs):
-        return factory.needs
+    needs = needs_of(factory)
+    if isinstance(needs, Needs):
+        return needs
     try:
-        needs = factory().needs
+        needs = needs_of(factory())
     except Exception:  # a stranger's class, or a parameter without default
         return None
     return needs if isinstance(needs, Needs) else None
