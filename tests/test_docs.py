@@ -52,7 +52,7 @@ def test_the_tutorial_runs(tutorial):
 
 def test_the_policies_that_the_tutorial_names_resolve(tutorial):
     texts = re.findall(r"--kv-policy (\S+)", "".join(blocks(TUTORIAL, "text")))
-    assert len(texts) == 5
+    assert len(texts) == 6
     for text in texts:
         prompt, policy = tutorial["prompt"], resolve(text)
         views = tutorial["synthetic_views"](prompt, policy.needs)
@@ -97,11 +97,28 @@ def test_every_hook_and_every_name_of_the_api_is_in_the_tutorial_or_documented_i
         assert documented, f"{name} has no docstring"
 
 
-def test_the_list_of_policies_is_up_to_date():
-    """Run ``python docs/generate.py`` after adding a policy or changing a default."""
+@pytest.fixture
+def generate():
+    """The module docs/generate.py."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
+    return generate
+
+
+def test_the_list_of_policies_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after adding a policy or changing a default."""
     assert generate.PAGE.read_text() == generate.rendered(generate.PAGE.read_text())
+
+
+def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing a class of the api."""
+    assert generate.REFERENCE.read_text() == generate.reference()
+
+
+def test_the_reference_says_something_of_every_field(generate):
+    assert not re.findall(r"^\| (`\w+`) .*\| +\|$", generate.reference(), re.MULTILINE)
+    assert not re.findall(r"^\* `.*`: *$", generate.reference(), re.MULTILINE)
+    assert {api.Prompt, api.LayerView, api.Budget, api.Needs, api.Selection} <= set(generate.CLASSES)

@@ -81,11 +81,17 @@ class Prompt:
     vision: tuple[Span, ...]
     """Vision tokens, absolute positions, ascending, disjoint."""
     num_layers: int
+    """`L`."""
     num_heads: int
+    """`H`."""
     num_kv_heads: int
+    """`K`."""
     head_dim: int
+    """`D`."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the tensors of the layers are, and where tensors made by a policy belong."""
     rotary: Rotary | None = None
+    """The model's rotary embedding; rely on it only where a policy declares `rotary`."""
     positions: torch.Tensor | None = None
     """Owned tokens' rotary positions, `[m]` or `[3, m]` int64; only where a policy declares `rotary`."""
     grids: tuple[tuple[Grid, ...], ...] = ()
@@ -162,6 +168,7 @@ class LayerView:
 
     @property
     def num_rows(self) -> int:
+        """`R`, rows that vote."""
         return 0 if self.row_positions is None else int(self.row_positions.numel())
 
 
@@ -181,7 +188,9 @@ class Budget:
     """How much may stay.  Units are tokens of one layer; `total` is their sum over layers."""
 
     total: int
+    """Tokens to keep, summed over layers."""
     num_layers: int
+    """`L`."""
     lo: int
     """Least tokens of a layer."""
     hi: int
