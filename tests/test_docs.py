@@ -52,7 +52,7 @@ def test_the_tutorial_runs(tutorial):
 
 def test_the_policies_that_the_tutorial_names_resolve(tutorial):
     texts = re.findall(r"--kv-policy (\S+)", "".join(blocks(TUTORIAL, "text")))
-    assert len(texts) == 5
+    assert len(texts) == 6
     for text in texts:
         prompt, policy = tutorial["prompt"], resolve(text)
         views = tutorial["synthetic_views"](prompt, policy.needs)
@@ -116,3 +116,14 @@ def test_the_list_of_policies_is_up_to_date(generate):
 def test_the_table_of_flags_in_the_readme_is_up_to_date(generate):
     """Run ``python docs/generate.py`` after changing a flag."""
     assert generate.README.read_text() == generate.rendered_readme(generate.README.read_text())
+
+
+def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing a class of the api."""
+    assert generate.REFERENCE.read_text() == generate.reference()
+
+
+def test_the_reference_says_something_of_every_field(generate):
+    assert not re.findall(r"^\| (`\w+`) .*\| +\|$", generate.reference(), re.MULTILINE)
+    assert not re.findall(r"^\* `.*`: *$", generate.reference(), re.MULTILINE)
+    assert {api.Prompt, api.LayerView, api.Budget, api.Needs, api.Selection} <= set(generate.CLASSES)

@@ -51,6 +51,11 @@ class Table(Allocator):
             raise ValueError(f"with basis=vision weights are shares in [0, 1], got {max(numbers):g}")
         object.__setattr__(self, "numbers", numbers)
 
+    @property
+    def keeps_less(self) -> bool:
+        """With ``basis=vision`` the weights say how much, and the budget only bounds it."""
+        return self.basis == "vision"
+
     def check(self, model: Prompt) -> None:
         """Raises ValueError when the weights are for a model with another number of layers."""
         if len(self.numbers) != model.num_layers:

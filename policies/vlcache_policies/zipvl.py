@@ -36,6 +36,7 @@ class MassTarget(Allocator):
     """
 
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
+    keeps_less: ClassVar[bool] = True
     prefix_hit: ClassVar[str] = "only the request's own new rows vote, only its own tokens hold mass"
 
     tau: float = 0.975

@@ -17,6 +17,7 @@ class Rows:
     """
 
     kind: RowKind = "none"
+    """``none``, ``post_vision``, ``last`` or ``all``; the class methods of these names make them."""
     count: int = 0
     """``last``: how many rows.  ``post_vision``: at most this many, the latest ones (0 = no limit)."""
 
@@ -53,17 +54,25 @@ class Needs:
     """Inputs of one scorer or allocator; see `LayerView` for shapes."""
 
     rows: Rows = Rows()
+    """Which query rows vote; fills `LayerView.row_positions`."""
     column_sum: bool = False
+    """Fills `LayerView.column_sum`."""
     column_square_sum: bool = False
+    """Fills `LayerView.column_square_sum`."""
     column_max: bool = False
+    """Fills `LayerView.column_max`."""
     density: float | None = None
     """Relative threshold p of arXiv 2410.23317, equation 1; fills `LayerView.density`."""
     entropy: bool = False
+    """Fills `LayerView.entropy`."""
     probabilities: bool = False
-    """The whole matrix `[num_heads, rows, owned]`: only with few rows."""
+    """The whole matrix `[num_heads, rows, owned]`: only with few rows; fills `LayerView.probabilities`."""
     queries: bool = False
+    """Fills `LayerView.queries`, those of `rows`."""
     keys: bool = False
+    """Fills `LayerView.keys`."""
     values: bool = False
+    """Fills `LayerView.values`."""
     rotary: bool = False
     """`Prompt.rotary` and `Prompt.positions`; a model whose rotary embedding is not known is refused at start."""
 

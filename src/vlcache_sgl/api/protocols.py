@@ -7,7 +7,6 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
-from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 
 
@@ -17,10 +16,10 @@ class Scorer(Protocol):
 
     Implementations are frozen dataclasses: their fields are the parameters a user may set (int, float, bool, str,
     Literal, or one of these or None; ``field(metadata={"operator_only": True})`` keeps a field from requests).
-    `needs` may be a class attribute or a property that depends on the fields.
 
     Optional class attributes, absent means the first value:
 
+    * ``needs``: ``Needs()`` | what the runtime must compute; may be a property that depends on the fields;
     * ``comparable``: False | True, whether scores of different layers may be ranked against each other;
     * ``prefix_hit``: text, what happens when a part of the prompt came from the prefix cache; must be there when
       all rows vote, because those of the cached part never do;
@@ -29,9 +28,6 @@ class Scorer(Protocol):
 
     query_aware: ClassVar[bool]
     """True when the score depends on the question; such a kept set serves other questions badly."""
-
-    @property
-    def needs(self) -> Needs: ...
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         """`[num_kv_heads, owned]` float, higher = keep.
@@ -48,20 +44,19 @@ class Allocator(Protocol):
 
     Optional class attributes, absent means the first value:
 
-    * ``quality_target``: False | True, the sum may exceed the budget;
+    * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
+    * ``keeps_less``: False | True, the sum may be below the budget;
+    * ``quality_target``: False | True, the sum may miss the budget either way;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
     * ``per_head``: False | True, counts differ between the KV heads of a layer: only with ``heads=split``;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 
-    @property
-    def needs(self) -> Needs: ...
-
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
         With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
-        of its heads.  `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
-        allocator declares ``quality_target = True``.
+        of its heads.  `layers[i].scores` is set.  The sum is `budget.total`, as `Budget.distribute` makes it, unless the
+        allocator declares ``keeps_less`` or ``quality_target``.
         """
         ...

@@ -18,7 +18,7 @@ import pluggy
 
 from vlcache_sgl.api import hookspecs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin
-from vlcache_sgl.policy.checks import factory_problem
+from vlcache_sgl.policy.checks import allocator_problem, scorer_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.spec import assign, part_owners
 from vlcache_sgl.spelling import did_you_mean
@@ -179,13 +179,11 @@ def _record_problem(record: object, kind: type[Record], found: Mapping[str, Regi
 
 
 def _scorer_problem(record: ScorerPlugin) -> str | None:
-    what = f"scorer {record.name!r}"
-    return factory_problem(record.factory, what, "score", ("layer", "prompt"), ("needs", "query_aware"))
+    return scorer_problem(f"scorer {record.name!r}", record.factory)
 
 
 def _allocator_problem(record: AllocatorPlugin) -> str | None:
-    what = f"allocator {record.name!r}"
-    return factory_problem(record.factory, what, "allocate", ("layers", "prompt", "budget"), ("needs",))
+    return allocator_problem(f"allocator {record.name!r}", record.factory)
 
 
 def _recipe_problem(

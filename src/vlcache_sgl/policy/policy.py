@@ -19,7 +19,7 @@ from vlcache_sgl.api.protocols import Allocator, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
-from vlcache_sgl.policy.checks import needs_problem, pair_problem
+from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, registry
 from vlcache_sgl.policy.spec import Owner, assign, parse, part_owners
@@ -43,7 +43,7 @@ class Policy:
     @property
     def needs(self) -> tuple[Needs, Needs]:
         """What the runtime must compute for the scorer and for the allocator."""
-        return self.scorer.needs, self.allocator.needs
+        return needs_of(self.scorer), needs_of(self.allocator)
 
     @property
     def query_aware(self) -> bool:
@@ -101,7 +101,7 @@ class Policy:
             f"allocator {self.allocator_name}": self.allocator,
         }
         for name, part in parts.items():
-            if part.needs.rotary and model.rotary is None:
+            if needs_of(part).rotary and model.rotary is None:
                 raise PolicyError(f"{name} needs the model's rotary embedding, which is not known for this model")
             if check := getattr(part, "check", None):
                 try:

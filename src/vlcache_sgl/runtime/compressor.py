@@ -42,7 +42,7 @@ class Compressor:
     """Compresses prompts of one model on one rank.
 
     Args:
-        model: what the policy is told of the model; `length`, `start` and `vision` are filled in per request.
+        model: what the policy is told of the model; `length`, `start`, `vision` and `grids` are filled in per request.
         heads: puts the ranks' KV heads together.
         counters: where figures are kept.
         sharing: what copies for everybody keep.
@@ -73,7 +73,7 @@ class Compressor:
             if owned < job.min_tokens:
                 self.skip(job, "short")
                 return
-            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision)
+            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision, grids=job.grids)
             try:
                 job.scoring = Scoring(prompt, job.choice.policy.needs)
             except Exception as error:

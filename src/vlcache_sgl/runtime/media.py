@@ -6,6 +6,7 @@ format keeps the offsets of all pictures in one list beside the items, with the 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -15,25 +16,9 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl.api import Span
+from vlcache_sgl.api import Grid, Span
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tokens of one look at a picture: row-major, top to bottom."""
-
-    rows: int
-    columns: int
-    newlines: bool = False
-    """Whether each row ends with a token that is no place of the picture (LLaVA's tiles)."""
-    fit: str = "stretch"
-    """``stretch``: the grid covers the whole picture; ``pad``: it covers the square around the centred picture."""
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * (self.columns + self.newlines)
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
 
 
 def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
-    """The same with all that is known of each, for reports; `model` is SGLang's, LLaVA's geometry is its attributes."""
+    """The same with all that is known of each; `model` is SGLang's, LLaVA's geometry is its attributes."""
     found = list(_found(mm_inputs))
     lengths: dict[int, int] = {}
     for begin, end, _, number in found:
@@ -71,11 +56,17 @@ def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
         try:
             grids = _patches(item, end - begin, lengths[number]) or _tiles(item, end - begin, model)
         except Exception as error:
-            # Layouts are for pictures only; a model that is built in another way must not end its scheduler.
-            logger.warning("the layout of vision tokens is not known: %s: %s", type(error).__name__, error)
+            # A layout is a bonus: a model that is built in another way must not end its scheduler.
+            _warn_once(f"the layout of vision tokens is not known: {type(error).__name__}: {error}")
             grids = ()
         runs.append(Run(begin, end, item.modality.name.lower(), number, grids))
     return tuple(sorted(runs, key=lambda run: run.begin))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Every request asks for its layout: the same complaint about each would fill the log."""
+    logger.warning(text)
 
 
 def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.api import Grid, Prompt, Span
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share, shown
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.runtime.sharing.tier import require_agnostic
@@ -170,7 +170,7 @@ class CompressionJob:
     """Tokens of the prompt, generated ones not counted."""
     min_tokens: int
     runs: tuple[Run, ...] = ()
-    """What the report says of the vision tokens; only with `positions`."""
+    """What is known of each span of `vision`: for the policy, and for a report with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
     measures_recall: bool = False
@@ -209,6 +209,11 @@ class CompressionJob:
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
         return self.recall is not None or (self.decode_guard is not None and not self.decode_guard.complete)
+
+    @property
+    def grids(self) -> tuple[tuple[Grid, ...], ...]:
+        """`Prompt.grids`."""
+        return tuple(run.grids for run in self.runs)
 
     @property
     def pictures_end(self) -> int:

@@ -313,7 +313,7 @@ class Session:
             vision,
             len(req.origin_input_ids),
             self.config.min_tokens,
-            runs=vision_runs(req.multimodal_inputs, self._model) if positions else (),
+            runs=vision_runs(req.multimodal_inputs, self._model),
             positions=positions,
             measures_recall=recall,
         )

@@ -16,6 +16,7 @@ import torch
 from vlcache_sgl.api import Budget, LayerView, Needs, Prompt
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import Policy, PolicyError
+from vlcache_sgl.policy.checks import needs_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class NeedsFirst:
 
     @property
     def needs(self) -> Needs:
-        inner: Needs = self.inner.needs
-        return inner
+        return needs_of(self.inner)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         scores: torch.Tensor = self.inner.score(layer, prompt)
@@ -100,7 +100,6 @@ class TextInAddition:
     inner: Any
     text: int
     """Tokens of text."""
-    needs: ClassVar[Needs] = Needs()
 
     def allocate(self, layers: Any, prompt: Prompt, budget: Budget) -> torch.Tensor:
         rest = Budget(budget.total - self.text * budget.num_layers, budget.num_layers, 0, budget.hi - self.text)

@@ -1,22 +1,16 @@
-"""Try a policy without a server: made-up prompts, and everything that a policy may need, computed the plain way.
-
-::
-
-    prompt = synthetic_prompt(length=300, vision=[(10, 260)])
-    policy = resolve("snapkv:window=16")
-    plan = policy.decide(*synthetic_views(prompt, policy.needs), prompt, total=120)
-"""
+"""Made-up prompts, and everything that a policy may need computed the plain way."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.tensors import LayerView, Prompt, Span
+from vlcache_sgl.api.tensors import Grid, LayerView, Prompt, Span
 from vlcache_sgl.prompt import select_rows
 
 
@@ -67,11 +61,16 @@ def synthetic_prompt(
     head_dim: int = 16,
     repeated: int = 0,
 ) -> Prompt:
-    """A prompt with text positions and a plain rotary embedding."""
+    """A prompt with text positions and a plain rotary embedding; every span of `vision` is an image.
+
+    The tokens of an image lie on one grid, as close to a square as their number permits.
+    """
+    spans = tuple(Span(*span) for span in vision)
     return Prompt(
         length=length,
         start=start,
-        vision=tuple(Span(*span) for span in vision),
+        vision=spans,
+        grids=tuple((_grid(len(span)),) for span in spans),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -80,6 +79,11 @@ def synthetic_prompt(
         rotary=PlainRotary(),
         positions=torch.arange(start, length),
     )
+
+
+def _grid(tokens: int) -> Grid:
+    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+    return Grid(rows, tokens // rows)
 
 
 def synthetic_layers(prompt: Prompt, seed: int = 0) -> list[Layer]:
@@ -103,39 +107,75 @@ def synthetic_views(
     return view_layers(layers, prompt, needs[0]), view_layers(layers, prompt, needs[1])
 
 
-def view_layers(layers: Sequence[Layer], prompt: Prompt, needs: Needs) -> list[LayerView]:
-    """What a policy with these needs gets to see; see `LayerView` for the definitions."""
-    return [_view(index, layer, prompt, needs) for index, layer in enumerate(layers)]
+def view_layers(layers: Sequence[Layer], prompt: Prompt, needs: Needs, chunk: int = 0) -> list[LayerView]:
+    """What a policy with these needs gets to see; see `LayerView` for the definitions.
+
+    Args:
+        chunk: tokens that are prefilled at a time, so that statistics are summed up in several steps; 0 = all.
+    """
+    return [_view(index, layer, prompt, needs, chunk) for index, layer in enumerate(layers)]
 
 
-def _view(index: int, layer: Layer, prompt: Prompt, needs: Needs) -> LayerView:
+def _view(index: int, layer: Layer, prompt: Prompt, needs: Needs, chunk: int) -> LayerView:
     owned = slice(prompt.start, prompt.length)
     view = LayerView(index)
     view.keys = layer.keys[:, owned] if needs.keys else None
     view.values = layer.values[:, owned] if needs.values else None
-    if needs.rows.kind == "none":
+    if needs.rows.kind == "none" or not (needs.reads_attention or needs.queries):
         return view
     rows = torch.arange(*select_rows(needs.rows, prompt))
     view.row_positions = rows
-    queries = layer.queries[:, rows]
-    view.queries = queries if needs.queries else None
+    view.queries = layer.queries[:, rows] if needs.queries else None
     if not needs.reads_attention:
         return view
-    probabilities, visible = attention(queries, layer.keys, rows)
-    groups = (layer.keys.shape[0], -1)
-    per_group = probabilities.reshape(*groups, *probabilities.shape[1:])
-    mine = per_group[..., owned]
-    view.column_sum = mine.sum(2).mean(1) if needs.column_sum else None
-    view.column_square_sum = mine.square().sum(2).mean(1) if needs.column_square_sum else None
-    view.column_max = mine.amax((1, 2)) if needs.column_max else None
-    view.probabilities = probabilities[..., owned] if needs.probabilities else None
+    ends = range(prompt.start + chunk, prompt.length, chunk) if chunk else ()
+    parts = torch.tensor_split(rows, torch.searchsorted(rows, torch.tensor(ends, dtype=rows.dtype)))
+    votes = [_votes(layer, part, owned, needs) for part in parts if part.numel()]
+    if needs.column_sum:
+        view.column_sum = torch.stack([vote.column_sum for vote in votes]).sum(0)
+    if needs.column_square_sum:
+        view.column_square_sum = torch.stack([vote.column_square_sum for vote in votes]).sum(0)
+    if needs.column_max:
+        view.column_max = torch.stack([vote.column_max for vote in votes]).amax(0)
+    if needs.probabilities:
+        view.probabilities = torch.cat([vote.probabilities for vote in votes], dim=1)
     if needs.entropy:
-        view.entropy = -torch.special.xlogy(per_group, per_group).sum(-1).mean((1, 2))
+        view.entropy = torch.stack([vote.entropy_sum for vote in votes]).sum(0) / rows.numel()
     if needs.density is not None:
-        dense = (probabilities >= needs.density * probabilities.amax(-1, keepdim=True)) & visible
-        share = dense.sum((1, 2)) / visible.sum()
-        view.density = share.reshape(groups).mean(1)
+        dense, visible = (torch.stack([getattr(vote, name) for vote in votes]).sum(0) for name in ("dense", "visible"))
+        view.density = dense / visible
     return view
+
+
+class _Votes(NamedTuple):
+    """What the rows of one chunk say; see `LayerView`."""
+
+    column_sum: torch.Tensor
+    column_square_sum: torch.Tensor
+    column_max: torch.Tensor
+    probabilities: torch.Tensor
+    entropy_sum: torch.Tensor
+    """`[K]`, summed over rows, the mean over query heads."""
+    dense: torch.Tensor
+    """`[K]`, entries at least p times their row maximum, the mean over query heads."""
+    visible: torch.Tensor
+    """Entries that the rows see."""
+
+
+def _votes(layer: Layer, rows: torch.Tensor, owned: slice, needs: Needs) -> _Votes:
+    probabilities, visible = attention(layer.queries[:, rows], layer.keys, rows)
+    per_group = probabilities.reshape(layer.keys.shape[0], -1, *probabilities.shape[1:])
+    mine = per_group[..., owned]
+    dense = (per_group >= (needs.density or 0.0) * per_group.amax(-1, keepdim=True)) & visible
+    return _Votes(
+        column_sum=mine.sum(2).mean(1),
+        column_square_sum=mine.square().sum(2).mean(1),
+        column_max=mine.amax((1, 2)),
+        probabilities=probabilities[..., owned],
+        entropy_sum=-torch.special.xlogy(per_group, per_group).sum((-2, -1)).mean(1),
+        dense=dense.sum((-2, -1)).to(probabilities.dtype).mean(1),
+        visible=visible.sum(),
+    )
 
 
 def attention(queries: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
