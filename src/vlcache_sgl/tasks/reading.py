@@ -27,7 +27,7 @@ TOKENS_PER_ENTRY = 15
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "purple", "orange", "pink", "golden", "silver")
 OBJECTS = ("lamp", "box", "door", "chair", "table", "bottle", "car", "cup", "hat", "bag", "phone", "bike", "tent", "drum")
 PLACES = ("library", "school", "museum", "church", "cellar", "office", "hotel", "garage", "theatre", "bakery", "farm")
-PREPOSITIONS = ("under", "behind", "inside", "beside")
+PREPOSITIONS = ("under", "behind", "beside")
 GOODS = (
     "rice honey nails soap cheese candles paper butter apples rope onions sugar coffee eggs flour thread beans milk "
     "nuts pepper carrots lemons grapes salt"
@@ -35,8 +35,7 @@ GOODS = (
 ADJECTIVES = ("old", "small", "tired", "quiet", "young", "tall", "happy", "clever", "hungry", "brave")
 ANIMALS = ("dog", "cat", "horse", "goat", "fox", "bear", "goose", "donkey", "rabbit", "duck")
 VERBS = ("waits", "sleeps", "sings", "hides", "eats", "dances", "reads", "works")
-CITIES = "Paris London Berlin Madrid Rome Vienna Dublin Lisbon Athens Prague Warsaw Oslo Helsinki Tokyo Delhi Cairo Toronto Chicago Boston Denver Sydney".split()
-SURNAMES = (
+NAMES = (
     "Baker Carter Cooper Fisher Turner Parker Walker Hunter Porter Mason Miller Potter Taylor Weaver Wood Hill Brook "
     "Stone Field Marsh Rivers Lake Banks Forest Winter Summers Snow Frost Rose Green White Black Brown Gray"
 ).split()
@@ -104,7 +103,8 @@ def _codes(rng: random.Random, count: int) -> list[Fact]:
 
 
 def _phones(rng: random.Random, count: int) -> list[Fact]:
-    return [_code_fact(f"the phone number of {name}", _digits(rng)) for name in rng.sample(NAMES, count)]
+    facts = [_code_fact(f"the phone number of {name}", _digits(rng)) for name in rng.sample(NAMES, count)]
+    return [Fact(f.sentence, _begun(f.question.text, f.question.opening, f.question.answer)) for f in facts]
 
 
 def _code_fact(subject: str, number: str) -> Fact:
@@ -120,29 +120,9 @@ def _keys(rng: random.Random, count: int) -> list[Fact]:
     """Asked in other words than the text's."""
     facts = []
     for name, place in zip(rng.sample(NAMES, count), rng.sample(PLACES, count), strict=True):
-        where = f" {rng.choice(COLOURS)} {rng.choice(OBJECTS)} {rng.choice(PREPOSITIONS)} the {rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
-        question = Question(f"Where is the {place} key?", f"The {place} key is in the", where)
+        where = f" {_thing(rng)} {rng.choice(PREPOSITIONS)} the {_thing(rng)}"
+        question = _begun(f"Where is the {place} key?", f"The {place} key is in the", where)
         facts.append(Fact(f"{name} keeps the key of the {place} in the{where}.", question))
-    return facts
-
-
-def _owners(rng: random.Random, count: int) -> list[Fact]:
-    facts = []
-    for place in rng.sample(PLACES, count):
-        name = f" {rng.choice(NAMES)} {rng.choice(SURNAMES)}"
-        question = Question(f"Who is the owner of the {place}?", f"The owner of the {place} is", name)
-        facts.append(Fact(f"The {place} belongs to{name}.", question))
-    return facts
-
-
-def _jobs(rng: random.Random, count: int) -> list[Fact]:
-    facts = []
-    for name in rng.sample(NAMES, count):
-        city = f" {rng.choice(CITIES)}"
-        full = f"{name} {rng.choice(SURNAMES)}"
-        job = rng.choice("baker teacher doctor lawyer farmer painter singer driver nurse pilot".split())
-        question = Question(f"Who is the {job} in{city}?", f"The {job} in{city} is", f" {full}")
-        facts.append(Fact(f"{full} lives in{city} and works as a {job}.", question))
     return facts
 
 
@@ -150,22 +130,31 @@ def _notes(rng: random.Random, count: int) -> list[Fact]:
     """A sentence is copied."""
     facts = []
     for name in rng.sample(NAMES, count):
-        words = (rng.choice(ADJECTIVES), rng.choice(ANIMALS), rng.choice(VERBS), rng.choice(PREPOSITIONS))
-        note = f"The {words[0]} {words[1]} {words[2]} {words[3]} the {rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
-        question = Question(f"What does the note of {name} say?", f'The note of {name} says: "', note)
-        facts.append(Fact(f'The note of {name} says: "{note}."', question))
+        who = f"{rng.choice(ADJECTIVES)} {rng.choice(ANIMALS)} {rng.choice(VERBS)}"
+        words = f" {who} {rng.choice(PREPOSITIONS)} the {_thing(rng)}"
+        question = _begun(f"What does the note of {name} say?", f'The note of {name} says: "The', words)
+        facts.append(Fact(f'The note of {name} says: "The{words}."', question))
     return facts
 
 
 def _purchases(rng: random.Random, count: int) -> list[Fact]:
-    """Three things in order."""
+    """Four things in order."""
     facts = []
     for name in rng.sample(NAMES, count):
-        first, second, third = rng.sample(GOODS, 3)
-        goods = f" {first}, {second} and {third}"
-        begin = f"{name} bought three things:"
-        facts.append(Fact(f"{begin}{goods}.", Question(f"Which three things did {name} buy?", begin, goods)))
+        goods = " " + ", ".join(rng.sample(GOODS, 4))
+        begin = f"{name} bought four things:"
+        facts.append(Fact(f"{begin}{goods}.", _begun(f"Which four things did {name} buy?", begin, goods)))
     return facts
+
+
+def _thing(rng: random.Random) -> str:
+    return f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
+
+
+def _begun(text: str, opening: str, answer: str) -> Question:
+    """The question with the answer's first word, or first digit, moved to the opening."""
+    end = 2 if answer[1].isdigit() else (answer + " ").index(" ", 1)
+    return Question(text, opening + answer[:end], answer[end:])
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -222,6 +211,5 @@ TASKS: dict[str, Callable[[random.Random, int], Content]] = {
     "reworded": _hidden(_keys),
     "sentence": _hidden(_notes),
     "items": _hidden(_purchases),
-    "owners": _hidden(_owners), "jobs": _hidden(_jobs),
     "several": _several,
 }
