@@ -25,28 +25,204 @@ TOKENS_PER_ENTRY = 15
 """Of a list."""
 
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "purple", "orange", "pink", "golden", "silver")
-OBJECTS = ("lamp", "box", "door", "chair", "table", "bottle", "car", "cup", "hat", "bag", "phone", "bike", "tent", "drum")
+OBJECTS = (
+    "lamp",
+    "box",
+    "door",
+    "chair",
+    "table",
+    "bottle",
+    "car",
+    "cup",
+    "hat",
+    "bag",
+    "phone",
+    "bike",
+    "tent",
+    "drum",
+)
 PLACES = ("library", "school", "museum", "church", "cellar", "office", "hotel", "garage", "theatre", "bakery", "farm")
 PREPOSITIONS = ("under", "behind", "beside")
-GOODS = (
-    "rice honey nails soap cheese candles paper butter apples rope onions sugar coffee eggs flour thread beans milk "
-    "nuts pepper carrots lemons grapes salt"
-).split()
+GOODS = [
+    "rice",
+    "honey",
+    "nails",
+    "soap",
+    "cheese",
+    "candles",
+    "paper",
+    "butter",
+    "apples",
+    "rope",
+    "onions",
+    "sugar",
+    "coffee",
+    "eggs",
+    "flour",
+    "thread",
+    "beans",
+    "milk",
+    "nuts",
+    "pepper",
+    "carrots",
+    "lemons",
+    "grapes",
+    "salt",
+]
 ADJECTIVES = ("old", "small", "tired", "quiet", "young", "tall", "happy", "clever", "hungry", "brave")
 ANIMALS = ("dog", "cat", "horse", "goat", "fox", "bear", "goose", "donkey", "rabbit", "duck")
 VERBS = ("waits", "sleeps", "sings", "hides", "eats", "dances", "reads", "works")
-NAMES = (
-    "Baker Carter Cooper Fisher Turner Parker Walker Hunter Porter Mason Miller Potter Taylor Weaver Wood Hill Brook "
-    "Stone Field Marsh Rivers Lake Banks Forest Winter Summers Snow Frost Rose Green White Black Brown Gray"
-).split()
-NAMES = (
-    "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nathan Olivia Peter Quinn Rachel Sam Tina "
-    "Ursula Victor Wendy Xavier Yvonne Zach Anna Brian Clara Daniel Ellen Felix Gina Harold Iris James Kate Lucas "
-    "Monica Noah Paula Robert Sarah Thomas Vera Walter Julia Martin Laura Simon Helen Oscar Diana Philip Ruth Edward "
-    "Nina George Eva Arthur Lucy Hugo Ida Oliver Martha Stephen Rose Adam Jane Charles Susan Max Linda Paul Judith "
-    "Andrew Barbara Eric Nora Patrick Amy Richard Molly Tom Joan Mark Sophie Ralph Betty Kevin Dora Roger Alma Luke "
-    "Flora Ben Agnes Carl Hannah Ivan Ella Otto Mary Joe Fiona Dennis Greta Stuart Elsa Gordon Marion Keith Naomi"
-).split()
+NAMES = [
+    "Baker",
+    "Carter",
+    "Cooper",
+    "Fisher",
+    "Turner",
+    "Parker",
+    "Walker",
+    "Hunter",
+    "Porter",
+    "Mason",
+    "Miller",
+    "Potter",
+    "Taylor",
+    "Weaver",
+    "Wood",
+    "Hill",
+    "Brook",
+    "Stone",
+    "Field",
+    "Marsh",
+    "Rivers",
+    "Lake",
+    "Banks",
+    "Forest",
+    "Winter",
+    "Summers",
+    "Snow",
+    "Frost",
+    "Rose",
+    "Green",
+    "White",
+    "Black",
+    "Brown",
+    "Gray",
+]
+NAMES = [
+    "Alice",
+    "Bob",
+    "Carol",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Nathan",
+    "Olivia",
+    "Peter",
+    "Quinn",
+    "Rachel",
+    "Sam",
+    "Tina",
+    "Ursula",
+    "Victor",
+    "Wendy",
+    "Xavier",
+    "Yvonne",
+    "Zach",
+    "Anna",
+    "Brian",
+    "Clara",
+    "Daniel",
+    "Ellen",
+    "Felix",
+    "Gina",
+    "Harold",
+    "Iris",
+    "James",
+    "Kate",
+    "Lucas",
+    "Monica",
+    "Noah",
+    "Paula",
+    "Robert",
+    "Sarah",
+    "Thomas",
+    "Vera",
+    "Walter",
+    "Julia",
+    "Martin",
+    "Laura",
+    "Simon",
+    "Helen",
+    "Oscar",
+    "Diana",
+    "Philip",
+    "Ruth",
+    "Edward",
+    "Nina",
+    "George",
+    "Eva",
+    "Arthur",
+    "Lucy",
+    "Hugo",
+    "Ida",
+    "Oliver",
+    "Martha",
+    "Stephen",
+    "Rose",
+    "Adam",
+    "Jane",
+    "Charles",
+    "Susan",
+    "Max",
+    "Linda",
+    "Paul",
+    "Judith",
+    "Andrew",
+    "Barbara",
+    "Eric",
+    "Nora",
+    "Patrick",
+    "Amy",
+    "Richard",
+    "Molly",
+    "Tom",
+    "Joan",
+    "Mark",
+    "Sophie",
+    "Ralph",
+    "Betty",
+    "Kevin",
+    "Dora",
+    "Roger",
+    "Alma",
+    "Luke",
+    "Flora",
+    "Ben",
+    "Agnes",
+    "Carl",
+    "Hannah",
+    "Ivan",
+    "Ella",
+    "Otto",
+    "Mary",
+    "Joe",
+    "Fiona",
+    "Dennis",
+    "Greta",
+    "Stuart",
+    "Elsa",
+    "Gordon",
+    "Marion",
+    "Keith",
+    "Naomi",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +269,15 @@ def make_document(task: str, tokens: int, seed: int) -> Document:
     return Document(task, tokens, seed, text, questions)
 
 
-# -- facts: each kind with as many as asked for, no two about the same thing --------------------------------------------
+def words() -> str:
+    """Everything that facts are made of, as it is spelled in them: prose aside, documents have no other tokens."""
+    lists = (COLOURS, OBJECTS, PLACES, PREPOSITIONS, GOODS, ADJECTIVES, ANIMALS, VERBS, NAMES)
+    inside = " ".join(word for words in lists for word in words)
+    facts = [make(random.Random(0), 1)[0].sentence for make in (_codes, _phones, _keys, _notes, _purchases)]
+    return "\n".join([f" {inside} 0123456789.", *NAMES, *facts, "", "\n"])
+
+
+# -- facts: each kind with as many as asked for, no two about the same thing ------------------------------------------
 
 
 def _codes(rng: random.Random, count: int) -> list[Fact]:
@@ -120,7 +304,7 @@ def _keys(rng: random.Random, count: int) -> list[Fact]:
     """Asked in other words than the text's."""
     facts = []
     for name, place in zip(rng.sample(NAMES, count), rng.sample(PLACES, count), strict=True):
-        where = f" {_thing(rng)} {rng.choice(PREPOSITIONS)} the {_thing(rng)}"
+        where = f" {_thing(rng)} of {rng.choice(NAMES)}"
         question = _begun(f"Where is the {place} key?", f"The {place} key is in the", where)
         facts.append(Fact(f"{name} keeps the key of the {place} in the{where}.", question))
     return facts
@@ -162,7 +346,9 @@ def _begun(text: str, opening: str, answer: str) -> Question:
 Content = tuple[str, tuple[Question, ...]]
 
 
-def _hidden(facts: Callable[[random.Random, int], list[Fact]], count: int = 2) -> Callable[[random.Random, int], Content]:
+def _hidden(
+    facts: Callable[[random.Random, int], list[Fact]], count: int = 2
+) -> Callable[[random.Random, int], Content]:
     def task(rng: random.Random, tokens: int) -> Content:
         chosen = facts(rng, count)
         return _in_prose(rng, chosen, tokens), tuple(fact.question for fact in chosen)
@@ -204,7 +390,7 @@ def _several(rng: random.Random, tokens: int) -> Content:
     return _in_prose(rng, facts, tokens), tuple(fact.question for fact in facts)
 
 
-TASKS: dict[str, Callable[[random.Random, int], Content]] = {
+TASKS: dict[str, Task] = {
     "needle": _hidden(_codes),
     "list": _list,
     "both": _both,
