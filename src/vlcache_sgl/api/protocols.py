@@ -11,8 +11,8 @@ from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 
 BudgetSum = Literal["exact", "at_most", "free"]
-"""How the tokens that an allocator gives to all layers relate to `Budget.total`: they are it, they may be fewer, or they
-may be fewer or more."""
+"""How the tokens that an allocator gives to all layers relate to `Budget.total`: their sum is it, may be less, or
+may be less or more."""
 
 
 @runtime_checkable
