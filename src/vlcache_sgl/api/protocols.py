@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
+
+BudgetSum = Literal["exact", "at_most", "free"]
+"""How the tokens that an allocator gives to all layers relate to `Budget.total`: their sum is it, may be less, or
+may be less or more."""
 
 
 @runtime_checkable
@@ -32,8 +36,8 @@ class Scorer(Protocol):
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         """`[num_kv_heads, owned]` float, higher = keep.
 
-        Must not read `layer` after returning.  NaN, a wrong shape or an exception costs this request its
-        compression, never its answer.
+        Must not read `layer` after returning.  NaN, a wrong shape or an exception (SystemExit, too) costs this request
+        its compression, never its answer.
         """
         ...
 
@@ -45,8 +49,7 @@ class Allocator(Protocol):
     Optional class attributes, absent means the first value:
 
     * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
-    * ``keeps_less``: False | True, the sum may be below the budget;
-    * ``quality_target``: False | True, the sum may miss the budget either way;
+    * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
     * ``per_head``: False | True, counts differ between the KV heads of a layer: only with ``heads=split``;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
@@ -56,7 +59,7 @@ class Allocator(Protocol):
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
         With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
-        of its heads.  `layers[i].scores` is set.  The sum is `budget.total`, as `Budget.distribute` makes it, unless the
-        allocator declares ``keeps_less`` or ``quality_target``.
+        of its heads.  `layers[i].scores` is set.  The sum must be `budget.total`, unless the allocator declares another
+        ``budget_sum``.
         """
         ...

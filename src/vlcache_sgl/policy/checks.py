@@ -9,7 +9,7 @@ import typing
 from typing import Any, Literal, Union
 
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 
 PLAIN = (int, float, bool, str)
 
@@ -85,10 +85,12 @@ def needs_of(part: object) -> Needs:
 
 
 def needs_problem(part: object) -> str | None:
-    """Why the runtime could not compute what a scorer or allocator needs, or None."""
+    """Why the runtime could not serve what a scorer or allocator declares, or None."""
     needs = needs_of(part)
     if not isinstance(needs, Needs):
         return f"`needs` is {needs!r}, expected a Needs"
+    if (rule := getattr(part, "budget_sum", "exact")) not in typing.get_args(BudgetSum):
+        return f"`budget_sum` is {rule!r}, expected one of {', '.join(typing.get_args(BudgetSum))}"
     if (needs.reads_attention or needs.queries) and needs.rows.kind == "none":
         return "needs attention or queries, but names no rows"
     if needs.probabilities and needs.rows.kind == "all":
