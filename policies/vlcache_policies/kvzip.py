@@ -55,8 +55,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
         "kvzip",
         scorer="kvzip",
         allocator="global",
-        selection=Selection(sink=4, reduce="max"),
-        variants={"heads": {"per_head": True, "heads": "split"}},
+        selection=Selection(sink=4, heads="auto", reduce="max"),
         paper=PAPER,
-        summary="reconstruction scores in one ranking over all layers; with `heads` over all KV heads",
+        summary="reconstruction scores in one ranking over all layers and KV heads",
     )

@@ -127,7 +127,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
         scorer="vlcache",
         allocator="model",
         params={"votes": "max", "smooth": 17, "unknown": "rank"},
-        selection=Selection(sink=4, recent=0.1, floor=0.3),
+        selection=Selection(sink=4, recent=0.1, heads="auto", reduce="max", floor=0.3),
         variants={
             "paper": {
                 "allocator": "vlcache",
@@ -135,6 +135,8 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
                 "smooth": 1,
                 "paper": True,
                 "sink": 0,
+                "heads": "shared",
+                "reduce": "mean",
                 "floor": 0.0,
             },
         },

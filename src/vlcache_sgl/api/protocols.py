@@ -51,7 +51,6 @@ class Allocator(Protocol):
     * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
     * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
-    * ``per_head``: False | True, counts differ between the KV heads of a layer: only with ``heads=split``;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 

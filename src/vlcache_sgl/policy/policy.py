@@ -158,13 +158,16 @@ def budget_for(total: int, prompt: Prompt, selection: Selection) -> Budget:
     return Budget(total=total, num_layers=prompt.num_layers, lo=math.floor(selection.floor * average), hi=prompt.owned)
 
 
-def resolve(text: str, *, installed: Registry | None = None, from_request: bool = False) -> Policy:
+def resolve(
+    text: str, *, installed: Registry | None = None, from_request: bool = False, head_cells: bool = False
+) -> Policy:
     """The policy that `text` names.
 
     Args:
         text: ``NAME``, ``NAME:variant-or-key=value,...`` or ``scorer=A,allocator=B,key=value,...``.
         installed: where to look names up; the installed plugins by default.
         from_request: the text comes from a client: refuse parameters that only the operator may set.
+        head_cells: whether KV heads may keep different tokens; decides what ``heads=auto`` means.
 
     Raises:
         PolicyError: one line for the user, with the choices.
@@ -198,8 +201,8 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
     if problem := pair_problem(*built):
         raise PolicyError(f"scorer {parts.scorer} and allocator {parts.allocator}: {problem}")
     chosen = _select(selection, values["selection"])
-    if getattr(built[1], "per_head", False) and chosen.heads != "split":
-        raise PolicyError(f"allocator {parts.allocator} gives KV heads different budgets, which needs heads=split")
+    if chosen.heads == "auto":
+        chosen = dataclasses.replace(chosen, heads="split" if head_cells else "shared")
     return Policy(
         spec=text.strip(),
         scorer_name=parts.scorer,

@@ -111,7 +111,7 @@ class Choices:
     def _choice(self, spec: str, budget: KVBudget, share: Share, from_request: bool = False) -> Choice:
         key = (spec, budget, share)
         if key not in self._known:
-            policy = resolve(spec, from_request=from_request)
+            policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
             self._require(policy)
