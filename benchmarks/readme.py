@@ -44,8 +44,8 @@ def block(result: dict[str, Any] | None) -> str:
     """
     if result is None:
         return (
-            f"No table of speed yet: it needs {LEAST_REPEATS} interleaved repeats, to be shown with their spread, and no\n"
-            f"such run is committed. To make one: `{COMMAND}`."
+            f"No table of speed yet: it needs {LEAST_REPEATS} interleaved repeats, to be shown with their spread, "
+            f"and no\nsuch run is committed. To make one: `{COMMAND}`."
         )
     if repeats(result) < LEAST_REPEATS:
         raise TooFewRepeats(f"this result has {repeats(result)} repeats, the table needs {LEAST_REPEATS}: {COMMAND}")

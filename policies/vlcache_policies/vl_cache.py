@@ -15,6 +15,7 @@ from vlcache_sgl.api import (
     Allocator,
     AllocatorPlugin,
     Budget,
+    BudgetSum,
     LayerView,
     Needs,
     Prompt,
@@ -81,9 +82,9 @@ class Density(Allocator):
         return Needs(rows=Rows.post_vision(self.rows), density=self.threshold)
 
     @property
-    def quality_target(self) -> bool:
-        """The clip from below may take more than the budget."""
-        return self.paper
+    def budget_sum(self) -> BudgetSum:
+        """The clip from below may take more than the budget, the one from above gives nothing back."""
+        return "free" if self.paper else "exact"
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         density = torch.stack([declared(layer.density).mean() for layer in layers]).double()

@@ -68,7 +68,8 @@ class KVBudget:
         return max(num_layers, min(round(share * owned * num_layers), owned * num_layers))
 
     def __str__(self) -> str:
-        return f"{self.fraction:g}" if self.fraction is not None else f"{self.tokens}t"
+        # As it is written in a flag or a request: a whole number above 1 is tokens.
+        return f"{self.fraction:g}" if self.fraction is not None else f"{self.tokens}"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str]
     assert 0.85 * 141e9 - kv_bytes == pytest.approx(16.58e9, rel=0.01)
     stock, tenth, fifth, tokens = result["rows"]
     assert stock["requests"] == result["tokens_uncompressed"] // 2100
-    assert [row["budget"] for row in result["rows"]] == ["none", "0.1", "0.2", "64t"]
+    assert [row["budget"] for row in result["rows"]] == ["none", "0.1", "0.2", "64"]
     assert tenth["resident_tokens"] == 200
     assert tokens["resident_tokens"] == 64
     # A request holds 300 tokens and not 2100.

@@ -8,7 +8,7 @@ as named records; the user picks by name with ``--kv-policy``.
 from vlcache_sgl.api.hookspecs import hookimpl
 from vlcache_sgl.api.needs import Needs, Rows
 from vlcache_sgl.api.ops import keep_first, keep_last, minmax, pool, zscore
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin, Selection
 from vlcache_sgl.api.tensors import Budget, Grid, LayerView, Patches, Prompt, Rotary, Span, declared
 
@@ -16,6 +16,7 @@ __all__ = [
     "Allocator",
     "AllocatorPlugin",
     "Budget",
+    "BudgetSum",
     "Grid",
     "LayerView",
     "Needs",

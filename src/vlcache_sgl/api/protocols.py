@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
+
+BudgetSum = Literal["exact", "at_most", "free"]
+"""How the tokens that an allocator gives to all layers relate to `Budget.total`: their sum is it, may be less, or
+may be less or more."""
 
 
 @runtime_checkable
@@ -32,8 +36,8 @@ class Scorer(Protocol):
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         """`[num_kv_heads, owned]` float, higher = keep.
 
-        Must not read `layer` after returning.  NaN, a wrong shape or an exception costs this request its
-        compression, never its answer.
+        Must not read `layer` after returning.  NaN, a wrong shape or an exception (SystemExit, too) costs this request
+        its compression, never its answer.
         """
         ...
 
@@ -45,8 +49,7 @@ class Allocator(Protocol):
     Optional class attributes, absent means the first value:
 
     * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
-    * ``keeps_less``: False | True, the sum may be below the budget;
-    * ``quality_target``: False | True, the sum may miss the budget either way;
+    * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
@@ -54,7 +57,7 @@ class Allocator(Protocol):
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
-        `layers[i].scores` is set.  The sum is `budget.total`, as `Budget.distribute` makes it, unless the allocator
-        declares ``keeps_less`` or ``quality_target``.
+        `layers[i].scores` is set.  The sum must be `budget.total`, unless the allocator declares another
+        ``budget_sum``.
         """
         ...

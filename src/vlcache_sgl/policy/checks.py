@@ -9,7 +9,7 @@ import typing
 from typing import Any, Literal, Union
 
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 
 PLAIN = (int, float, bool, str)
 
@@ -80,15 +80,19 @@ def _is_plain(hint: Any) -> bool:
 
 def needs_of(part: object) -> Needs:
     """What a scorer or allocator declares; nothing where it declares nothing."""
-    needs: Needs = getattr(part, "needs", Needs())
+    if inspect.getattr_static(part, "needs", None) is None:
+        return Needs()
+    needs: Needs = part.needs  # type: ignore[attr-defined]  # an AttributeError of a property is its author's to see
     return needs
 
 
 def needs_problem(part: object) -> str | None:
-    """Why the runtime could not compute what a scorer or allocator needs, or None."""
+    """Why the runtime could not serve what a scorer or allocator declares, or None."""
     needs = needs_of(part)
     if not isinstance(needs, Needs):
         return f"`needs` is {needs!r}, expected a Needs"
+    if (rule := getattr(part, "budget_sum", "exact")) not in typing.get_args(BudgetSum):
+        return f"`budget_sum` is {rule!r}, expected one of {', '.join(typing.get_args(BudgetSum))}"
     if (needs.reads_attention or needs.queries) and needs.rows.kind == "none":
         return "needs attention or queries, but names no rows"
     if needs.probabilities and needs.rows.kind == "all":

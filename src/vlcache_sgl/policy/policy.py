@@ -15,7 +15,7 @@ import torch
 
 from vlcache_sgl._version import __version__
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
@@ -41,8 +41,13 @@ class Policy:
 
     @property
     def needs(self) -> tuple[Needs, Needs]:
-        """What the runtime must compute for the scorer and for the allocator."""
-        return needs_of(self.scorer), needs_of(self.allocator)
+        """What the runtime must compute for the scorer and for the allocator.
+
+        Raises:
+            PolicyFault: one of them cannot say.
+        """
+        with _blame(f"`needs` of scorer {self.scorer_name} or allocator {self.allocator_name}"):
+            return needs_of(self.scorer), needs_of(self.allocator)
 
     @property
     def query_aware(self) -> bool:
@@ -79,7 +84,7 @@ class Policy:
             total: tokens to keep, summed over layers; more than there are means all.
 
         Returns:
-            A plan whose counts sum to at most `total`, unless the allocator declares ``quality_target``.
+            A plan whose counts sum to `total`, unless the allocator declares another ``budget_sum``.
 
         Raises:
             PolicyFault: when scorer or allocator raises or returns something unusable.
@@ -103,13 +108,13 @@ class Policy:
             f"allocator {self.allocator_name}": self.allocator,
         }
         for name, part in parts.items():
-            if needs_of(part).rotary and model.rotary is None:
+            with refused(name):
+                needs = needs_of(part)
+            if needs.rotary and model.rotary is None:
                 raise PolicyError(f"{name} needs the model's rotary embedding, which is not known for this model")
             if check := getattr(part, "check", None):
-                try:
+                with refused(name):
                     check(model)
-                except ValueError as error:
-                    raise PolicyError(f"{name}: {error}") from error
 
     def score(self, layers: Sequence[LayerView], prompt: Prompt) -> torch.Tensor:
         """The first half of `decide`: `[num_layers, num_kv_heads, owned]` float32, finite.
@@ -139,9 +144,10 @@ class Policy:
         with _blame(f"allocator {self.allocator_name}"):
             counts = self.allocator.allocate(layers, prompt, budget)
         plan = make_plan(scores.unbind(), counts, prompt, self.selection)
-        if plan.total > budget.total and not getattr(self.allocator, "quality_target", False):
+        rule: BudgetSum = getattr(self.allocator, "budget_sum", "exact")
+        if plan.total != budget.total and (rule == "exact" or (rule == "at_most" and plan.total > budget.total)):
             raise PolicyFault(
-                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total}"
+                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total} ({rule})"
             )
         return plan
 
@@ -209,12 +215,10 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
 
 
 def _build(owner: Owner, values: Mapping[str, Any], provider: Provider) -> Any:
-    try:
+    with refused(owner.title):
         built = owner.factory(**values)
-    except Exception as error:  # the class may be a stranger's
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise PolicyError(f"{owner.title}: {kind}{error}") from error
-    if problem := needs_problem(built):
+        problem = needs_problem(built)
+    if problem:
         raise PolicyError(f"{owner.title} of {provider}: {problem}")
     return built
 
@@ -239,7 +243,19 @@ def _state(thing: object) -> dict[str, Any]:
 def _blame(what: str) -> Iterator[None]:
     try:
         yield
-    except PolicyFault:
+    except (PolicyFault, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a plugin that calls `sys.exit` must not end the server
         raise PolicyFault(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Around a stranger's code that runs before a policy serves: whatever it raises is a PolicyError about `what`."""
+    try:
+        yield
+    except (PolicyError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # as above
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise PolicyError(f"{what}: {kind}{error}") from error

@@ -104,12 +104,19 @@ def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: 
 
 def start_tokenizer(original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Around ``TokenizerManager.__init__``, in the process that reads requests."""
-    if config_of(server_args) is not None:
-        from vlcache_sgl.runtime.patch_points import TOKENIZER_POINTS
-        from vlcache_sgl.runtime.patching import Patches
+    config = config_of(server_args)
+    if config is None:
+        original(manager, server_args, *args, **kwargs)
+        return
+    from vlcache_sgl.runtime.gate import Gate
+    from vlcache_sgl.runtime.patch_points import HTTP_POINTS, MEDIA_POINTS, gate_points
+    from vlcache_sgl.runtime.patching import Patches
 
-        Patches(TOKENIZER_POINTS).install()
+    # `sgl.Engine` has no HTTP server, and importing one would configure logging and event loops.
+    http = HTTP_POINTS if "sglang.srt.entrypoints.http_server" in sys.modules else ()
+    Patches([*MEDIA_POINTS, *http]).install()
     original(manager, server_args, *args, **kwargs)
+    Patches(gate_points(Gate(config, manager.model_config, int(server_args.tp_size or 1)))).install()
 
 
 FLAG_POINTS = (
@@ -123,7 +130,7 @@ FLAG_POINTS = (
         "sglang.srt.managers.tokenizer_manager:TokenizerManager.__init__",
         "around",
         start_tokenizer,
-        "answering unreadable pictures with a 400",
+        "a 400 for what cannot be read or served",
     ),
 )
 """All that is patched without --kv-policy; each of these does nothing then."""

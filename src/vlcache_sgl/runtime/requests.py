@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from vlcache_sgl.api import Grid, Prompt, Span
-from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share, shown
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
 from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.runtime.custom_params import LONGEST_SPEC, RequestParams
 from vlcache_sgl.runtime.sharing.tier import require_agnostic
 
 if TYPE_CHECKING:
@@ -21,14 +22,8 @@ if TYPE_CHECKING:
     from vlcache_sgl.runtime.sharing.guard import DecodeReading, GuardReading
     from vlcache_sgl.runtime.sharing.images import SharedImage
 
-REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
-"""What of `custom_params` chooses how a request is compressed."""
 Phase = Literal["prefill", "decode"]
 """Where a guard has seen what a request misses."""
-REPORTS = ("summary", "positions", "recall")
-"""What `custom_params["kv_report"]` may ask for; the first is the default."""
-LONGEST_SPEC = 512
-"""Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -98,36 +93,20 @@ class Choices:
             self._known[key] = Choice(policy, budget, share, copy_name)
         return self._known[key]
 
-    def select(self, custom_params: object, length: int) -> Choice:
-        """The choice of one request.
-
-        Args:
-            custom_params: as the client sent them, which may be anything.
-            length: tokens of the prompt.
+    def select(self, params: RequestParams, length: int) -> Choice:
+        """What serves a request with a prompt of `length` tokens.
 
         Raises:
             ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
             PolicyError: for an unknown policy or parameter.
         """
-        if custom_params is None:
-            return self.default
-        if not isinstance(custom_params, Mapping):
-            raise ConfigError(f"custom_params must be an object with names and values, got {shown(custom_params)}")
-        asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params}
-        if not asked:
-            return self.default
-        spec = asked.get("kv_policy", self._config.policy)
-        if not isinstance(spec, str):
-            raise ConfigError(f"kv_policy must be a text, got {shown(spec)}")
+        spec = self._config.policy if params.policy is None else params.policy
         if len(spec) > LONGEST_SPEC and spec != self._config.policy:
             raise ConfigError(f"kv_policy must have at most {LONGEST_SPEC} characters, got {len(spec)}")
         self._check_allowed(spec)
-        budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
+        budget = params.budget or self._config.budget
         self._check_bounds(budget, length)
-        share = asked.get("kv_share", self._config.share)
-        if share not in get_args(Share):
-            raise ConfigError(f"kv_share must be one of: {', '.join(get_args(Share))}, got {shown(share)}")
-        return self._choice(spec, budget, share, from_request=spec != self._config.policy)
+        return self._choice(spec, budget, params.share or self._config.share, from_request=spec != self._config.policy)
 
     def _check_allowed(self, spec: str) -> None:
         allowed = self._config.allow_policies
@@ -145,18 +124,6 @@ class Choices:
         if not low <= share <= high:
             meant = "" if budget.fraction is not None else f", {share:.3g} of this prompt,"
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
-
-
-def wanted_report(custom_params: object) -> str:
-    """Which of REPORTS a request asks for.
-
-    Raises:
-        ConfigError: for an unknown `kv_report`; the message is for the client.
-    """
-    asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
-    if asked not in REPORTS:
-        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {shown(asked)}")
-    return str(asked)
 
 
 @dataclass
@@ -202,6 +169,16 @@ class CompressionJob:
     """The reading of the last time."""
     missed_in: Phase = "prefill"
     """Whose reading it was."""
+    shared: int = 0
+    """Tokens that the prefix cache served to the present prefill."""
+    shared_kept: tuple[torch.Tensor, Any | None] | None = None
+    """`[L]` float32 on the host, shares of these that each layer has, and the event after which it may be read."""
+    outcome: dict[str, Any] | None = None
+    """Report of a prefill that had ended when the request was retracted; None: it had not."""
+    counted: bool = False
+    """Whether this request is among those that were compressed or left alone."""
+    counted_hit: bool = False
+    """Whether it is among those that found an image."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
 
@@ -224,12 +201,28 @@ class CompressionJob:
         """Whether ``[0, up_to)`` must not be published yet."""
         return not self.done and up_to < self.length
 
+    def first_evictable(self, begin: int) -> int:
+        """Where the tokens begin that this request may evict, `begin` being where its own begin.
+
+        What lies in front of the first image, a system prompt for instance, is there for other images too.
+        """
+        return max(begin, self.vision[0].begin) if self.vision else begin
+
+    def send_back(self, missing: float, seen_in: Phase) -> None:
+        """The guard has tripped: what was done is undone, and does not count."""
+        self.trips += 1
+        self.missed, self.missed_in = round(missing, 4), seen_in
+        self.done = self.counted = False
+
     def restart(self) -> None:
         """Begin anew: the request was retracted and is prefilled again."""
+        if self.done:
+            self.outcome = dict(self.report)
         self.scoring = None
         self.done = False
         self.reached = None
         self.guard = self.decode_guard = None
+        self.shared_kept = None
         self.report.clear()
         if self.trips:
             self.report.update(recomputed=self.trips, missed=self.missed, missed_in=self.missed_in)

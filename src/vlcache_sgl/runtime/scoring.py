@@ -49,12 +49,14 @@ class Scoring:
     """The state of one request's scoring during its prefill.
 
     Args:
-        prompt: the whole prompt; its `start` is what the prefix cache has served.
+        prompt: the whole prompt; from its `start` on tokens may be evicted.
         needs: what scorer and allocator declare.
+        first: position of the first token that is computed, at most ``prompt.start``; None: that.
     """
 
-    def __init__(self, prompt: Prompt, needs: tuple[Needs, Needs]) -> None:
+    def __init__(self, prompt: Prompt, needs: tuple[Needs, Needs], first: int | None = None) -> None:
         self.prompt = prompt
+        self._front = 0 if first is None else prompt.start - first
         self.needs = needs
         self.failure: Exception | None = None
         """Why nothing more is counted; the decision then falls against compression."""
@@ -88,7 +90,8 @@ class Scoring:
         """The prompt, with the rotary positions of its owned tokens if a policy needs them."""
         if not self._positions:
             return self.prompt
-        return replace(self.prompt, positions=torch.cat(self._positions, dim=-1)[..., : self.prompt.owned])
+        own = torch.cat(self._positions, dim=-1)[..., self._front :]
+        return replace(self.prompt, positions=own[..., : self.prompt.owned])
 
     def rows_in(self, begin: int, end: int) -> bool:
         """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""

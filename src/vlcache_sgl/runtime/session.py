@@ -18,6 +18,7 @@ from vlcache_sgl.runtime.admission import reopen
 from vlcache_sgl.runtime.compat import attention_tp, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.gate import NAMESPACE, read_request
 from vlcache_sgl.runtime.media import vision_runs, vision_spans
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
@@ -25,7 +26,6 @@ from vlcache_sgl.runtime.requests import (
     Choices,
     CompressionJob,
     job_of,
-    wanted_report,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
 from vlcache_sgl.runtime.sharing.expansion import Expansions
@@ -39,8 +39,6 @@ REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
-NAMESPACE = "|kv:"
-"""Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
 UNEVICTED = "|recall"
 """Ends the radix key of a request that only measures: it finds no compressed prefix, and leaves nothing behind."""
 ROWS_ATTRIBUTE = "vlcache_rows"
@@ -275,21 +273,20 @@ class Session:
             known.restart()  # it was retracted
             Expansions.name(req, known)
             return
+        if REPORT_KEY in (req.customized_info or {}):
+            return  # the same: it is left alone
         if getattr(req, "to_finish", None) is not None:
             return
-        if (req.sampling_params.beam_width or 1) > 1:
-            req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
-            return
-        if NAMESPACE in (req.extra_key or ""):
-            # It would meet prefixes that are compressed in another way, or not at all.
-            req.set_finish_with_abort(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
-            return
         try:
-            params = getattr(req.sampling_params, "custom_params", None)
-            choice = self.choices.select(params, len(req.origin_input_ids))
-            report = wanted_report(params)
-            if report == "recall":
-                self._require_recall(req)
+            params, choice = read_request(
+                self.choices,
+                req.sampling_params,
+                extra_key=req.extra_key,
+                length=len(req.origin_input_ids),
+                stream=bool(req.stream),
+            )
+            if params.report == "recall":
+                self._require_recall()
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
@@ -306,7 +303,7 @@ class Session:
             self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        positions, recall = report == "positions", report == "recall"
+        positions, recall = params.report == "positions", params.report == "recall"
         job = CompressionJob(
             choice,
             vision,
@@ -339,7 +336,7 @@ class Session:
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
 
-    def _require_recall(self, req: Any) -> None:
+    def _require_recall(self) -> None:
         """
         Raises:
             ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
@@ -348,8 +345,6 @@ class Session:
             raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
         if self._ranks > 1:
             raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
-        if req.stream:
-            raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
@@ -373,7 +368,7 @@ class Session:
                 if job.scoring is not None:
                     job.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            attends = job is not None and (job.positions or job.guard is not None or not job.done)
+            attends = job is not None and (job.positions or job.guard is not None or job.shared > 0 or not job.done)
             jobs.append(job if attends else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
@@ -441,7 +436,11 @@ class Session:
         """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
         for req in reqs:
             job = job_of(req)
-            if job is None or not req.finished():
+            if job is None:
+                continue
+            if self.compressor is not None:
+                self.compressor.report_shared(job)
+            if not req.finished():
                 continue
             if job.recall is not None:
                 job.report["recall"] = job.recall.report(len(req.output_ids))

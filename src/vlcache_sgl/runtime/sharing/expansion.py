@@ -125,8 +125,7 @@ class Expansions:
         """Let `req` start over, and its picture's next copy be larger: whole, where only decode shows what it needs."""
         image = job.image
         assert image is not None
-        job.trips += 1
-        job.missed, job.missed_in = round(missing, 4), seen_in
+        job.send_back(missing, seen_in)
         if job.generation == image.generation:
             image.tripped += LEVELS if seen_in == "decode" else 1
             if not self._leads_on(image):

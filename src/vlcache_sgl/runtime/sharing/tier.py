@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlcache_sgl.api import Budget, LayerView, Needs, Prompt
+from vlcache_sgl.api import Budget, BudgetSum, LayerView, Needs, Prompt
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import Policy, PolicyError
 from vlcache_sgl.policy.checks import needs_of
@@ -100,6 +100,12 @@ class TextInAddition:
     inner: Any
     text: int
     """Tokens of text."""
+
+    @property
+    def budget_sum(self) -> BudgetSum:
+        """That of the inner one."""
+        found: BudgetSum = getattr(self.inner, "budget_sum", "exact")
+        return found
 
     def allocate(self, layers: Any, prompt: Prompt, budget: Budget) -> torch.Tensor:
         rest = Budget(budget.total - self.text * budget.num_layers, budget.num_layers, 0, budget.hi - self.text)
