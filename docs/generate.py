@@ -1,7 +1,8 @@
 """Writes what follows from the code: ``python docs/generate.py``.
 
 The tables of docs/policies.md come from the registry (only what this distribution provides is listed, whatever else is
-installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields.
+installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields, README's
+table of flags from the flags' records.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_sgl.api import Budget, Grid, LayerView, Needs, Patches, Prompt, Rows, Selection
+from vlcache_sgl.config import FLAGS, Flag
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import Description, describe, field_texts
 
 PAGE = Path(__file__).with_name("policies.md")
+README = Path(__file__).parents[1] / "README.md"
 OWN = "vlcache-sgl"
 REFERENCE = Path(__file__).with_name("reference-policy.md")
 CLASSES = (Prompt, LayerView, Budget, Needs, Rows, Selection, Grid, Patches)
@@ -58,13 +61,34 @@ def rendered(page: str) -> str:
         "prefix": "\n".join(f"* {i.kind} `{i.name}`: {i.prefix_hit}." for i in own if i.prefix_hit),
     }
     for name, text in tables.items():
-        page, count = re.subn(
-            rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
-            lambda match, text=text: f"{match[1]}{text}\n{match[2]}",
-            page,
-            flags=re.DOTALL,
-        )
-        assert count == 1, f"{PAGE} needs one pair of markers for {name}"
+        page = between_markers(page, name, text)
+    return page
+
+
+def rendered_readme(page: str) -> str:
+    """`page` with its table of flags made anew."""
+    rows = [(flag_with_values(flag), flag_meaning(flag), flag.default) for flag in FLAGS]
+    return between_markers(page, "flags", table(("flag", "meaning", "default"), rows))
+
+
+def flag_with_values(flag: Flag) -> str:
+    return code(f"{flag.name} {flag.values.metavar}".rstrip())
+
+
+def flag_meaning(flag: Flag) -> str:
+    # Choices stand beside the flag already.
+    plain = flag.switch or "|" in flag.values.metavar
+    return flag.help if plain else f"{flag.help}: {flag.values.words}"
+
+
+def between_markers(page: str, name: str, text: str) -> str:
+    page, count = re.subn(
+        rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
+        lambda match: f"{match[1]}{text}\n{match[2]}",
+        page,
+        flags=re.DOTALL,
+    )
+    assert count == 1, f"the page needs one pair of markers for {name}"
     return page
 
 
@@ -120,4 +144,5 @@ def code(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(rendered(PAGE.read_text()))
+    README.write_text(rendered_readme(README.read_text()))
     REFERENCE.write_text(reference())

@@ -99,18 +99,23 @@ def test_every_hook_and_every_name_of_the_api_is_in_the_tutorial_or_documented_i
 
 @pytest.fixture
 def generate():
-    """The module docs/generate.py."""
+    """docs/generate.py as a module."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    return generate
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_list_of_policies_is_up_to_date(generate):
     """Run ``python docs/generate.py`` after adding a policy or changing a default."""
     assert generate.PAGE.read_text() == generate.rendered(generate.PAGE.read_text())
+
+
+def test_the_table_of_flags_in_the_readme_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing a flag."""
+    assert generate.README.read_text() == generate.rendered_readme(generate.README.read_text())
 
 
 def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):

@@ -24,7 +24,9 @@ from vlcache_sgl.runtime.requests import LONGEST_SPEC
         (("--pictures", "0"), "must be at least 1"),
         (("--tolerance", "1"), "--tolerance 1"),
         (("--data", "none.jsonl"), "none.jsonl"),
-        (("--model", "none", "--base-url", "http://127.0.0.1:9"), "no SGLang server answers"),
+        (("--base-url", "http://127.0.0.1:9"), "no SGLang server answers"),
+        (("--model", "none", "--base-url", "http://127.0.0.1:9"), "--model is for a server that is started here"),
+        (("--model", "/none"), "--model /none: no such folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: Any, arguments: tuple[str, ...], message: str) -> None:

@@ -55,9 +55,7 @@ def test_a_calibration_goes_on_where_it_stopped(ours_tenth: Any, tmp_path: Path,
     assert list(policy.allocator.numbers) == json.loads((tmp_path / "profile.json").read_text())["weights"]
 
 
-def test_a_server_that_does_not_allow_it_says_so(servers: Any, tmp_path: Path, capsys: Any) -> None:
-    limits = ("--kv-budget-min", "0.2", "--kv-budget-max", "0.5", "--kv-allow-policies", "snapkv,knorm")
-    limited = servers.get("--kv-policy", "vlcache", "--kv-budget", "0.1", *limits)
+def test_a_server_that_does_not_allow_it_says_so(limited: Any, tmp_path: Path, capsys: Any) -> None:
     assert run(limited, tmp_path) == 2
     printed = capsys.readouterr().out
     assert "is not allowed on this server; choose one of: vlcache, snapkv, knorm" in " ".join(printed.split())

@@ -70,7 +70,7 @@ def allocated(text: str, prompt: Prompt, total: int, layers: list[Layer] | None 
 def counts_of(policy: Policy, prompt: Prompt, total: int, layers: list[Layer] | None = None) -> np.ndarray:
     layers = layers or synthetic_layers(prompt)
     views = (view_layers(layers, prompt, needs) for needs in policy.needs)
-    return policy.decide(*views, prompt, total).counts.numpy()
+    return policy.decide(*views, prompt, total).counts[:, 0].numpy()
 
 
 def close(ours: np.ndarray, formula: np.ndarray) -> None:

@@ -192,9 +192,9 @@ def test_equal_policies_have_equal_fingerprints():
 def test_decide_keeps_the_budget_and_sets_the_scores():
     scorer_layers, allocator_layers = views(), views()
     plan = toy("toy").decide(scorer_layers, allocator_layers, PROMPT, 50)
-    assert plan.counts.tolist() == [17, 17, 16]
+    assert plan.tokens_per_layer == [17, 17, 16]
     assert plan.keep.shape == (3, 1, 90)
-    assert all(view.scores.shape == (2, 90) for view in scorer_layers + allocator_layers)
+    assert all(view.scores.shape == (1, 90) for view in allocator_layers)
     assert plan.keep[2, 0].nonzero().flatten().tolist() == list(range(74, 90))
 
 

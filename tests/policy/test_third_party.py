@@ -48,6 +48,17 @@ def vlcache_scorers():
 )
 
 
+RECIPE = """
+@hookimpl
+def vlcache_scorers():
+    yield ScorerPlugin("acme", Mine)
+
+@hookimpl
+def vlcache_recipes():
+    yield RecipePlugin("acme_policy", {})
+"""
+
+
 def scorer(body: str) -> str:
     """A module whose scorer `acme` is the class `Broken` of `body`."""
     return HEAD + body + "\n@hookimpl\ndef vlcache_scorers():\n    yield ScorerPlugin('acme', Broken)\n"
@@ -258,6 +269,32 @@ def test_the_example_package_is_sound(install):
         check_policy(resolve(text, installed=registry))
     assert resolve("edges", installed=registry).selection.protect == "text"
     assert 'edges = "vlcache_edges"' in (EXAMPLE / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ('scorer="acmee", allocator="uniform"', ("unknown scorer 'acmee'", "did you mean 'acme'?")),
+        ('scorer="acme", allocator="nothing_like_it"', ("unknown allocator 'nothing_like_it'",)),
+        ('scorer="acme", allocator="uniform", params={"windw": 3}', ("unknown parameter 'windw'",)),
+        ('scorer="acme", allocator="uniform", variants={"fast": {"poool": 3}}', ("unknown parameter 'poool'",)),
+    ],
+)
+def test_a_recipe_that_names_what_is_not_there_is_a_problem(install, fields, words):
+    install(HEAD + RECIPE.replace("{}", fields))
+    loaded = load_registry()
+    assert "acme_policy" not in loaded.recipes
+    (problem,) = loaded.problems
+    assert problem.startswith("acme-kv 1.2 (entry point")
+    assert "policy 'acme_policy'" in problem
+    assert all(word in problem for word in words)
+
+
+def test_a_sound_recipe_is_listed(install):
+    install(HEAD + RECIPE.replace("{}", 'scorer="acme", allocator="uniform", params={"sink": 4}'))
+    loaded = load_registry()
+    assert not loaded.problems
+    assert "acme_policy" in loaded.recipes
 
 
 @pytest.fixture

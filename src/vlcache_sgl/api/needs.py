@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-RowKind = Literal["none", "post_vision", "last", "all"]
+RowKind = Literal["none", "post_vision", "last", "all", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Rows:
     """Which of the request's own query rows vote.
 
     Rows are always rows that this request computes itself: after a prefix hit the rows of the cached part do not
-    exist, so ``all`` means all new rows.
+    exist, so ``all`` means all new rows.  ``repeat`` rows are computed for the policy alone.
     """
 
     kind: RowKind = "none"
@@ -41,6 +41,12 @@ class Rows:
     def all(cls) -> Rows:
         """Every new row: attention cost grows with the square of the prompt."""
         return cls("all")
+
+    @classmethod
+    def repeat(cls) -> Rows:
+        """Rows of a second reading: the prompt is read once more behind itself, after a request to repeat it, and then
+        dropped (KVzip, arXiv 2505.23416).  Costs another prefill of the prompt; does not depend on a question."""
+        return cls("repeat")
 
 
 @dataclass(frozen=True)

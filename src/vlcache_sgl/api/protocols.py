@@ -51,13 +51,15 @@ class Allocator(Protocol):
     * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
     * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
+    * ``per_head``: False | True, counts differ between the KV heads of a layer: only with ``heads=split``;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
-        `layers[i].scores` is set.  The sum must be `budget.total`, unless the allocator declares another
+        With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
+        of its heads.  `layers[i].scores` is set.  The sum must be `budget.total`, unless the allocator declares another
         ``budget_sum``.
         """
         ...

@@ -88,6 +88,8 @@ class Prompt:
     """`K`."""
     head_dim: int
     """`D`."""
+    repeated: int = 0
+    """Rows of the second reading, at positions from `length` on; 0 unless a policy declares ``Rows.repeat()``."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the tensors of the layers are, and where tensors made by a policy belong."""
     rotary: Rotary | None = None
@@ -164,7 +166,8 @@ class LayerView:
     values: torch.Tensor | None = None
     """`[K, m, D]` as cached."""
     scores: torch.Tensor | None = None
-    """`[K, m]` float32, higher = keep: what the scorer said; set before allocators run."""
+    """`[G, m]` float32, higher = keep: what tokens compete with, set before allocators run.  `G` is 1 where all KV
+    heads keep one set (``heads=shared``: their mean or maximum), else `K`; runs (``span``) share their mean."""
 
     @property
     def num_rows(self) -> int:

@@ -276,7 +276,7 @@ class Trials:
 
     def _ask(self, condition: Condition) -> list[Record]:
         """The records of all samples, what is missing asked now."""
-        work = missing(self._samples, [condition], self._answers.done)
+        work = missing(self._samples, [condition], self._answers.done())
         left = None if self._deadline is None else max(1e-6, self._deadline - time.monotonic())
         asking = ask_all(
             self._client,
@@ -288,7 +288,7 @@ class Trials:
         )
         for _ in asking:
             pass
-        if missing(self._samples, [condition], self._answers.done):
+        if missing(self._samples, [condition], self._answers.done()):
             raise OutOfTimeError
         found = self._of(condition.name)
         self.asked += sum(len(record["questions"]) for record in found)

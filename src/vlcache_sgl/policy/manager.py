@@ -20,6 +20,8 @@ from vlcache_sgl.api import hookspecs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin
 from vlcache_sgl.policy.checks import allocator_problem, scorer_problem
 from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.policy.spec import assign, part_owners
+from vlcache_sgl.spelling import did_you_mean
 
 GROUP = hookspecs.PROJECT
 
@@ -94,12 +96,11 @@ def load_registry() -> Registry:
         else:
             providers[str(provider)] = provider
     collect = functools.partial(_collect, manager, providers, problems)
-    return Registry(
-        scorers=collect("vlcache_scorers", ScorerPlugin, _scorer_problem),
-        allocators=collect("vlcache_allocators", AllocatorPlugin, _allocator_problem),
-        recipes=collect("vlcache_recipes", RecipePlugin, lambda record: None),
-        problems=tuple(problems),
-    )
+    scorers = collect("vlcache_scorers", ScorerPlugin, _scorer_problem)
+    allocators = collect("vlcache_allocators", AllocatorPlugin, _allocator_problem)
+    recipe_problem = functools.partial(_recipe_problem, scorers, allocators)
+    recipes = collect("vlcache_recipes", RecipePlugin, recipe_problem)
+    return Registry(scorers, allocators, recipes, tuple(problems))
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
@@ -185,6 +186,22 @@ def _allocator_problem(record: AllocatorPlugin) -> str | None:
     return allocator_problem(f"allocator {record.name!r}", record.factory)
 
 
+def _recipe_problem(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    record: RecipePlugin,
+) -> str | None:
+    """Whether a recipe names parts and parameters that are there; what a user adds is not looked at."""
+    try:
+        scorer, allocator = _find("scorer", record.scorer, scorers), _find("allocator", record.allocator, allocators)
+        owners = part_owners(scorer.record, allocator.record)
+        for settings in (record.params, *record.variants.values()):
+            assign(settings, owners)
+    except PolicyError as error:
+        return f"policy {record.name!r}: {error}"
+    return None
+
+
 def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Registered[Record]:
     if name in choices:
         return choices[name]
@@ -192,4 +209,5 @@ def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Re
     for choice, registered in choices.items():
         listed.setdefault(registered.provider.distribution, []).append(choice)
     offers = "; ".join(f"{', '.join(names)} (from {distribution})" for distribution, names in listed.items())
-    raise PolicyError(f"unknown {what} {name!r}; choose from: {offers or 'nothing is installed'}")
+    meant = did_you_mean(name, choices)
+    raise PolicyError(f"unknown {what} {name!r}{meant}; choose from: {offers or 'nothing is installed'}")

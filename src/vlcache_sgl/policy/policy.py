@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -18,11 +18,12 @@ from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
-from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
+from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
 from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, registry
-from vlcache_sgl.policy.spec import Owner, assign, parse
+from vlcache_sgl.policy.spec import Owner, assign, parse, part_owners
+from vlcache_sgl.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Policy:
 
         Args:
             scorer_layers, allocator_layers: one view per layer, in order, with what `needs` declares; the two may be
-                the same objects when their rows agree.  `scores` is set on both.
+                the same objects when their rows agree.  `scores` is set on those of the allocator.
             prompt: geometry of the request.
             total: tokens to keep, summed over layers; more than there are means all.
 
@@ -89,10 +90,7 @@ class Policy:
         Raises:
             PolicyFault: when scorer or allocator raises or returns something unusable.
         """
-        scores = self.score(scorer_layers, prompt)
-        for view, score in zip(scorer_layers, scores.unbind(), strict=True):
-            view.scores = score
-        return self.plan(scores, allocator_layers, prompt, total)
+        return self.plan(self.score(scorer_layers, prompt), allocator_layers, prompt, total)
 
     def require(self, model: Prompt) -> None:
         """Whether this policy can serve a model at all; asked once, before the first request.
@@ -130,7 +128,7 @@ class Policy:
         """The second half of `decide`: budgets from the allocator's views, then the choice.
 
         Args:
-            scores: `[L, K, owned]` float32, `K` = ``prompt.num_kv_heads``; set on `layers`.
+            scores: `[L, K, owned]` float32, finite, `K` = ``prompt.num_kv_heads``.
             layers: one view per layer, with what the allocator needs.
             prompt: geometry; with tensor parallelism that of all ranks' heads.
             total: see `decide`.
@@ -138,16 +136,17 @@ class Policy:
         Raises:
             PolicyFault: the allocator raises or returns something unusable.
         """
-        for view, score in zip(layers, scores.unbind(), strict=True):
+        rivals = competing(scores, prompt, self.selection)
+        for view, score in zip(layers, rivals.unbind(), strict=True):
             view.scores = score
         budget = budget_for(total, prompt, self.selection)
         with _blame(f"allocator {self.allocator_name}"):
             counts = self.allocator.allocate(layers, prompt, budget)
-        plan = make_plan(scores.unbind(), counts, prompt, self.selection)
+        plan = choose(rivals, counts, prompt, self.selection)
         rule: BudgetSum = getattr(self.allocator, "budget_sum", "exact")
         if plan.total != budget.total and (rule == "exact" or (rule == "at_most" and plan.total > budget.total)):
             raise PolicyFault(
-                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total} ({rule})"
+                f"allocator {self.allocator_name} keeps {plan.total:g} tokens, the budget is {budget.total} ({rule})"
             )
         return plan
 
@@ -182,16 +181,13 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         for variant in spec.variants:
             if variant not in recipe.variants:
                 choices = ", ".join(recipe.variants) or "none"
-                raise PolicyError(f"policy {spec.name} has no variant {variant!r}; variants: {choices}")
+                meant = did_you_mean(variant, recipe.variants)
+                raise PolicyError(f"policy {spec.name} has no variant {variant!r}{meant}; variants: {choices}")
         layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
     assert scorer_name is not None
     assert allocator_name is not None
     scorer, allocator = installed.scorer(scorer_name), installed.allocator(allocator_name)
-    owners = (
-        Owner("scorer", f"scorer {scorer_name}", cast("type[Any]", scorer.record.factory)),
-        Owner("allocator", f"allocator {allocator_name}", cast("type[Any]", allocator.record.factory)),
-        Owner("selection", "selection", Selection),
-    )
+    owners = part_owners(scorer.record, allocator.record)
     values: dict[str, dict[str, Any]] = {owner.role: {} for owner in owners}
     for number, settings in enumerate(layers):
         is_last = number == len(layers) - 1
@@ -203,13 +199,16 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
     )
     if problem := pair_problem(*built):
         raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
+    chosen = _select(selection, values["selection"])
+    if getattr(built[1], "per_head", False) and chosen.heads != "split":
+        raise PolicyError(f"allocator {allocator_name} gives KV heads different budgets, which needs heads=split")
     return Policy(
         spec=text.strip(),
         scorer_name=scorer_name,
         scorer=built[0],
         allocator_name=allocator_name,
         allocator=built[1],
-        selection=_select(selection, values["selection"]),
+        selection=chosen,
         providers=(_release(scorer.provider), _release(allocator.provider)),
     )
 

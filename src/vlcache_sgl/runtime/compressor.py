@@ -261,7 +261,7 @@ class Compressor:
             self._count_skipped(job, "recall")
         else:
             self._evict(job, prompt, slots, plan)
-        per_layer = [front + int(tokens) for tokens in plan.counts.tolist()]
+        per_layer = [front + tokens for tokens in plan.tokens_per_layer]
         job.report.update(
             policy=job.choice.policy.spec,
             budget=str(job.choice.budget),
@@ -271,6 +271,8 @@ class Compressor:
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(per_layer) / ((front + prompt.owned) * len(per_layer)), 4),
         )
+        if plan.differs_by_head:
+            job.report["kept_tokens_per_head"] = plan.counts.tolist()
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
@@ -337,7 +339,8 @@ class Compressor:
         job.counted = True
         # From the plan, not from the device: the host need not wait to know them.
         front = prompt.start - job.shared
-        kept = [(front + int(tokens)) * arena.groups for tokens in plan.counts.tolist()]
+        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
+        kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))

@@ -15,7 +15,7 @@ from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.runtime.admission import reopen
-from vlcache_sgl.runtime.compat import attention_tp, slot_writers
+from vlcache_sgl.runtime.compat import attention_tp, is_health_poll, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.gate import NAMESPACE, read_request
@@ -300,7 +300,8 @@ class Session:
         elif len(req.origin_input_ids) < self.config.min_tokens:
             reason = "short"
         if reason is not None:
-            self.counters.skipped(reason)
+            if not is_health_poll(req):
+                self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
         positions, recall = params.report == "positions", params.report == "recall"

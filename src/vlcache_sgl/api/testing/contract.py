@@ -52,7 +52,7 @@ Property = Literal[
 """
 PROPERTIES: tuple[Property, ...] = get_args(Property)
 
-PROMPTS: Mapping[str, Prompt] = {
+_GIVEN = {
     "one image": synthetic_prompt(300, [(10, 260)]),
     "two images": synthetic_prompt(300, [(10, 100), (120, 260)]),
     "image last": synthetic_prompt(90, [(10, 90)]),
@@ -63,6 +63,8 @@ PROMPTS: Mapping[str, Prompt] = {
     "video": replace(synthetic_prompt(150, [(10, 130)]), grids=((Grid(5, 8), Grid(5, 8), Grid(5, 8)),)),
     "unknown grid": replace(synthetic_prompt(150, [(10, 130)]), grids=((),)),
 }
+PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=24) for name, prompt in _GIVEN.items()}
+"""With a second reading, for policies that ask for one."""
 SHARES = (0.01, 0.1, 0.5, 1.0)
 """Budgets that are tried, of the owned tokens."""
 CHUNK = 64
@@ -138,8 +140,11 @@ def _layers(name: str, seed: int = 0) -> list[Layer]:
 
 def _as_declared(prompt: Prompt, policy: Policy) -> Prompt:
     """What the policy gets to know of a prompt."""
-    rotary = any(needs.rotary for needs in policy.needs)
-    return prompt if rotary else replace(prompt, rotary=None, positions=None)
+    if not any(needs.rotary for needs in policy.needs):
+        prompt = replace(prompt, rotary=None, positions=None)
+    if not any(needs.rows.kind == "repeat" for needs in policy.needs):
+        prompt = replace(prompt, repeated=0)
+    return prompt
 
 
 Views = tuple[list[LayerView], list[LayerView]]
@@ -358,18 +363,20 @@ def _budget(policy: Policy) -> str | None:
             for share in SHARES:
                 budget = budget_for(_total(prompt, share), prompt, selection)
                 with _about(name):
-                    counts = variant.plan(scores, views[1], prompt, budget.total).counts
-                if problem := _floor_problem(policy.allocator, counts, budget):
+                    plan = variant.plan(scores, views[1], prompt, budget.total)
+                if problem := _floor_problem(policy.allocator, plan, budget):
                     return f"{what} {problem} (prompt: {name})"
     return None
 
 
-def _floor_problem(allocator: Allocator, counts: torch.Tensor, budget: Budget) -> str | None:
+def _floor_problem(allocator: Allocator, plan: EvictionPlan, budget: Budget) -> str | None:
     """Whether a layer has less than `Budget.lo`; that the sum is right `Policy.plan` sees to."""
-    if getattr(allocator, "budget_sum", "exact") == "free" or int(counts.min()) >= budget.lo:
+    if getattr(allocator, "budget_sum", "exact") == "free":
         return None
-    layer = int(counts.argmin())
-    return f"gives layer {layer} {int(counts[layer])} tokens, the selection's floor is {budget.lo}"
+    if int(plan.counts.min()) < budget.lo:
+        layer = int(plan.counts.amin(1).argmin())
+        return f"gives layer {layer} {int(plan.counts[layer].min())} tokens, the selection's floor is {budget.lo}"
+    return None
 
 
 def _precision(policy: Policy) -> str | None:

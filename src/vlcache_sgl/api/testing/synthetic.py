@@ -41,14 +41,14 @@ class PlainRotary:
 
 @dataclass(frozen=True)
 class Layer:
-    """Post-RoPE states of a whole prompt in one layer."""
+    """Post-RoPE states of a whole prompt in one layer; behind them those of its second reading, if there is one."""
 
     queries: torch.Tensor
-    """`[H, n, D]`."""
+    """`[H, n + repeated, D]`."""
     keys: torch.Tensor
-    """`[K, n, D]`."""
+    """`[K, n + repeated, D]`."""
     values: torch.Tensor
-    """`[K, n, D]`."""
+    """`[K, n + repeated, D]`."""
 
 
 def synthetic_prompt(
@@ -59,6 +59,7 @@ def synthetic_prompt(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 16,
+    repeated: int = 0,
 ) -> Prompt:
     """A prompt with text positions and a plain rotary embedding; every span of `vision` is an image.
 
@@ -74,6 +75,7 @@ def synthetic_prompt(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        repeated=repeated,
         rotary=PlainRotary(),
         positions=torch.arange(start, length),
     )
@@ -89,7 +91,7 @@ def synthetic_layers(prompt: Prompt, seed: int = 0) -> list[Layer]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads: int) -> torch.Tensor:
-        return torch.randn(heads, prompt.length, prompt.head_dim, generator=generator)
+        return torch.randn(heads, prompt.length + prompt.repeated, prompt.head_dim, generator=generator)
 
     return [
         Layer(draw(prompt.num_heads) * (1 + index), draw(prompt.num_kv_heads), draw(prompt.num_kv_heads))
@@ -181,7 +183,7 @@ def attention(queries: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> 
 
     Args:
         queries: `[H, R, D]`, those of `rows`.
-        keys: `[K, n, D]`, all keys of the prompt.
+        keys: `[K, n, D]`, all keys of the prompt (and of its second reading).
         rows: `[R]` int64, positions.
     """
     heads, dim = queries.shape[0], queries.shape[-1]

@@ -121,4 +121,4 @@ def joined(copy: EvictionPlan, tail: torch.Tensor) -> EvictionPlan:
     """
     groups = max(copy.keep.shape[1], tail.shape[1])
     keep = torch.cat([copy.keep.expand(-1, groups, -1), tail.expand(-1, groups, -1)], -1)
-    return EvictionPlan(keep, keep[:, 0].sum(-1).cpu())
+    return EvictionPlan(keep, keep.sum(-1).cpu())
