@@ -1,7 +1,6 @@
-"""Count right answers of the text checkpoint at full cache: `python -m models.smollm2.measure` from the repository's root.
+"""Count right answers of the text checkpoint at full cache: `python -m models.smollm2.measure` from the root.
 
-Writes results/text.json, from which the card's table is made (`--card` writes it).  A cell (task and size) that is there
-already is not measured again.
+Writes results/text.json.  A cell (task and size) that is there already is not measured again.
 """
 
 from __future__ import annotations

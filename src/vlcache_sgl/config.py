@@ -93,6 +93,8 @@ class KVConfig:
     """Bounds of what a request may ask for, as fractions of its prompt."""
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
+    weights: str = "auto"
+    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model before) or ``off``."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
     everybody (``tiered``), or nothing (``off``)."""
@@ -323,6 +325,12 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("--kv-budget-max", fraction(), "Largest share that a request may ask to keep", None, _object_to_most),
     Flag("--kv-allow-policies", NAMES, "Policies that a request may choose beside the server's own", "*"),
+    Flag(
+        "--kv-weights",
+        Values("`auto`, `off` or the path of a file", _read_text, "auto|off|FILE"),
+        "What each layer and KV head of the model needs, measured by `vlcache calibrate`; `auto` takes what was "
+        "measured of this model before",
+    ),
     Flag(
         "--kv-share",
         one_of(get_args(Share)),

@@ -79,6 +79,7 @@ class RecipePlugin:
     params: Mapping[str, Any] = field(default_factory=dict)
     """Values of scorer and allocator fields that differ from their own defaults."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """``name:variant`` applies these values (parameters and selection fields) as well."""
+    """``name:variant`` applies these values (parameters and selection fields) as well; ``scorer`` and ``allocator``
+    among them name another part, which then has its own defaults."""
     paper: str = ""
     summary: str = ""

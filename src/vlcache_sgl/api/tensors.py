@@ -88,6 +88,11 @@ class Prompt:
     """`K`."""
     head_dim: int
     """`D`."""
+    layer_weights: tuple[float, ...] = ()
+    """`L` shares in [0, 1]: how much of its tokens each layer of this model needs, measured beforehand
+    (``--kv-weights``); empty when not known."""
+    head_weights: tuple[tuple[float, ...], ...] = ()
+    """`[L][K]`, the same per KV head; empty when not known."""
     repeated: int = 0
     """Rows of the second reading, at positions from `length` on; 0 unless a policy declares ``Rows.repeat()``."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -211,3 +216,12 @@ class Budget:
         filling); fractions are rounded by largest remainder, ties to the lower layer.  The sum is exact.
         """
         return water_fill(weights, total=self.total, lo=self.lo, hi=self.hi)
+
+    def distribute_heads(self, weights: torch.Tensor) -> torch.Tensor:
+        """Integer tokens per KV head in proportion to `weights` `[L, K]`, `[L, K]` int64 on the CPU.
+
+        As `distribute`, over all heads of all layers: their sum is `K` times `total`, bounds are those of every head.
+        """
+        heads = weights.shape[1]
+        counts = water_fill(weights.flatten(), total=self.total * heads, lo=self.lo, hi=self.hi)
+        return counts.view(-1, heads)

@@ -20,7 +20,7 @@ from vlcache_sgl.api import hookspecs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin
 from vlcache_sgl.policy.checks import allocator_problem, scorer_problem
 from vlcache_sgl.policy.errors import PolicyError
-from vlcache_sgl.policy.spec import assign, part_owners
+from vlcache_sgl.policy.spec import Owner, Settings, Values, assign, part_owners
 from vlcache_sgl.spelling import did_you_mean
 
 GROUP = hookspecs.PROJECT
@@ -193,13 +193,59 @@ def _recipe_problem(
 ) -> str | None:
     """Whether a recipe names parts and parameters that are there; what a user adds is not looked at."""
     try:
-        scorer, allocator = _find("scorer", record.scorer, scorers), _find("allocator", record.allocator, allocators)
-        owners = part_owners(scorer.record, allocator.record)
-        for settings in (record.params, *record.variants.values()):
-            assign(settings, owners)
+        for variant in ({}, *record.variants.values()):
+            layers = (Settings(record.params), Settings(variant))
+            put_together(scorers, allocators, record.scorer, record.allocator, layers)
     except PolicyError as error:
         return f"policy {record.name!r}: {error}"
     return None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a policy is made of, before it is built."""
+
+    scorer: str
+    allocator: str
+    owners: tuple[Owner, Owner, Owner]
+    """Scorer, allocator, selection."""
+    values: Values
+
+
+def put_together(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    scorer: str,
+    allocator: str,
+    layers: Iterable[Settings],
+) -> Parts:
+    """Apply settings one after the other.  ``scorer`` and ``allocator`` among them replace a part, with whatever had
+    been set for the one before.
+
+    Raises:
+        PolicyError: a name or a value that is not there.
+    """
+    names = {"scorer": scorer, "allocator": allocator}
+    values: Values = {"scorer": {}, "allocator": {}, "selection": {}}
+    for layer in layers:
+        given = dict(layer.given)
+        for role in names:
+            if (name := given.pop(role, names[role])) != names[role]:
+                names[role] = str(name)
+                values[role] = {}
+        owners = _owners(scorers, allocators, names)
+        for role, changes in assign(given, owners, from_request=layer.from_request).items():
+            values[role].update(changes)
+    return Parts(names["scorer"], names["allocator"], _owners(scorers, allocators, names), values)
+
+
+def _owners(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    names: Mapping[str, str],
+) -> tuple[Owner, Owner, Owner]:
+    scorer, allocator = _find("scorer", names["scorer"], scorers), _find("allocator", names["allocator"], allocators)
+    return part_owners(scorer.record, allocator.record)
 
 
 def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Registered[Record]:

@@ -21,8 +21,8 @@ from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
 from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
-from vlcache_sgl.policy.manager import Provider, Registry, registry
-from vlcache_sgl.policy.spec import Owner, assign, parse, part_owners
+from vlcache_sgl.policy.manager import Provider, Registry, put_together, registry
+from vlcache_sgl.policy.spec import Owner, Settings, parse
 from vlcache_sgl.spelling import did_you_mean
 
 
@@ -186,27 +186,25 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
     assert scorer_name is not None
     assert allocator_name is not None
-    scorer, allocator = installed.scorer(scorer_name), installed.allocator(allocator_name)
-    owners = part_owners(scorer.record, allocator.record)
-    values: dict[str, dict[str, Any]] = {owner.role: {} for owner in owners}
-    for number, settings in enumerate(layers):
-        is_last = number == len(layers) - 1
-        for role, given in assign(settings, owners, from_request=from_request and is_last).items():
-            values[role].update(given)
+    last = len(layers) - 1
+    settings = [Settings(given, from_request and number == last) for number, given in enumerate(layers)]
+    parts = put_together(installed.scorers, installed.allocators, scorer_name, allocator_name, settings)
+    scorer, allocator = installed.scorer(parts.scorer), installed.allocator(parts.allocator)
+    owners, values = parts.owners, parts.values
     built = (
         _build(owners[0], values["scorer"], scorer.provider),
         _build(owners[1], values["allocator"], allocator.provider),
     )
     if problem := pair_problem(*built):
-        raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
+        raise PolicyError(f"scorer {parts.scorer} and allocator {parts.allocator}: {problem}")
     chosen = _select(selection, values["selection"])
     if getattr(built[1], "per_head", False) and chosen.heads != "split":
-        raise PolicyError(f"allocator {allocator_name} gives KV heads different budgets, which needs heads=split")
+        raise PolicyError(f"allocator {parts.allocator} gives KV heads different budgets, which needs heads=split")
     return Policy(
         spec=text.strip(),
-        scorer_name=scorer_name,
+        scorer_name=parts.scorer,
         scorer=built[0],
-        allocator_name=allocator_name,
+        allocator_name=parts.allocator,
         allocator=built[1],
         selection=chosen,
         providers=(_release(scorer.provider), _release(allocator.provider)),

@@ -56,7 +56,7 @@ def parse(text: str) -> Spec:
         else:
             settings[key] = value
     if not composed:
-        return Spec(head.strip(), None, None, tuple(variants), settings)
+        return Spec(head.strip(), None, None, tuple(variants), settings)  # `scorer=` and `allocator=` replace a part
     scorer, allocator = settings.pop("scorer", None), settings.pop("allocator", None)
     if variants or scorer is None or allocator is None:
         raise problem
@@ -90,11 +90,19 @@ def part_owners(scorer: ScorerPlugin, allocator: AllocatorPlugin) -> tuple[Owner
     )
 
 
-Settings = dict[str, dict[str, Any]]
+Values = dict[str, dict[str, Any]]
 """Role -> keyword arguments."""
 
 
-def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_request: bool = False) -> Settings:
+@dataclass(frozen=True)
+class Settings:
+    """What one layer of a policy's definition sets: a recipe, a variant or the user."""
+
+    given: Mapping[str, Any]
+    from_request: bool = False
+
+
+def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_request: bool = False) -> Values:
     """Give every setting to the one owner that has a field of this name and convert texts to the field's type.
 
     Args:
@@ -105,7 +113,7 @@ def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_reque
     Raises:
         PolicyError: unknown key (with the choices), ambiguous key, or a text that is not of the field's type.
     """
-    result: Settings = {owner.role: {} for owner in owners}
+    result: Values = {owner.role: {} for owner in owners}
     for key, value in settings.items():
         owner, name = _owner(key, owners)
         if from_request and owner.is_guarded(name):

@@ -75,7 +75,8 @@ class Compressor:
             if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
-            prompt = replace(self._model, length=job.length, start=start, vision=job.vision, grids=job.grids)
+            model = job.choice.of_model(self._model)
+            prompt = replace(model, length=job.length, start=start, vision=job.vision, grids=job.grids)
             try:
                 job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
             except Exception as error:

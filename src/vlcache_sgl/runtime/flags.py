@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vlcache_sgl.config import FLAGS, ConfigError, KVConfig, config_from
@@ -20,6 +21,7 @@ from vlcache_sgl.runtime.compat import (
 )
 from vlcache_sgl.runtime.patching import PatchPoint
 from vlcache_sgl.spelling import nearest
+from vlcache_sgl.weights import read_weights
 
 CONFIG_ATTRIBUTE = "_vlcache_config"
 """Where a `KVConfig` travels on SGLang's ServerArgs: underscored attributes survive pickling into child processes."""
@@ -104,6 +106,11 @@ def check_flags(values: Mapping[str, Any]) -> KVConfig | None:
     with _blaming("--kv-policy"):
         registry().require_sound()
         default = Choices(config).default
+    if config.weights not in ("auto", "off"):
+        try:
+            read_weights(Path(config.weights))
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights: {error}") from error
     with _blaming("--kv-allow-policies"):
         for name in config.allow_policies:
             if name != "*":

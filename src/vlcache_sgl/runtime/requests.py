@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.runtime.custom_params import LONGEST_SPEC, RequestParams
 from vlcache_sgl.runtime.sharing.tier import require_agnostic
+from vlcache_sgl.weights import ModelWeights
 
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
@@ -37,11 +38,20 @@ class Choice:
     share: Share = "policy"
     copy_name: str = ""
     """With ``tiered``: fingerprint of the share policy and its budget."""
+    weights: ModelWeights | None = None
+    """What layers and heads of the model need, where that is known."""
 
     @property
     def fingerprint(self) -> str:
         """Distinguishes compressed prefixes in the radix tree."""
-        return f"{self.policy.fingerprint}@{self.budget}{self.copy_name and '+' + self.copy_name}"
+        weights = "" if self.weights is None else f"~{self.weights.digest}"
+        return f"{self.policy.fingerprint}@{self.budget}{weights}{self.copy_name and '+' + self.copy_name}"
+
+    def of_model(self, model: Prompt) -> Prompt:
+        """`model` with the weights that this choice stands for."""
+        if self.weights is None:
+            return model
+        return replace(model, layer_weights=self.weights.layers, head_weights=self.weights.heads)
 
 
 class Choices:
@@ -50,6 +60,7 @@ class Choices:
     def __init__(self, config: KVConfig) -> None:
         self._config = config
         self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
+        self._weights: ModelWeights | None = None
         self._model: Prompt | None = None
         self._ranks = 1
         try:
@@ -59,6 +70,23 @@ class Choices:
         except PolicyError as error:
             raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
+
+    def use_weights(self, weights: ModelWeights) -> None:
+        """Later choices give the model's layers and heads these weights; earlier ones keep theirs.
+
+        Raises:
+            ValueError: they are those of a model of another shape.
+        """
+        if self._model is not None:
+            weights.check(self._model.num_layers, self._model.num_kv_heads)
+        self._weights = weights
+        self._known.clear()
+        self.default = self._choice(self._config.policy, self._config.budget, self._config.share)
+
+    @property
+    def weights(self) -> ModelWeights | None:
+        """In use; None when not known."""
+        return self._weights
 
     def serve(self, model: Prompt, ranks: int) -> None:
         """From now on only choices that can serve this model over so many tensor-parallel ranks are made.
@@ -90,7 +118,7 @@ class Choices:
             if len(self._known) >= MOST_CHOICES:
                 del self._known[next(iter(self._known))]
             copy_name = f"{self.copies.fingerprint}@{self._config.share_budget:g}" if share == "tiered" else ""
-            self._known[key] = Choice(policy, budget, share, copy_name)
+            self._known[key] = Choice(policy, budget, share, copy_name, self._weights)
         return self._known[key]
 
     def select(self, params: RequestParams, length: int) -> Choice:

@@ -32,6 +32,7 @@ from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.status import Status
+from vlcache_sgl.weights import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -108,17 +109,18 @@ class Session:
         reporter = scheduler.metrics_reporter
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         assert self.compressor is not None
-        self._status = Status(self.config, self.choices.default, self.compressor, self.images, labels)
+        self._status = Status(self.config, self.choices, self.compressor, self.images, labels)
         self._say_what_is_served()
 
     def _say_what_is_served(self) -> None:
         config = self.config
         logger.info(
-            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s",
+            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s, model weights: %s",
             config.policy,
             config.budget,
             config.share,
             config.guard,
+            "not known" if self.choices.weights is None else self.choices.weights.digest,
         )
         if config.guard == "off" and config.share == "policy" and not config.budget.keeps_all:
             logger.info(
@@ -228,6 +230,12 @@ class Session:
             rotary=model_rotary(model_runner.model),
         )
         self.choices.serve(prompt, size)
+        try:
+            weights = find_weights(self.config.weights, model_runner.server_args.model_path)
+            if weights is not None:
+                self.choices.use_weights(weights)
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights: {error}") from error
         arena_bytes = model_runner.token_to_kv_pool.arena.nbytes
         try:
             sharing = Sharing(self.config, self.choices.copies, prompt, self.images, arena_bytes)
