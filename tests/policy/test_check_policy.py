@@ -180,6 +180,22 @@ class Half(Fair):
 
 
 @dataclass(frozen=True)
+class Stingy(Fair):
+    """Wrong with large budgets only."""
+
+    def allocate(self, layers, prompt, budget):
+        total = min(budget.total, 900)
+        return Budget(total, budget.num_layers, budget.lo, budget.hi).distribute(torch.ones(budget.num_layers))
+
+
+@dataclass(frozen=True)
+class Saves(Stingy):
+    """The same, declared."""
+
+    budget_sum: ClassVar[str] = "at_most"
+
+
+@dataclass(frozen=True)
 class NoFloor(Fair):
     def allocate(self, layers, prompt, budget):
         return Budget(budget.total, budget.num_layers, 0, budget.hi).distribute(torch.arange(budget.num_layers))
@@ -217,14 +233,15 @@ PLANTED = {
     Normalised: ("answers", "contain NaN or infinity (prompt: keys that are all alike)"),
     NeedsAnImage: ("answers", "raised IndexError: tuple index out of range (prompt: text only)"),
     NeedsAGrid: ("answers", "raised IndexError: tuple index out of range (prompt: unknown grid)"),
-    Greedy: ("answers", "allocator Greedy keeps 124 tokens, the budget is 120"),
+    Greedy: ("answers", "allocator Greedy keeps 124 tokens, the budget is 120 (exact)"),
     Fractions: ("answers", "layer counts are torch.float32, expected int64"),
     Dice: ("deterministic", "scores of layer 0 differ when the same prompt is decided again"),
     Remembers: ("stateless", "scores of layer 0 differ after other prompts have been decided"),
     RemembersBudgets: ("stateless", "after other prompts have been decided"),
     InPlace: ("inputs", "scorer InPlace changes layer.values"),
     LastDigits: ("chunks", "when the prefill comes in chunks"),
-    Half: ("budget", "allocator Half keeps 6 tokens, the budget is 12 (prompt: one image)"),
+    Half: ("answers", "allocator Half keeps 60 tokens, the budget is 120 (exact) (prompt: one image)"),
+    Stingy: ("budget", "allocator Stingy keeps 900 tokens, the budget is 1200 (exact) (prompt: one image)"),
     NoFloor: ("budget", "gives layer 0 0 tokens, the selection's floor is"),
     Float32Only: ("precision", "raised RuntimeError: expected m1 and m2 to have the same dtype"),
     OnTheCPU: ("device", "scorer OnTheCPU mixes tensors of the CPU with those of a GPU"),
@@ -250,6 +267,10 @@ def test_every_property_has_a_planted_bug():
 
 def test_one_property_alone():
     """As a parametrised test would: the others are not looked at."""
-    check_policy(Half(), *(name for name in PROPERTIES if name not in ("budget",)))
-    with pytest.raises(ContractError, match="policy Half, budget: "):
-        check_policy(Half(), "budget")
+    check_policy(NoFloor(), *(name for name in PROPERTIES if name != "budget"))
+    with pytest.raises(ContractError, match="policy NoFloor, budget: "):
+        check_policy(NoFloor(), "budget")
+
+
+def test_an_allocator_may_declare_that_it_keeps_less():
+    check_policy(Saves())

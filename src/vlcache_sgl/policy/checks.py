@@ -80,7 +80,9 @@ def _is_plain(hint: Any) -> bool:
 
 def needs_of(part: object) -> Needs:
     """What a scorer or allocator declares; nothing where it declares nothing."""
-    needs: Needs = getattr(part, "needs", Needs())
+    if inspect.getattr_static(part, "needs", None) is None:
+        return Needs()
+    needs: Needs = part.needs  # type: ignore[attr-defined]  # an AttributeError of a property is its author's to see
     return needs
 
 

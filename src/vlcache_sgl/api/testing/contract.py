@@ -37,14 +37,15 @@ Property = Literal[
 
 * ``form``: frozen dataclasses with parameters that a user can set, the right methods, needs that can be met;
 * ``needs``: only fields of `LayerView` and `Prompt` are read that `needs` declares;
-* ``answers``: scores and counts of the right shape and type, finite, in range, for every kind of prompt: text only,
-  several images, a video, grids that are not known, prefix hits, three tokens, keys that are all alike or very long;
+* ``answers``: scores and counts of the right shape and type, finite, in range, the sum as declared (``budget_sum``,
+  by default the budget), for every kind of prompt: text only, several images, a video, grids that are not known,
+  prefix hits, three tokens, keys that are all alike or very long;
 * ``deterministic``: the same again, whatever the random seeds are;
 * ``stateless``: the same again after other prompts have been decided;
 * ``inputs``: nothing that was handed in is changed;
 * ``chunks``: the same, but for rounding, however the prefill was divided into chunks;
-* ``budget``: the counts sum to the budget and no layer has less than the floor of the selection, unless the allocator
-  declares otherwise;
+* ``budget``: the same of budgets from a hundredth to everything, and no layer has less than the floor of the
+  selection, unless ``budget_sum`` is "free";
 * ``precision``: queries, keys and values may be bfloat16;
 * ``device``: no tensor on the CPU is mixed with those on a GPU.  Tried on fake tensors, which need no GPU; what comes
   after a value has been read back to the host is not seen.
@@ -363,12 +364,13 @@ def _budget(policy: Policy) -> str | None:
                 budget = budget_for(_total(prompt, share), prompt, selection)
                 with _about(name):
                     plan = variant.plan(scores, views[1], prompt, budget.total)
-                if problem := _sum_problem(policy.allocator, plan, budget):
+                if problem := _floor_problem(policy.allocator, plan, budget):
                     return f"{what} {problem} (prompt: {name})"
     return None
 
 
-def _sum_problem(allocator: Allocator, plan: EvictionPlan, budget: Budget) -> str | None:
+def _floor_problem(allocator: Allocator, plan: EvictionPlan, budget: Budget) -> str | None:
+    """Whether a layer has less than `Budget.lo`; that the sum is right `Policy.plan` sees to."""
     if getattr(allocator, "budget_sum", "exact") == "free":
         return None
     if int(plan.counts.min()) < budget.lo:
