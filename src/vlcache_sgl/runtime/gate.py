@@ -118,13 +118,13 @@ async def serve_generate(original: Callable[..., Any], request: Any, raw_request
     return response
 
 
-def count_placeholders(original: Callable[..., Any], processor: Any, text: Any, *arguments: Any, **options: Any) -> Any:
+def count_placeholders(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Around the model's own image processor, which stops iterating where a text has more placeholders than images.
 
     Nothing can await a StopIteration: the request would never be answered.
     """
     try:
-        return original(processor, text, *arguments, **options)
+        return original(*arguments, **options)
     except StopIteration as error:
         raise ValueError(
             "the prompt has more placeholders for images or videos than there are images or videos"
