@@ -42,7 +42,7 @@ def test_the_text_in_front_of_an_image_is_whole_for_the_next_image(ours_tenth: A
         drawn = picture(8500 + number, 16, 16)
         text = prompt(drawn.questions[0].text, SYSTEM)
         options = {"params": {"kv_report": "positions"}, "return_logprob": True}
-        shared, alone = generate(ours_tenth, text, drawn.image, **options), None
+        shared = generate(ours_tenth, text, drawn.image, **options)
         alone = generate(ours_tenth, text, drawn.image, cache_salt=str(number), **options)
         cached, report = shared["meta_info"]["cached_tokens"], report_of(shared)
         front = report["vision"][0]["begin"]
@@ -93,15 +93,13 @@ def test_a_follow_up_reports_what_it_was_served(ours_tenth: Any, picture: Any) -
 def test_a_retracted_request_reports_and_counts_what_was_done(ours_tenth: Any, picture: Any, budget: float) -> None:
     server, drawn = ours_tenth, picture(8530, 20, 20)
     server.flush()
-    undisturbed = report_of(
-        generate(server, prompt(drawn.questions[0].text), drawn.image, params={"kv_budget": budget})
-    )
+    text, params = prompt(drawn.questions[0].text), {"kv_budget": budget}
+    undisturbed = report_of(generate(server, text, drawn.image, params=params))
     server.flush()
     before, seen, answers = server.settled(), len(server.log), []
 
     def ask() -> None:
-        options = {"params": {"kv_budget": budget}, "sampling": {"ignore_eos": True}}
-        answers.append(generate(server, prompt(drawn.questions[0].text), drawn.image, 400, **options))
+        answers.append(generate(server, text, drawn.image, 400, params=params, sampling={"ignore_eos": True}))
 
     thread = threading.Thread(target=ask)
     thread.start()
