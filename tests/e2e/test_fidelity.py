@@ -79,7 +79,10 @@ def test_a_dataset_of_ones_own(ours_tenth: Any, picture: Any, tmp_path: Path) ->
         (("--policy", "nope"), "unknown policy 'nope'"),
         (("--budget", "2"), "--budget must be a fraction in (0, 1], got '2'"),
         (("--budget", "abc"), "--budget must be a fraction in (0, 1], got 'abc'"),
-        (("--auto", "--samples", "20"), "cannot show a loss of at most 0.02, even if no answer changes: give at least 189"),
+        (
+            ("--auto", "--samples", "20"),
+            "cannot show a loss of at most 0.02, even if no answer changes: give at least 189",
+        ),
         (("--auto", "--loss", "2"), "--loss must be a fraction in (0, 1), got '2'"),
         (("--auto", "--policy", "a", "b"), "--auto takes one --policy"),
         (("--data", "none.jsonl"), "none.jsonl"),
