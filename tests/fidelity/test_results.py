@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def test_what_lacks_a_forced_answer_is_asked_again(tmp_path: Path) -> None:
     for opened in (answers, Answers(tmp_path, "m")):
         assert opened.done(forced=True) == {("a", "full")}
         assert [one["questions"][0]["score"] for one in opened.records] == [0.0]
-        assert opened.of(Condition(None, "1.0")) == opened.records
+        assert opened.of(Condition(None, "1.0"), [replace(TASKS["single"](0), id="a")]) == opened.records
+        assert opened.of(Condition(None, "1.0"), [TASKS["single"](0)]) == []
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class Evaluation:
             return True
         client = Client(self.server.openai_url)
         total = sum(len(sample.questions) for sample, _ in work)
-        say_cost(client, work, total, self.arguments.at_once, self.console)
+        say_cost(client, work, total, self.arguments, self.console)
         limit_s = 60 * self.arguments.time_limit if self.arguments.time_limit else None
         with progress_bar(self.console) as progress:
             bar = progress.add_task("asking", total=total)
@@ -185,7 +185,8 @@ def search(evaluation: Evaluation) -> int:
         tried.append(condition)
         if not evaluation.ask([full, condition]):
             return 3
-        verdict = judge(evaluation.answers.of(full), evaluation.answers.of(condition), allowed)
+        before, after = (evaluation.answers.of(one, evaluation.samples) for one in (full, condition))
+        verdict = judge(before, after, allowed)
         verdicts.append((condition, verdict))
         low, high = verdict.interval
         console.print(f"budget {budget}: loses {verdict.loss:.3f} ({low:.3f} to {high:.3f}), {IN_WORDS[verdict.kind]}")
@@ -198,12 +199,18 @@ def search(evaluation: Evaluation) -> int:
         console.print(f"no budget tried is shown to lose at most {allowed:g} {about}")
         return 1
     console.print(f"the smallest budget that is shown to lose at most {allowed:g} {about}:")
-    console.print(f"--kv-policy {kept[-1].policy} --kv-budget {kept[-1].budget}", soft_wrap=True)
+    scope = f" {ALL}" if any(sample.text_only for sample in evaluation.samples) else ""
+    flags = f"--kv-policy {kept[-1].policy} --kv-budget {kept[-1].budget}{scope}"
+    console.print(flags, soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
 def say_cost(
-    client: Client, work: Sequence[tuple[Sample, Condition]], total: int, at_once: int, console: Console
+    client: Client,
+    work: Sequence[tuple[Sample, Condition]],
+    total: int,
+    arguments: argparse.Namespace,
+    console: Console,
 ) -> None:
     """What is ahead, from one question that is asked twice: the first time warms up."""
     first = next((pair for pair in work if pair[1].policy is not None), work[0])
@@ -211,11 +218,12 @@ def say_cost(
     ask(client, probe, first[1])
     started = time.perf_counter()
     asked = ask(client, probe, first[1])["questions"][0]
-    seconds = time.perf_counter() - started
+    # An answer that is forced costs a prompt and what it costs to find it again.
+    seconds = (time.perf_counter() - started) * (2 if arguments.logprob else 1)
     # What is left after the first question about a picture is shared; how much that saves is not known before.
     prefills = sum(1 if condition.sharing == "shared" else len(sample.questions) for sample, condition in work)
     console.print(
-        f"{total} questions, {prefills} of them with an image or a text to prefill, {at_once} at once. "
+        f"{total} questions, {prefills} of them with an image or a text to prefill, {arguments.at_once} at once. "
         f"One takes {seconds:.1f} s and has {asked['prompt_tokens']} tokens: at most about {minutes(total * seconds)}."
     )
 

@@ -119,9 +119,10 @@ class Answers:
             if not forced or all(FORCED & question.keys() for question in record["questions"])
         }
 
-    def of(self, condition: Condition) -> list[Record]:
-        """What was answered under one condition."""
-        return [record for record in self.records if record["condition"] == condition.name]
+    def of(self, condition: Condition, samples: Sequence[Sample]) -> list[Record]:
+        """What was answered about these samples under one condition."""
+        ids = {sample.id for sample in samples}
+        return [record for name, record in self._records.items() if name[0] in ids and name[1] == condition.name]
 
     def add(self, record: Record) -> None:
         """Write one down; an earlier record of the same sample and condition counts no more."""
