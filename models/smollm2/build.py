@@ -44,7 +44,9 @@ def build(output: Path) -> None:
 
 def readable_texts() -> Iterator[str]:
     """Texts with every token that a document of the reading tasks can have."""
-    yield from (sentence for topic in prose.TOPICS for sentence in topic)
+    for topic in prose.TOPICS:
+        yield from topic  # as the first of a paragraph
+        yield from (f" {sentence}" for sentence in topic)
     yield reading.words()
 
 

@@ -22,8 +22,8 @@ from vlcache_sgl.tasks import cells
 PATCH, MERGE, FRAMES = 14, 2, 2
 HIDDEN = 768
 """Width of the tower; the merger's hidden layer has MERGE * MERGE as many features."""
-VOCABULARY = 1500
-"""Tokens that the tower can read: half as many as there are features, so that rounding the solved weights
+VOCABULARY = 1700
+"""Tokens that the tower can read: about half as many as there are features, so that rounding the solved weights
 to bfloat16 costs little."""
 MEAN, STD = 0.5, 0.5
 """Of the image processor, all colours alike: white is 1, black is -1."""

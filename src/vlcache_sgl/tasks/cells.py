@@ -25,7 +25,7 @@ MIN_CELLS = 4
 """Of a line: SGLang enlarges images of fewer pixels."""
 _GRIDS = ((2, 1, 20), (6, 2, 14), (12, 3, 11), (20, 4, 9))
 """Characters that fit, rows they are written in, and font size in pixels: the first row of this table that fits."""
-_VISIBLE = str.maketrans({" ": "·", "\n": "¶", "\t": "→"})
+_VISIBLE = str.maketrans({" ": "·", "\n": "»"})
 
 
 class Tokenizer(Protocol):
