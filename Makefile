@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton a
 
 gpu-e2e: ## Time whole servers on a CUDA device, budget 1.0 against 0.1; GPU_PYTHON needs SGLang and this package
 	$(GPU_PYTHON) benchmarks/gpu_e2e.py $(ARGS)
+
+real-model: setup ## Build a pretrained 135 M model, for text and for images, in out/smollm2; instant when it is there
+	$(BIN)/python -m models.smollm2.build $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build out

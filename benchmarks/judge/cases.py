@@ -8,10 +8,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.tasks.cells import split_text
 from vlcache_sgl.tasks.reading import Document, Question, make_document
 
-GAP = "\n\n"
-"""Between the text and the question."""
+FRAME = "\n"
+"""What stands in front of and behind a line of the text: what the vision checkpoint's tokens around an image are."""
 INSTRUCTION = "\n\nRepeat the previous context exactly."
 """What a second reading of the prompt begins with (KVzip)."""
 
@@ -36,8 +37,8 @@ class Asked:
 
     prompt: tuple[int, ...]
     """Template, text, question, and the beginning of the assistant's turn."""
-    text: Span
-    """Where the text lies in it: what would be image tokens if the text were an image."""
+    lines: tuple[Span, ...]
+    """Where the text's lines lie in it: what would be image tokens if each line were an image."""
     answer: tuple[int, ...]
     """What must follow."""
 
@@ -69,10 +70,13 @@ class CaseMaker:
         return Case(first, others[0] if others else None)
 
     def _ask(self, document: Document, question: Question) -> Asked:
-        before, text = self._tokens(self._before), self._tokens(document.text)
-        rest = self._tokens(f"{GAP}{question.text}{self._after}{question.opening}")
-        span = Span(len(before), len(before) + len(text))
-        return Asked((*before, *text, *rest), span, self._tokens(question.answer))
+        tokens, lines = [*self._tokens(self._before)], []
+        for line in split_text(document.text, self._tokenizer):
+            tokens += self._tokens(FRAME)
+            lines.append(Span(len(tokens), len(tokens) + len(line)))
+            tokens += (*line, *self._tokens(FRAME))
+        tokens += self._tokens(f"\n{question.text}{self._after}{question.opening}")
+        return Asked(tuple(tokens), tuple(lines), self._tokens(question.answer))
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -48,8 +48,8 @@ class Decisions:
         network: where the states come from.
         tokens: the prompt.
         states: its states.
-        text: where the text lies in it.
-        medium: how the text is declared to the policies.
+        lines: where the text's lines lie in it.
+        medium: how they are declared to the policies.
         instruction: what a second reading begins with, in front of the prompt's own tokens.
     """
 
@@ -58,12 +58,12 @@ class Decisions:
         network: Network,
         tokens: tuple[int, ...],
         states: States,
-        text: Span,
+        lines: tuple[Span, ...],
         medium: Medium,
         instruction: tuple[int, ...],
     ) -> None:
         self._network, self._tokens, self._states, self._instruction = network, tokens, states, instruction
-        vision = (text,) if medium == "image" else ()
+        vision = lines if medium == "image" else ()
         shape = network.shape
         start = first_owned(vision)
         self.prompt = Prompt(

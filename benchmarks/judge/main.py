@@ -32,7 +32,7 @@ from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
 
-MODEL = "models/smollm2/text"
+MODEL = "out/smollm2/text"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
 ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
 SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 200)

@@ -65,7 +65,7 @@ class Judge:
         asked = case.first
         everything = torch.ones(*states.keys.shape[:3], dtype=torch.bool)
         media = {
-            medium: Decisions(self._network, asked.prompt, states, asked.text, medium, self._cases.instruction)
+            medium: Decisions(self._network, asked.prompt, states, asked.lines, medium, self._cases.instruction)
             for medium in {condition.medium for condition in conditions}
         }
         found = {}

@@ -99,9 +99,7 @@ def read_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     (transformers' own reader of GGUF files makes a SentencePiece tokenizer of it, which splits differently.)
     """
     fields = reader.fields
-    tokens, merges, types = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
-    )
+    tokens, merges, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))

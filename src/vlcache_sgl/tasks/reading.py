@@ -2,8 +2,9 @@
 
 A text is prose (`tasks/prose.py`) with facts at random places, or a list of facts.  The assistant's turn is begun for
 the model (`Question.opening`), so that a small model answers in the wanted form; then an answer is right when the
-greedy continuation begins with `Question.answer`, which is several tokens long, because the first token of an answer
-comes from prefill and tells nothing about a compressed cache.
+greedy continuation is `Question.answer`, to the letter.  In all tasks but `needle` the opening also holds the answer's
+first word or digit: a small model would rather begin with "a" or "not", and the first token of an answer comes from
+prefill anyway, so that it tells nothing about a compressed cache.
 
 The same task, size and seed give the same text everywhere.  Seeds from FIRST_DEVELOPMENT_SEED on are for choosing,
 seeds from FIRST_TEST_SEED on for reporting.
@@ -21,33 +22,34 @@ FIRST_DEVELOPMENT_SEED = 100
 FIRST_TEST_SEED = 1000
 CHARACTERS_PER_TOKEN = 4.5
 """Of prose in SmolLM2's vocabulary; sizes are nominal."""
-TOKENS_PER_ENTRY = 15
+TOKENS_PER_ENTRY = 13
 """Of a list."""
 
-COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "purple", "orange", "pink", "golden", "silver")
-OBJECTS = ("lamp", "box", "door", "chair", "table", "bottle", "car", "cup", "hat", "bag", "phone", "bike", "tent", "drum")
-PLACES = ("library", "school", "museum", "church", "cellar", "office", "hotel", "garage", "theatre", "bakery", "farm")
-PREPOSITIONS = ("under", "behind", "inside", "beside")
-GOODS = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+COLOURS = _words("red blue green black white yellow brown purple orange pink golden silver")
+OBJECTS = _words("lamp box door chair table bottle car cup hat bag phone bike tent drum")
+PLACES = _words("library school museum church cellar office hotel garage theatre bakery farm")
+NUMBERS = _words("phone room locker table")
+PREPOSITIONS = _words("under behind beside")
+GOODS = _words(
     "rice honey nails soap cheese candles paper butter apples rope onions sugar coffee eggs flour thread beans milk "
     "nuts pepper carrots lemons grapes salt"
-).split()
-ADJECTIVES = ("old", "small", "tired", "quiet", "young", "tall", "happy", "clever", "hungry", "brave")
-ANIMALS = ("dog", "cat", "horse", "goat", "fox", "bear", "goose", "donkey", "rabbit", "duck")
-VERBS = ("waits", "sleeps", "sings", "hides", "eats", "dances", "reads", "works")
-CITIES = "Paris London Berlin Madrid Rome Vienna Dublin Lisbon Athens Prague Warsaw Oslo Helsinki Tokyo Delhi Cairo Toronto Chicago Boston Denver Sydney".split()
-SURNAMES = (
-    "Baker Carter Cooper Fisher Turner Parker Walker Hunter Porter Mason Miller Potter Taylor Weaver Wood Hill Brook "
-    "Stone Field Marsh Rivers Lake Banks Forest Winter Summers Snow Frost Rose Green White Black Brown Gray"
-).split()
-NAMES = (
+)
+ADJECTIVES = _words("old small tired quiet young tall happy clever hungry brave")
+ANIMALS = _words("dog cat horse goat fox bear goose donkey rabbit duck")
+VERBS = _words("waits sleeps sings hides eats dances reads works")
+NAMES = _words(
     "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Karen Leo Maria Nathan Olivia Peter Quinn Rachel Sam Tina "
     "Ursula Victor Wendy Xavier Yvonne Zach Anna Brian Clara Daniel Ellen Felix Gina Harold Iris James Kate Lucas "
     "Monica Noah Paula Robert Sarah Thomas Vera Walter Julia Martin Laura Simon Helen Oscar Diana Philip Ruth Edward "
     "Nina George Eva Arthur Lucy Hugo Ida Oliver Martha Stephen Rose Adam Jane Charles Susan Max Linda Paul Judith "
     "Andrew Barbara Eric Nora Patrick Amy Richard Molly Tom Joan Mark Sophie Ralph Betty Kevin Dora Roger Alma Luke "
     "Flora Ben Agnes Carl Hannah Ivan Ella Otto Mary Joe Fiona Dennis Greta Stuart Elsa Gordon Marion Keith Naomi"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Question:
     opening: str
     """The beginning of the assistant's turn, given to the model."""
     answer: str
-    """What must follow the opening, to the letter; it begins with a space or a quotation mark's first word."""
+    """What must follow the opening; several tokens, which a compressed cache must still hold."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,15 @@ def make_document(task: str, tokens: int, seed: int) -> Document:
     return Document(task, tokens, seed, text, questions)
 
 
-# -- facts: each kind with as many as asked for, no two about the same thing --------------------------------------------
+def words() -> str:
+    """Everything that facts are made of, as it is spelled in them: prose aside, documents have no other tokens."""
+    lists = (COLOURS, OBJECTS, PLACES, NUMBERS, PREPOSITIONS, GOODS, ADJECTIVES, ANIMALS, VERBS, NAMES)
+    inside = " ".join(word for words in lists for word in words)
+    facts = [make(random.Random(0), 1)[0].sentence for make in (_codes, _phones, _keys, _notes, _purchases)]
+    return "\n".join([f" {inside} 0123456789.", *NAMES, *facts, "", "\n"])
+
+
+# -- facts: each kind with as many as asked for, no two about the same thing ------------------------------------------
 
 
 def _codes(rng: random.Random, count: int) -> list[Fact]:
@@ -104,7 +114,11 @@ def _codes(rng: random.Random, count: int) -> list[Fact]:
 
 
 def _phones(rng: random.Random, count: int) -> list[Fact]:
-    return [_code_fact(f"the phone number of {name}", _digits(rng)) for name in rng.sample(NAMES, count)]
+    """Also numbers of rooms and so on, once everybody has a phone."""
+    names = rng.sample(NAMES, len(NAMES))
+    subjects = [f"the {kind} number of {name}" for kind in NUMBERS for name in names][:count]
+    facts = [_code_fact(subject, _digits(rng)) for subject in rng.sample(subjects, count)]
+    return [Fact(f.sentence, _begun(f.question.text, f.question.opening, f.question.answer)) for f in facts]
 
 
 def _code_fact(subject: str, number: str) -> Fact:
@@ -120,29 +134,9 @@ def _keys(rng: random.Random, count: int) -> list[Fact]:
     """Asked in other words than the text's."""
     facts = []
     for name, place in zip(rng.sample(NAMES, count), rng.sample(PLACES, count), strict=True):
-        where = f" {rng.choice(COLOURS)} {rng.choice(OBJECTS)} {rng.choice(PREPOSITIONS)} the {rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
-        question = Question(f"Where is the {place} key?", f"The {place} key is in the", where)
+        where = f" {_thing(rng)} of {rng.choice(NAMES)}"
+        question = _begun(f"Where is the {place} key?", f"The {place} key is in the", where)
         facts.append(Fact(f"{name} keeps the key of the {place} in the{where}.", question))
-    return facts
-
-
-def _owners(rng: random.Random, count: int) -> list[Fact]:
-    facts = []
-    for place in rng.sample(PLACES, count):
-        name = f" {rng.choice(NAMES)} {rng.choice(SURNAMES)}"
-        question = Question(f"Who is the owner of the {place}?", f"The owner of the {place} is", name)
-        facts.append(Fact(f"The {place} belongs to{name}.", question))
-    return facts
-
-
-def _jobs(rng: random.Random, count: int) -> list[Fact]:
-    facts = []
-    for name in rng.sample(NAMES, count):
-        city = f" {rng.choice(CITIES)}"
-        full = f"{name} {rng.choice(SURNAMES)}"
-        job = rng.choice("baker teacher doctor lawyer farmer painter singer driver nurse pilot".split())
-        question = Question(f"Who is the {job} in{city}?", f"The {job} in{city} is", f" {full}")
-        facts.append(Fact(f"{full} lives in{city} and works as a {job}.", question))
     return facts
 
 
@@ -150,22 +144,31 @@ def _notes(rng: random.Random, count: int) -> list[Fact]:
     """A sentence is copied."""
     facts = []
     for name in rng.sample(NAMES, count):
-        words = (rng.choice(ADJECTIVES), rng.choice(ANIMALS), rng.choice(VERBS), rng.choice(PREPOSITIONS))
-        note = f"The {words[0]} {words[1]} {words[2]} {words[3]} the {rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
-        question = Question(f"What does the note of {name} say?", f'The note of {name} says: "', note)
-        facts.append(Fact(f'The note of {name} says: "{note}."', question))
+        who = f"{rng.choice(ADJECTIVES)} {rng.choice(ANIMALS)} {rng.choice(VERBS)}"
+        words = f" {who} {rng.choice(PREPOSITIONS)} the {_thing(rng)}"
+        question = _begun(f"What does the note of {name} say?", f'The note of {name} says: "The', words)
+        facts.append(Fact(f'The note of {name} says: "The{words}."', question))
     return facts
 
 
 def _purchases(rng: random.Random, count: int) -> list[Fact]:
-    """Three things in order."""
+    """Four things in order."""
     facts = []
     for name in rng.sample(NAMES, count):
-        first, second, third = rng.sample(GOODS, 3)
-        goods = f" {first}, {second} and {third}"
-        begin = f"{name} bought three things:"
-        facts.append(Fact(f"{begin}{goods}.", Question(f"Which three things did {name} buy?", begin, goods)))
+        goods = " " + ", ".join(rng.sample(GOODS, 4))
+        begin = f"{name} bought four things:"
+        facts.append(Fact(f"{begin}{goods}.", _begun(f"Which four things did {name} buy?", begin, goods)))
     return facts
+
+
+def _thing(rng: random.Random) -> str:
+    return f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
+
+
+def _begun(text: str, opening: str, answer: str) -> Question:
+    """The question with the answer's first word, or first digit, moved to the opening."""
+    end = 2 if answer[1].isdigit() else (answer + " ").index(" ", 1)
+    return Question(text, opening + answer[:end], answer[end:])
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -173,9 +176,14 @@ def _purchases(rng: random.Random, count: int) -> list[Fact]:
 Content = tuple[str, tuple[Question, ...]]
 
 
-def _hidden(facts: Callable[[random.Random, int], list[Fact]], count: int = 2) -> Callable[[random.Random, int], Content]:
+Task = Callable[[random.Random, int], Content]
+
+
+def _hidden(facts: Callable[[random.Random, int], list[Fact]]) -> Task:
+    """Two facts of a kind in prose, both asked for."""
+
     def task(rng: random.Random, tokens: int) -> Content:
-        chosen = facts(rng, count)
+        chosen = facts(rng, 2)
         return _in_prose(rng, chosen, tokens), tuple(fact.question for fact in chosen)
 
     return task
@@ -204,7 +212,7 @@ def _both(rng: random.Random, tokens: int) -> Content:
     first, second = (fact.question.opening.removeprefix("The code of ").removesuffix(" is") for fact in facts)
     numbers = [fact.question.answer for fact in facts]
     pair = f"the codes of {first} and {second}"
-    question = Question(f"What are {pair}?", f"The{pair[3:]} are", f"{numbers[0]} and{numbers[1]}")
+    question = _begun(f"What are {pair}?", f"The{pair[3:]} are", f"{numbers[0]} and{numbers[1]}")
     return _in_prose(rng, facts, tokens), (question,)
 
 
@@ -215,13 +223,12 @@ def _several(rng: random.Random, tokens: int) -> Content:
     return _in_prose(rng, facts, tokens), tuple(fact.question for fact in facts)
 
 
-TASKS: dict[str, Callable[[random.Random, int], Content]] = {
+TASKS: dict[str, Task] = {
     "needle": _hidden(_codes),
     "list": _list,
     "both": _both,
     "reworded": _hidden(_keys),
     "sentence": _hidden(_notes),
     "items": _hidden(_purchases),
-    "owners": _hidden(_owners), "jobs": _hidden(_jobs),
     "several": _several,
 }
