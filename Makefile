@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity soak real-model gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench-policies: setup ## Ask one question per picture under every policy; writes
 
 fidelity: setup ## Count right answers under every policy and budget; goes on where it stopped; writes docs/fidelity.md
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+judge: setup ## Ask a real pretrained language model under every policy and budget; goes on where it stopped; writes docs/fidelity.md
+	$(BIN)/python benchmarks/run.py judge $(ARGS)
 
 soak: setup ## Abuse one server for 20 minutes, then check its books, answers and memory
 	$(BIN)/python benchmarks/run.py soak $(ARGS)

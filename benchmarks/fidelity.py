@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import recall
 from host import ROOT, host_block
+from pages import with_block
 from PIL import Image
 from rich.console import Console
 
@@ -413,12 +414,7 @@ def committed() -> dict[str, dict[str, Any]]:
 def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """`page` with the blocks between its markers made anew."""
     for name, block in page_blocks(results).items():
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"{PAGE.name} lacks the markers of {name}")
-        page = f"{before}{begin}{block}{end}{after}"
+        page = with_block(page, name, block)
     return page
 
 

@@ -9,9 +9,10 @@ import capacity
 import sharing
 import soak
 import speed
+from judge import main as judge
 from rich.console import Console
 
-TASKS = {"speed": speed, "capacity": capacity, "sharing": sharing, "soak": soak}
+TASKS = {"speed": speed, "capacity": capacity, "sharing": sharing, "soak": soak, "judge": judge}
 
 
 def main() -> int:

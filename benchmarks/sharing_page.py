@@ -7,6 +7,7 @@ from operator import itemgetter
 from statistics import median
 
 from host import ROOT
+from pages import with_block
 from sharing_results import (
     ASKERS,
     BOUND,
@@ -343,13 +344,8 @@ BLOCKS = {
 def rendered(page: str, results: Mapping[str, Result]) -> str:
     """`page` with the blocks between its markers made anew; those whose experiment is missing say so."""
     for name, (source, make) in BLOCKS.items():
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"{PAGE.name} lacks the markers of {name}")
         block = "Not measured yet."
         if source in results:
             block = f"{make(results[source])}\n\n{origin(results[source])}"
-        page = f"{before}{begin}{block}{end}{after}"
+        page = with_block(page, name, block)
     return page

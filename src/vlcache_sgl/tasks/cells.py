@@ -37,13 +37,16 @@ class Tokenizer(Protocol):
 
 
 def draw_text(text: str, tokenizer: Tokenizer) -> list[Image.Image]:
-    """The text as line images, in reading order.
+    """The text as line images, in reading order: those of `split_text`."""
+    return [draw_line([tokenizer.decode([token]) for token in line]) for line in split_text(text, tokenizer)]
+
+
+def split_text(text: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """The text's tokens as lines, in reading order.
 
     Lines end at an empty line of the text if they can, otherwise at the end of a line, otherwise anywhere.  What is
     between two images in a prompt, the end of one and the start of the next, stands for the newlines where they were
     split: they are not drawn.
-
-    Raises ValueError for a text that is too short to be an image.
     """
     tokens = tokenizer.encode(text, add_special_tokens=False)
     newline = [not tokenizer.decode([token]).strip("\n") for token in tokens]
@@ -51,7 +54,7 @@ def draw_text(text: str, tokenizer: Tokenizer) -> list[Image.Image]:
     start = 0
     while start < len(tokens):
         end = _line_end(newline, start)
-        lines.append(draw_line([tokenizer.decode([token]) for token in tokens[start:end]]))
+        lines.append(tokens[start:end])
         start = end
         while start < len(tokens) and newline[start]:
             start += 1

@@ -1,0 +1,129 @@
+"""What the product's policies keep of a prompt that the network has read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from judge.network import Network, States
+from vlcache_sgl.api import LayerView, Needs, Prompt, Span
+from vlcache_sgl.api.testing import Layer, view_layers
+from vlcache_sgl.config import KVBudget
+from vlcache_sgl.policy.policy import Policy
+from vlcache_sgl.runtime.scoring import Scoring
+
+Medium = Literal["text", "image"]
+"""How a text reaches the model: as text, or as an image whose tokens have the text's embeddings and positions."""
+REPEAT = "repeat"
+"""Kind of rows that a second reading of the prompt computes."""
+
+Views = tuple[list[LayerView], list[LayerView]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The decision of a policy at a budget."""
+
+    cells: torch.Tensor
+    """`[L, K, n]` bool, of the whole prompt."""
+    share: float
+    """Kept cells of those that could go, in [0, 1]."""
+
+
+class BudgetError(AssertionError):
+    """A policy kept other than its budget: its answers would be compared with those of another budget."""
+
+
+def first_owned(vision: tuple[Span, ...]) -> int:
+    """What stands in front of the first vision token is shared by all images and stays."""
+    return vision[0].begin if vision else 0
+
+
+class Decisions:
+    """Decisions about one prompt in one medium; policies with the same needs share their views.
+
+    Args:
+        network: where the states come from.
+        tokens: the prompt.
+        states: its states.
+        lines: where the text's lines lie in it.
+        medium: how they are declared to the policies.
+        instruction: what a second reading begins with, in front of the prompt's own tokens.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokens: tuple[int, ...],
+        states: States,
+        lines: tuple[Span, ...],
+        medium: Medium,
+        instruction: tuple[int, ...],
+    ) -> None:
+        self._network, self._tokens, self._states, self._instruction = network, tokens, states, instruction
+        vision = lines if medium == "image" else ()
+        shape = network.shape
+        start = first_owned(vision)
+        self.prompt = Prompt(
+            length=states.length,
+            start=start,
+            vision=vision,
+            num_layers=shape.layers,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            rotary=network.rotary,
+            positions=torch.arange(start, states.length),
+        )
+        self._views: dict[tuple[Needs, Needs], Views] = {}
+        self._scores: dict[str, torch.Tensor] = {}
+
+    def keep(self, policy: Policy, budget: float) -> Kept:
+        """What the policy keeps.
+
+        Raises:
+            BudgetError: it kept more or less than the budget, without being one that may.
+        """
+        prompt = self.prompt
+        views = self._views_for(policy.needs)
+        if policy.fingerprint not in self._scores:
+            self._scores[policy.fingerprint] = policy.score(views[0], prompt)
+        total = KVBudget(fraction=budget).target(prompt.owned, prompt.length, prompt.num_layers)
+        plan = policy.plan(self._scores[policy.fingerprint], views[1], prompt, total)
+        cells = torch.ones(prompt.num_layers, prompt.num_kv_heads, prompt.length, dtype=torch.bool)
+        cells[..., prompt.start :] = plan.keep
+        owned = cells[..., prompt.start :]
+        kept = int(owned.sum())
+        if kept != total * prompt.num_kv_heads and not getattr(policy.allocator, "quality_target", False):
+            raise BudgetError(f"{policy.spec} kept {kept} cells, {budget:g} is {total * prompt.num_kv_heads}")
+        return Kept(cells, kept / owned.numel())
+
+    def _views_for(self, needs: tuple[Needs, Needs]) -> Views:
+        if needs not in self._views:
+            reads_twice = any(need.rows.kind == REPEAT for need in needs)
+            self._views[needs] = self._repeated(needs) if reads_twice else self._observed(needs)
+        return self._views[needs]
+
+    def _observed(self, needs: tuple[Needs, Needs]) -> Views:
+        """As the server does it, the prompt in one chunk."""
+        start, length = self.prompt.start, self.prompt.length
+        scoring = Scoring(self.prompt, needs)
+        queries, keys, values = (part.transpose(1, 2) for part in self._states)  # [L, n, heads, D]
+        if scoring.rows_in(start, length):
+            scale = self.prompt.head_dim**-0.5
+            for layer in range(self.prompt.num_layers):
+                prefix, owned = keys[layer].split([start, length - start])
+                scoring.observe(layer, 0, queries[layer], owned, prefix if start else None, None, scale)
+        return scoring.views(lambda layer: torch.stack([keys[layer, start:], values[layer, start:]], dim=1))
+
+    def _repeated(self, needs: tuple[Needs, Needs]) -> Views:
+        """With the rows of a second reading, which is dropped afterwards."""
+        again = (*self._instruction, *self._tokens)
+        _, second = self._network.read(again, self._states)
+        both = (torch.cat(parts, 2) for parts in zip(self._states, second, strict=True))
+        layers = [Layer(*parts) for parts in zip(*both, strict=True)]
+        prompt = replace(self.prompt, repeated=len(again))
+        scorer, allocator = (view_layers(layers, prompt, need) for need in needs)
+        return scorer, allocator

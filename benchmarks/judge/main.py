@@ -1,0 +1,205 @@
+"""What a real pretrained language model still answers under every policy and budget.
+
+Each case is written down at once, so that an interrupted run goes on where it stopped.
+
+    python benchmarks/run.py judge                                         # all tasks and seeds, then the page
+    python benchmarks/run.py judge --seeds 100-119 --policies keydiff      # to out/ only
+    python benchmarks/run.py judge --page                                  # only the page
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from host import ROOT, command_line, host_block
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from judge import page
+from judge.cases import CaseId
+from judge.conditions import BUDGETS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
+from judge.records import Found, Records, RecordsError, digest
+from judge.summary import summarise
+from judge.verdicts import Judge
+from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.policy.policy import Policy
+from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
+
+MODEL = "out/smollm2/text"
+ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
+ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
+SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 200)
+
+
+class ArgumentError(ValueError):
+    """A value on the command line cannot be used; the message is one line."""
+
+
+# -- in each process ---------------------------------------------------------------------------------------------------
+
+_judges: list[Judge] = []
+"""The judge of this process; a model is loaded once."""
+
+
+def _begin(folder: Path, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    _judges.append(Judge(folder))
+
+
+def _judge(case: CaseId, asked: Sequence[Condition]) -> Found:
+    texts = {condition.policy for condition in asked if condition.policy != FULL}
+    return _judges[0].verdicts(case, asked, {text: resolve(text) for text in texts})
+
+
+# -- in the main process -----------------------------------------------------------------------------------------------
+
+
+def read_task(text: str) -> tuple[str, int]:
+    """Task and nominal tokens of ``needle:400``.
+
+    Raises:
+        ArgumentError: no such task, or no size.
+    """
+    task, _, tokens = text.partition(":")
+    if task not in TASKS or not tokens.isdecimal():
+        raise ArgumentError(f"--tasks takes TASK:TOKENS, got {text!r}; tasks: {', '.join(TASKS)}")
+    return task, int(tokens)
+
+
+def read_seeds(text: str) -> range:
+    """The seeds of ``100-199``, both ends included, or of ``100``.
+
+    Raises:
+        ArgumentError: not one of these.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    seeds = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not seeds:
+        raise ArgumentError(f"--seeds takes FIRST-LAST, got {text!r}")
+    return seeds
+
+
+def judge_all(
+    records: Records,
+    cases: Sequence[CaseId],
+    asked: Sequence[Condition],
+    arguments: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Judge what is missing."""
+    waiting = [(case, missing) for case in cases if (missing := records.missing(case, asked))]
+    if not waiting:
+        return
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    model = (arguments.model, arguments.threads)
+    jobs = min(arguments.jobs, len(waiting))
+    with (
+        _progress(console) as progress,
+        ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=model) as pool,
+    ):
+        bar = progress.add_task("cases", total=len(cases), completed=len(cases) - len(waiting))
+        futures = {pool.submit(_judge, *item): item for item in waiting}
+        try:
+            for future in as_completed(futures):
+                records.add(*futures[future], future.result())
+                progress.advance(bar)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def result_of(records: Records, cases: Sequence[CaseId], asked: Sequence[Condition], **head: Any) -> dict[str, Any]:
+    """What is committed."""
+    found = {case: records.found[case] for case in cases}
+    return {"task": "judge", "command": command_line(), **head, "summary": summarise(found, asked)}
+
+
+def dump(result: Mapping[str, Any]) -> str:
+    """JSON with one row of the summary per line: results are compared in diffs."""
+    head = json.dumps({name: value for name, value in result.items() if name != "summary"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in result["summary"])
+    return f'{head[:-2]},\n "summary": [\n  {rows}\n ]\n}}\n'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options, also those of `run.py judge`."""
+    parser.add_argument("--model", type=Path, default=ROOT / MODEL, help=f"checkpoint folder; default {MODEL}")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK:TOKENS", default=ASKED)
+    parser.add_argument("--seeds", metavar="FIRST-LAST", default=f"{SEEDS[0]}-{SEEDS[-1]}")
+    parser.add_argument("--policies", nargs="+", metavar="POLICY", help="default: all recipes and some variants")
+    parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE", default=BUDGETS)
+    parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
+    parser.add_argument(
+        "--shared", nargs="*", metavar="POLICY", default=SHARED, help="ask their copies a later question"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes; default 2, one model each (1 GB)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process; default 1")
+    parser.add_argument("--answers", type=Path, default=ANSWERS, help="file of verdicts to go on with")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/ for everything, out/ for less")
+    parser.add_argument("--page", action="store_true", help="judge nothing, write tables and figure again")
+
+
+def main(arguments: argparse.Namespace, console: Console) -> int:
+    """Judge what is missing, write the result, and the page if the result is the committed one."""
+    if arguments.page:
+        result = page.committed()
+        if result is None:
+            console.print(f"there is no {page.RESULT.relative_to(ROOT)} yet", style="red")
+            return 2
+        page.write(result)
+        return 0
+    try:
+        return _run(arguments, console)
+    except (ArgumentError, RecordsError, PolicyError) as error:
+        console.print(str(error), style="red", markup=False)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    weights = arguments.model / "model.safetensors"
+    if not weights.exists():
+        raise ArgumentError(f"there is no {weights}; `make real-model` builds the model")
+    texts = arguments.policies or [*recipes(), *VARIANTS]
+    policies: dict[str, Policy] = {text: resolve(text) for text in texts}
+    asked = conditions(texts, arguments.budgets, arguments.media, arguments.shared)
+    seeds = read_seeds(arguments.seeds)
+    cases = [CaseId(*read_task(task), seed) for seed in seeds for task in arguments.tasks]
+    started, checksum = host_block(), digest(arguments.model)
+    records = Records(arguments.answers, checksum, policies)
+    judge_all(records, cases, asked, arguments, console)
+    model = arguments.model.resolve()
+    where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
+    prints = {text: policy.fingerprint for text, policy in policies.items()}
+    settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
+    result = result_of(records, cases, asked, **settings)
+    whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}
+    is_whole = all(getattr(arguments, name) == value for name, value in whole.items())
+    output = arguments.output or (page.RESULT if is_whole else QUICK)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(dump(result))
+    for medium, turn in _judged(asked):
+        console.print(f"\n{medium}, {turn} question: right answers (interval), log-probability")
+        console.print(page.policies_table(medium, turn)(result), soft_wrap=True, markup=False)
+    console.print(f"written: {output.resolve()}", soft_wrap=True)
+    if output.resolve() == page.RESULT:
+        page.write(result)
+    return 0
+
+
+def _judged(asked: Sequence[Condition]) -> Iterator[tuple[str, str]]:
+    """Media and turns of which there is a table."""
+    yield from dict.fromkeys((condition.medium, condition.turn) for condition in asked if condition.policy != FULL)

@@ -1,0 +1,113 @@
+"""Whether the right answer still follows: its tokens run over what each condition kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from judge.cases import Asked, Case, CaseId, CaseMaker
+from judge.conditions import FULL, Condition
+from judge.decisions import Decisions, Kept
+from judge.network import Network, Past, States
+from vlcache_sgl.policy.policy import Policy
+
+ROWS = 256
+"""Token rows of one batch: beyond that matrix products gain nothing and a batch's logits leave the caches."""
+
+
+class Verdict(NamedTuple):
+    """How one condition did with one question."""
+
+    right: bool
+    """Greedy decoding gives the right answer."""
+    log_probability: float
+    """Of the right answer, in nats, its tokens given one after the other."""
+    kept: float
+    """Kept cells of those that could go, in [0, 1]."""
+
+
+class Judge:
+    """Answers cases with one checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self._network = Network(folder)
+        self._cases = CaseMaker(folder)
+
+    def verdicts(
+        self, name: CaseId, conditions: Sequence[Condition], policies: Mapping[str, Policy]
+    ) -> dict[str, Verdict | None]:
+        """By condition; None for a later question about a text that has only one.
+
+        Args:
+            policies: what the conditions' policies are, by their text.
+        """
+        case = self._cases.make(name)
+        hidden, states = self._network.read(case.first.prompt)
+        kept = self._decide(case, states, conditions, policies)
+        found: dict[str, Verdict | None] = {condition.name: None for condition in conditions}
+        first = [condition for condition in conditions if condition.turn == "first"]
+        choices = [kept[condition.medium, condition.policy, condition.budget] for condition in first]
+        found |= zip((c.name for c in first), self._first(case.first, hidden[-1], states, choices), strict=True)
+        if case.later is not None:
+            later = [condition for condition in conditions if condition.turn == "later"]
+            choices = [kept[condition.medium, condition.policy, condition.budget] for condition in later]
+            found |= zip((c.name for c in later), self._later(case.first, case.later, states, choices), strict=True)
+        return found
+
+    def _decide(
+        self, case: Case, states: States, conditions: Sequence[Condition], policies: Mapping[str, Policy]
+    ) -> dict[tuple[str, str, float], Kept]:
+        """What is kept, by medium, policy and budget."""
+        asked = case.first
+        everything = torch.ones(*states.keys.shape[:3], dtype=torch.bool)
+        media = {
+            medium: Decisions(self._network, asked.prompt, states, asked.lines, medium, self._cases.instruction)
+            for medium in {condition.medium for condition in conditions}
+        }
+        found = {}
+        for condition in conditions:
+            key = (condition.medium, condition.policy, condition.budget)
+            if condition.policy == FULL:
+                found[key] = Kept(everything, 1.0)
+            elif key not in found:
+                found[key] = media[condition.medium].keep(policies[condition.policy], condition.budget)
+        return found
+
+    def _first(self, asked: Asked, hidden: torch.Tensor, states: States, choices: Sequence[Kept]) -> list[Verdict]:
+        """The first token comes from the prefill, which sees everything; the others see what was kept."""
+        begin = self._network.log_probabilities(hidden)
+        right, gained = int(begin.argmax()) == asked.answer[0], float(begin[asked.answer[0]])
+        rest = self._follow(states, choices, asked.answer[:-1], asked.answer[1:])
+        return [Verdict(right and v.right, gained + v.log_probability, v.kept) for v in rest]
+
+    def _later(self, first: Asked, later: Asked, states: States, choices: Sequence[Kept]) -> list[Verdict]:
+        """The prefix cache serves the tokens that both prompts begin with; the others see what was kept of those."""
+        same = [ours == theirs for ours, theirs in zip(first.prompt, later.prompt, strict=False)]
+        shared = same.index(False)
+        common = States(*(part[:, :, :shared].contiguous() for part in states))
+        left = [Kept(kept.cells[..., :shared], kept.share) for kept in choices]
+        return self._follow(common, left, (*later.prompt[shared:], *later.answer[:-1]), later.answer)
+
+    def _follow(
+        self, states: States, choices: Sequence[Kept], tokens: Sequence[int], answer: Sequence[int]
+    ) -> list[Verdict]:
+        """`tokens` over what was kept of `states`; the last of them predict `answer`.  Equal choices are run once."""
+        kinds = [kept.cells.numpy().tobytes() for kept in choices]
+        alone = list(dict(zip(kinds, (kept.cells for kept in choices), strict=True)).items())
+        found: dict[bytes, tuple[bool, float]] = {}
+        step = max(1, ROWS // len(tokens))
+        wanted = torch.tensor(answer)
+        for begin in range(0, len(alone), step):
+            batch, cells = zip(*alone[begin : begin + step], strict=True)
+            hidden = self._network.follow(tokens, Past(states, torch.stack(cells, dim=1)))
+            log = self._network.log_probabilities(hidden[:, -len(answer) :])
+            right = (log.argmax(-1) == wanted).all(-1).tolist()
+            gained = log.gather(-1, wanted.expand(len(batch), -1)[..., None]).sum((1, 2)).tolist()
+            if not all(map(math.isfinite, gained)):
+                raise ArithmeticError("a log-probability is not finite")
+            found |= zip(batch, zip(right, gained, strict=True), strict=True)
+        return [Verdict(*found[kind], kept.share) for kind, kept in zip(kinds, choices, strict=True)]
