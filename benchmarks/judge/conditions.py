@@ -26,7 +26,7 @@ VARIANTS = (
     "snapkv:window=8",
     *(f"{name}:allocator=uniform" for name in ("snapkv", "keydiff", "h2o", "expected_attention", "streaming")),
 )
-"""Judged beside the recipes: the flagship with sets per KV head and without the model's weights, the letter of its paper,
+"""Judged beside the recipes: the flagship with sets per KV head and without the weights, the letter of its paper,
 and some methods with equal layers, as they were published."""
 SHARED = ("vlcache", "vlcache:heads=split", "kvzip:heads=split", "snapkv", "keydiff")
 """Policies whose copies are asked a later question: a question costs five times the rows of an answer."""
