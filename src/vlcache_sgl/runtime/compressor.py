@@ -70,14 +70,27 @@ class Compressor:
             return
         if job.scoring is None:
             owned = job.length - begin
+            if job.reading is not None and job.reading.report:
+                self.take_over(job, job.reading.report)
+                return
             if owned < job.min_tokens:
                 self.skip(job, "short")
                 return
-            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision)
+            if job.choice.policy.reads_twice and not job.repeated:
+                self.skip(job, "second_reading")
+                return
+            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision, repeated=job.repeated)
             try:
                 job.scoring = Scoring(prompt, job.choice.policy.needs)
             except Exception as error:
                 self.fail(job, error)
+
+    def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
+        """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
+        job.done = True
+        job.report.update(report)
+        if "skipped" in report:
+            self.counters.skipped(report["skipped"])
 
     def skip(self, job: CompressionJob, reason: str) -> None:
         """Leave this request alone."""
@@ -125,7 +138,7 @@ class Compressor:
             earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
             shared, shared_valid, own = _divide(prefix, valid, earlier)
             owned = keys if own is None else torch.cat([own, keys])
-            owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+            owned = owned[: scoring.end - scoring.prompt.start]  # a retracted request recomputes generated tokens too
             scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
             self._give_up([job], error)
@@ -234,6 +247,7 @@ class Compressor:
             self.counters.skipped("recall")
         else:
             self._evict(job, prompt, slots, plan)
+            job.compressed = True
         per_layer = plan.tokens_per_layer
         job.report.update(
             policy=job.choice.policy.spec,
@@ -245,6 +259,9 @@ class Compressor:
         )
         if plan.differs_by_head:
             job.report["kept_tokens_per_head"] = plan.counts.tolist()
+        if job.repeated:
+            job.report["second_reading"] = {"tokens": job.repeated}
+            self.counters.second_readings += 1
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
