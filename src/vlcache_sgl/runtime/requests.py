@@ -98,7 +98,7 @@ class Choices:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
             if policy.reads_twice and share == "tiered":
                 raise PolicyError(
-                    f"policy {spec!r} makes one copy for all questions and none by --kv-profile: choose kv_share policy or off"
+                    f"policy {spec!r} makes one copy for all questions: kv_share must be policy or off, not tiered"
                 )
             self._require(policy)
             if len(self._known) >= MOST_CHOICES:

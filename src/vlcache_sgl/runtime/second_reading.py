@@ -1,7 +1,7 @@
 """Policies that read a prompt twice: an internal request reads, compresses and publishes it before others start.
 
-What is read twice is the *prefix* of a request: its prompt up to the end of its last image, or all but the last token
-of a prompt without images.  The *reader* is a request without a client.  Its tokens are the prefix, a request to repeat
+What is read twice is the *prefix* of a request: the prompt up to the end of its last image, or all but the last token
+of one without images.  The *reader* is a request without a client.  Its tokens are the prefix, a request to repeat
 it, and the prefix again from its first image on; images are embedded a second time.  Rows behind the prefix vote, tokens
 of the prefix are evicted, and only the prefix is published.  Requests that need it wait meanwhile in SGLang's queue,
 where an abort finds them, and then find it in the prefix tree like any later question.
@@ -157,9 +157,7 @@ class SecondReadings:
         length = len(reader.origin_input_ids)
         if length < scheduler.max_req_input_len:
             scheduler.init_req_max_new_tokens(reader)
-        else:
-            reader.set_finish_with_abort("longer than the server accepts")
-        if reader.to_finish is not None:
+        if length >= scheduler.max_req_input_len or reader.to_finish is not None:
             raise Unreadable(f"with the second reading it has {length} tokens, more than fit")
         queue = scheduler.waiting_queue
         queue.insert(next(place for place, other in enumerate(queue) if other is req), reader)
