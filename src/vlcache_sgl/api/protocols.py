@@ -61,7 +61,7 @@ class Allocator(Protocol):
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
         With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
-        of its heads.  `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
-        allocator declares ``quality_target = True``.
+        of its heads.  `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless
+        the allocator declares ``quality_target = True``.
         """
         ...

@@ -105,8 +105,8 @@ class LayerView:
     values: torch.Tensor | None = None
     """`[K, m, D]` as cached."""
     scores: torch.Tensor | None = None
-    """`[G, m]` float32, higher = keep: what tokens compete with, set before allocators run.  `G` is 1 where all KV heads
-    keep one set (``heads=shared``: their mean or maximum), else `K`; runs (``span``) share their mean."""
+    """`[G, m]` float32, higher = keep: what tokens compete with, set before allocators run.  `G` is 1 where all KV
+    heads keep one set (``heads=shared``: their mean or maximum), else `K`; runs (``span``) share their mean."""
 
     @property
     def num_rows(self) -> int:

@@ -66,6 +66,7 @@ def describe_needs(needs: Needs) -> str:
     rows = {
         "none": "",
         "all": "all rows",
+        "repeat": "rows of a second reading",
         "last": "last row" if needs.rows.count == 1 else f"last {needs.rows.count} rows",
         "post_vision": "post-vision rows" + (f" (at most {needs.rows.count})" if needs.rows.count else ""),
     }[needs.rows.kind]

@@ -1,10 +1,10 @@
 """Policies that read a prompt twice: an internal request reads, compresses and publishes it before others start.
 
 What is read twice is the *prefix* of a request: the prompt up to the end of its last image, or all but the last token
-of one without images.  The *reader* is a request without a client.  Its tokens are the prefix, a request to repeat
-it, and the prefix again from its first image on; images are embedded a second time.  Rows behind the prefix vote, tokens
-of the prefix are evicted, and only the prefix is published.  Requests that need it wait meanwhile in SGLang's queue,
-where an abort finds them, and then find it in the prefix tree like any later question.
+of one without images.  The *reader* is a request without a client.  Its tokens are the prefix, a request to repeat it,
+and the prefix again from its first image on; images are embedded a second time.  Rows behind the prefix vote, tokens of
+the prefix are evicted, and only the prefix is published.  Requests that need it wait meanwhile in SGLang's queue, where
+an abort finds them, and then find it in the prefix tree like any later question.
 
 A reader is admitted, chunked, retracted and batched as any request, hence costs what a prompt of twice the length does.
 Every tensor-parallel rank makes the same readers, because all ranks have the same queue and tree.
