@@ -1,8 +1,8 @@
 """Measures what each layer and KV head of a model needs, without labels: KVzip divides its budget, we look how.
 
-Generic prompts are compressed by the policy ``kvzip`` (arXiv 2505.23416), which ranks the tokens of all layers and heads
-by what the model looks at while it reads the prompt a second time.  The share of its tokens that a layer or head keeps is
-its weight.  How stable that is over prompts and kinds of prompts is in docs/calibrate.md.
+Generic prompts are compressed by the policy ``kvzip`` (arXiv 2505.23416), which ranks the tokens of all layers and
+heads by what the model looks at while it reads the prompt a second time.  The share of its tokens that a layer or head
+keeps is its weight.  How stable that is over prompts and kinds of prompts is in docs/calibrate.md.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def merged(found: Sequence[Shares], model: str, seconds: float) -> ModelWeights:
 
 
 def spread(found: Sequence[Shares]) -> float:
-    """How much a layer's share differs between prompts of one kind: standard deviation, mean over layers; the larger."""
+    """How much a layer's share differs between prompts of one kind: standard deviation, mean over layers."""
     kinds = {one.kind for one in found}
     return max(float(np.std([one.layers for one in found if one.kind == kind], axis=0).mean()) for kind in kinds)
 
