@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from host import ROOT, command_line, host_block
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -49,10 +50,8 @@ _judges: list[Judge] = []
 
 
 def _begin(folder: Path, threads: int) -> None:
-    import torch
-
     torch.set_num_threads(threads)
-    _judges.append(Judge(folder))
+    _judges[:] = [Judge(folder)]
 
 
 def _judge(case: CaseId, asked: Sequence[Condition]) -> Found:
@@ -99,22 +98,30 @@ def judge_all(
     waiting = [(case, missing) for case in cases if (missing := records.missing(case, asked))]
     if not waiting:
         return
-    context = get_context("spawn")  # torch's threads do not survive a fork
-    model = (arguments.model, arguments.threads)
-    jobs = min(arguments.jobs, len(waiting))
-    with (
-        _progress(console) as progress,
-        ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=model) as pool,
-    ):
+    with _progress(console) as progress:
         bar = progress.add_task("cases", total=len(cases), completed=len(cases) - len(waiting))
+        for item, found in _judged(waiting, arguments):
+            records.add(*item, found)
+            progress.advance(bar)
+
+
+Item = tuple[CaseId, list[Condition]]
+
+
+def _judged(waiting: Sequence[Item], arguments: argparse.Namespace) -> Iterator[tuple[Item, Found]]:
+    """Verdicts as they come; with one job from this process, whose model is then the only one."""
+    if arguments.jobs == 1:
+        _begin(arguments.model, arguments.threads)
+        yield from ((item, _judge(*item)) for item in waiting)
+        return
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    begin = (arguments.model, arguments.threads)
+    with ProcessPoolExecutor(min(arguments.jobs, len(waiting)), context, initializer=_begin, initargs=begin) as pool:
         futures = {pool.submit(_judge, *item): item for item in waiting}
         try:
-            for future in as_completed(futures):
-                records.add(*futures[future], future.result())
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _progress(console: Console) -> Progress:
@@ -165,7 +172,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     try:
         return _run(arguments, console)
     except (ArgumentError, RecordsError, PolicyError) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
 
 
@@ -191,7 +198,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     output = arguments.output or (page.RESULT if is_whole else QUICK)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(dump(result))
-    for medium, turn in _judged(asked):
+    for medium, turn in _tables(asked):
         console.print(f"\n{medium}, {turn} question: right answers (interval), log-probability")
         console.print(page.policies_table(medium, turn)(result), soft_wrap=True, markup=False)
     console.print(f"written: {output.resolve()}", soft_wrap=True)
@@ -200,6 +207,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _judged(asked: Sequence[Condition]) -> Iterator[tuple[str, str]]:
+def _tables(asked: Sequence[Condition]) -> Iterator[tuple[str, str]]:
     """Media and turns of which there is a table."""
     yield from dict.fromkeys((condition.medium, condition.turn) for condition in asked if condition.policy != FULL)
