@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from judge.decisions import Medium
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
+
+from .decisions import Medium
 
 Turn = Literal["first", "later"]
 """The question that the text was compressed for, or another one that finds what was kept for the first."""

@@ -2,9 +2,9 @@
 
 Each case is written down at once, so that an interrupted run goes on where it stopped.
 
-    python benchmarks/run.py judge                                         # all tasks and seeds, then the page
-    python benchmarks/run.py judge --seeds 100-119 --policies keydiff      # to out/ only
-    python benchmarks/run.py judge --page                                  # only the page
+    python -m benchmarks.judge                                         # all tasks and seeds, then the page
+    python -m benchmarks.judge --seeds 100-119 --policies keydiff      # to out/ only
+    python -m benchmarks.judge --page                                  # only the page
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -19,19 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host import ROOT, command_line, host_block
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from judge import page
-from judge.cases import CaseId
-from judge.conditions import BUDGETS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
-from judge.records import Found, Records, RecordsError, digest
-from judge.summary import summarise
-from judge.verdicts import Judge
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
+
+from ..host import ROOT, host_block
+from . import page
+from .cases import CaseId
+from .conditions import BUDGETS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
+from .records import Found, Records, RecordsError, digest
+from .summary import summarise
+from .verdicts import Judge
 
 MODEL = "out/smollm2/text"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
@@ -129,10 +132,17 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
-def result_of(records: Records, cases: Sequence[CaseId], asked: Sequence[Condition], **head: Any) -> dict[str, Any]:
-    """What is committed."""
+def result_of(
+    records: Records, cases: Sequence[CaseId], asked: Sequence[Condition], arguments: Sequence[str], **head: Any
+) -> dict[str, Any]:
+    """What is committed; `arguments` are those of the command line."""
     found = {case: records.found[case] for case in cases}
-    return {"task": "judge", "command": command_line(), **head, "summary": summarise(found, asked)}
+    return {
+        "task": "judge",
+        "command": shlex.join(["python", "-m", "benchmarks.judge", *arguments]),
+        **head,
+        "summary": summarise(found, asked),
+    }
 
 
 def dump(result: Mapping[str, Any]) -> str:
@@ -143,7 +153,7 @@ def dump(result: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options, also those of `run.py judge`."""
+    """Options."""
     parser.add_argument("--model", type=Path, default=ROOT / MODEL, help=f"checkpoint folder; default {MODEL}")
     parser.add_argument("--tasks", nargs="+", metavar="TASK:TOKENS", default=ASKED)
     parser.add_argument("--seeds", metavar="FIRST-LAST", default=f"{SEEDS[0]}-{SEEDS[-1]}")
@@ -192,7 +202,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
     prints = {text: policy.fingerprint for text, policy in policies.items()}
     settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
-    result = result_of(records, cases, asked, **settings)
+    result = result_of(records, cases, asked, sys.argv[1:], **settings)
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}
     is_whole = all(getattr(arguments, name) == value for name, value in whole.items())
     output = arguments.output or (page.RESULT if is_whole else QUICK)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from host import ROOT
-from pages import with_block
-
-from judge.conditions import FULL, MEDIA, Condition, parse_condition
-from judge.summary import ALL, Row
 from vlcache_sgl.fidelity.report import markdown_table
+
+from ..host import ROOT
+from ..pages import with_block
+from .conditions import FULL, MEDIA, Condition, parse_condition
+from .summary import ALL, Row
 
 PAGE = ROOT / "docs/fidelity.md"
 FIGURE = ROOT / "docs/figures/judge.png"

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge import main as program
-from judge import page
-from judge.cases import CaseId, CaseMaker
-from judge.conditions import BUDGETS, FULL, MEDIA, Condition, conditions, parse_condition, recipes
-from judge.decisions import BudgetError, Decisions, Medium
-from judge.network import Network, Past, States
-from judge.records import Records, RecordsError
-from judge.summary import ALL, summarise
-from judge.verdicts import Judge, Verdict
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.judge import main as program
+from benchmarks.judge import page
+from benchmarks.judge.cases import CaseId, CaseMaker
+from benchmarks.judge.conditions import BUDGETS, FULL, MEDIA, Condition, conditions, parse_condition, recipes
+from benchmarks.judge.decisions import BudgetError, Decisions, Medium
+from benchmarks.judge.network import Network, Past, States
+from benchmarks.judge.records import Records, RecordsError
+from benchmarks.judge.summary import ALL, summarise
+from benchmarks.judge.verdicts import Judge, Verdict
 from vlcache_sgl.api import Span
 from vlcache_sgl.api.testing import Layer, view_layers
 from vlcache_sgl.policy import resolve
@@ -166,11 +166,11 @@ def test_the_models_own_answer_is_right(judge: Judge, checkpoint: Path, llama: L
     case = CaseMaker(checkpoint).make(CASE)
     prompt = torch.tensor([case.first.prompt])
     own = llama.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
-    hidden, states = judge._network.read(case.first.prompt)
+    hidden, states = judge.network.read(case.first.prompt)
     everything = judge._decide(case, states, [Condition("text", "first", FULL, 1.0)], {})["text", FULL, 1.0]
     for answer, right in ((own, True), ([*own[:3], own[3] ^ 1], False), ([own[0] ^ 1, *own[1:]], False)):
         asked = type(case.first)(case.first.prompt, case.first.lines, tuple(answer))
-        assert judge._first(asked, hidden[-1], states, [everything])[0].right is right
+        assert judge.first(asked, hidden[-1], states, [everything])[0].right is right
 
 
 def test_a_later_question_finds_what_the_first_one_left(judge: Judge, checkpoint: Path) -> None:
@@ -284,7 +284,7 @@ def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
 
 
 def test_the_page_is_current() -> None:
-    """After a new result: `python benchmarks/run.py judge --page`."""
+    """After a new result: `python -m benchmarks.judge --page`."""
     text = page.PAGE.read_text()
     assert text == page.rendered(text, page.committed())
 
