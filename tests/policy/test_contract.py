@@ -118,8 +118,8 @@ def check_plan(plan, prompt: Prompt, selection: Selection, total: int, exact: bo
     assert plan.total == total if exact else plan.total <= total
     assert int(plan.counts.min()) >= budget_for(total, prompt, selection).lo
     text = ~prompt.is_vision()
-    for layer, (count, *_) in enumerate(plan.counts.tolist()):
-        for keep in plan.keep[layer]:
+    for layer, counts in enumerate(plan.counts.tolist()):
+        for keep, count in zip(plan.keep[layer], counts, strict=True):
             sinks = min(max(0, selection.sink - prompt.start), count)
             assert bool(keep[:sinks].all())
             recent = int(selection.recent) if selection.recent >= 1 else int(selection.recent * count + 1e-9)
