@@ -52,7 +52,7 @@ def test_the_snippet_of_the_readme(ours_tenth: Any, picture: Any, tmp_path: Path
     assert "".join(answer).strip()
     (done,) = ast.literal_eval(report)
     assert done["policy"] == "snapkv"
-    assert done["ratio"] == pytest.approx(0.2, abs=0.001)
+    assert done["ratio"] == pytest.approx(0.2, abs=0.01)  # what lies in front of the image is kept in addition
     assert done["prompt_tokens"] > drawn.num_image_tokens
 
 

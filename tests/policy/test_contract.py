@@ -13,6 +13,7 @@ from vlcache_sgl.api import Prompt, Selection
 from vlcache_sgl.api.testing import Layer, check_policy, synthetic_layers, synthetic_prompt, view_layers
 from vlcache_sgl.plan import PolicyFault
 from vlcache_sgl.policy import Policy, PolicyError, registry, resolve
+from vlcache_sgl.policy.checks import needs_of
 from vlcache_sgl.policy.policy import budget_for
 
 PROMPTS = {
@@ -117,8 +118,8 @@ def check_plan(plan, prompt: Prompt, selection: Selection, total: int, exact: bo
     assert plan.total == total if exact else plan.total <= total
     assert int(plan.counts.min()) >= budget_for(total, prompt, selection).lo
     text = ~prompt.is_vision()
-    for layer, (count, *_) in enumerate(plan.counts.tolist()):
-        for keep in plan.keep[layer]:
+    for layer, counts in enumerate(plan.counts.tolist()):
+        for keep, count in zip(plan.keep[layer], counts, strict=True):
             sinks = min(max(0, selection.sink - prompt.start), count)
             assert bool(keep[:sinks].all())
             recent = int(selection.recent) if selection.recent >= 1 else int(selection.recent * count + 1e-9)
@@ -176,7 +177,8 @@ def test_everything_that_lets_all_rows_vote_says_what_a_prefix_hit_does():
     parts = [r.record.factory for r in registry().scorers.values()]
     parts += [r.record.factory for r in registry().allocators.values()]
     for factory in parts:
-        needs = factory.needs if not isinstance(factory.needs, property) else factory().needs
+        needs = needs_of(factory)
+        needs = factory().needs if isinstance(needs, property) else needs
         assert needs.rows.kind != "all" or "own new rows" in factory.prefix_hit
 
 

@@ -63,7 +63,8 @@ _GIVEN = {
     "video": replace(synthetic_prompt(150, [(10, 130)]), grids=((Grid(5, 8), Grid(5, 8), Grid(5, 8)),)),
     "unknown grid": replace(synthetic_prompt(150, [(10, 130)]), grids=((),)),
 }
-PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=24) for name, prompt in _GIVEN.items()}
+_REPEATED = 24
+PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=_REPEATED) for name, prompt in _GIVEN.items()}
 """With a second reading, for policies that ask for one."""
 SHARES = (0.01, 0.1, 0.5, 1.0)
 """Budgets that are tried, of the owned tokens."""
@@ -314,7 +315,7 @@ def _deterministic(policy: Policy) -> str | None:
 def _stateless(policy: Policy) -> str | None:
     first = _answer(policy, "one image")
     for length in (211, 97):  # like no other prompt of this file
-        other = _as_declared(synthetic_prompt(length, [(7, 90)]), policy)
+        other = _as_declared(synthetic_prompt(length, [(7, 90)], repeated=_REPEATED), policy)
         layers = synthetic_layers(other)
         scorer, allocator = (view_layers(layers, other, needs) for needs in policy.needs)
         _decide(policy, (scorer, allocator), other)
