@@ -77,7 +77,8 @@ class Prompt:
     length: int
     """`n`, tokens of the whole prompt after image expansion."""
     start: int
-    """First owned position; `[0, start)` came from the prefix cache and is never touched."""
+    """First owned position; `[0, start)` came from the prefix cache or lies in front of the first image, and is never
+    touched."""
     vision: tuple[Span, ...]
     """Vision tokens, absolute positions, ascending, disjoint."""
     num_layers: int

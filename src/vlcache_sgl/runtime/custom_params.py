@@ -62,9 +62,10 @@ def ours(names: Iterable[object], known: Iterable[str] = ()) -> list[str]:
 
 def nearest(name: str) -> str:
     """Ends a message about a name that is not known: the one that was probably meant, and all that there are."""
-    # Bounded: comparing takes time in proportion to the product of the lengths.
-    close = difflib.get_close_matches(name[:64], KEYS, n=1)
-    return f"{f': did you mean {close[0]}?' if close else ';'} choose from: {', '.join(KEYS)}"
+    # What all begin with says nothing.  Bounded: comparing takes time in proportion to the product of the lengths.
+    own = [key.removeprefix(PREFIX) for key in KEYS]
+    close = difflib.get_close_matches(name.removeprefix(PREFIX)[:64], own, n=1)
+    return f"{f': did you mean {PREFIX}{close[0]}?' if close else ';'} choose from: {', '.join(KEYS)}"
 
 
 def misplaced(body: object, request: object) -> str | None:
