@@ -63,8 +63,6 @@ def test_all_questions_about_an_image_share_what_was_read_twice(ours_tenth: Any,
     assert last.cached_tokens >= drawn.num_image_tokens
     assert last.report["skipped"] == "short"
     assert server.kv_state()["second_reading_ms"] == seconds, "nobody reads it again"
-    right = [a.text.strip() == q.answer for a, q in zip([*answers, last], drawn.questions, strict=True)]
-    assert sum(right) >= 3, [answer.text for answer in answers]
     assert_empty_after_flush(server)
 
 

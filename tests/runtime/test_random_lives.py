@@ -87,6 +87,19 @@ class CapacityMachine(RuleBasedStateMachine):
 
     @rule(
         image=st.sampled_from(IMAGES),
+        tails=st.lists(st.lists(st.integers(10, 13), min_size=1, max_size=6), min_size=1, max_size=4),
+        tokens=st.integers(1, 20),
+    )
+    def ask_about_an_image_that_is_read_twice(
+        self, image: tuple[int, ...], tails: list[list[int]], tokens: int
+    ) -> None:
+        """An internal request goes before them, and may be retracted or aborted like any other."""
+        span = Span(len(SYSTEM), len(SYSTEM) + len(image))
+        for tail in tails:
+            self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span, twice=True)
+
+    @rule(
+        image=st.sampled_from(IMAGES),
         readers=st.integers(1, 3),
         trippers=st.integers(1, 3),
         tokens=st.integers(4, 30),
