@@ -19,9 +19,10 @@ STAMP := $(VENV)/.installed
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Create .venv and install everything, pinned; instant when nothing changed
+setup: $(STAMP) ## Create .venv and install everything, pinned: about 11 GB; instant when nothing changed
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
+	@echo "installing into $(VENV): about 11 GB on disk with PyTorch, SGLang and their dependencies"
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -60,7 +61,7 @@ fix: setup ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: setup ## Serve the bundled model compressed to 10 % and in full, ask, compare
+demo: setup ## Serve the bundled model compressed to 10 % and in full, ask, compare; installs about 11 GB the first time
 	$(BIN)/vlcache demo $(ARGS)
 
 bench: setup ## Measure speed against stock SGLang; writes benchmarks/results/

@@ -105,30 +105,40 @@ def _gain(before: dict[str, Any], after: dict[str, Any], key: str) -> float:
     return float(after.get(key, 0)) - float(before.get(key, 0))
 
 
+MEASURED = ("decode_tokens_per_s", "ttft_ms", "prefill_ms", "kv_bytes_per_request")
+"""Figures of a sample that are compared with stock's."""
+
+
 def summarise(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over repeats, one row per server and point, with ratios to stock at the same point."""
+    """One row per server and point: medians over repeats, and ratios to stock at the same point.
+
+    Servers take turns within a repeat, so a ratio is formed within each; `_ratio` is their median, `_ratio_range` the
+    smallest and the largest.
+    """
     rows = []
     for point in dict.fromkeys((s["tokens"], s["batch"]) for s in samples):
+        here = [s for s in samples if (s["tokens"], s["batch"]) == point]
+        stock = {s["repeat"]: s for s in here if s["server"] == CONTENDERS[0].name}
         for contender in CONTENDERS:
-            mine = [s for s in samples if (s["tokens"], s["batch"]) == point and s["server"] == contender.name]
+            mine = [s for s in here if s["server"] == contender.name]
             if not mine:
                 continue
-
-            def median(key: str, mine: list[dict[str, Any]] = mine) -> float:
-                return statistics.median(s[key] for s in mine)
-
             row = {"server": contender.name, "tokens": point[0], "batch": point[1], "samples": len(mine)}
-            row["decode_tokens_per_s"] = median("decode_tokens_per_s")
-            row["ttft_ms"] = statistics.median(statistics.median(s["ttft_ms"]) for s in mine)
-            row["prefill_ms"] = median("prefill_ms")
-            row["kv_bytes_per_request"] = median("kv_bytes_per_request")
+            for key in MEASURED:
+                ratios = [_figure(s, key) / _figure(stock[s["repeat"]], key) for s in mine]
+                row[key] = statistics.median(_figure(s, key) for s in mine)
+                row[f"{key}_ratio"] = round(statistics.median(ratios), 3)
+                row[f"{key}_ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
             shares = [s["compression_ms"] / s["compressed_prefill_ms"] for s in mine if s["compressed_prefill_ms"]]
             row["compression_share_of_prefill"] = round(statistics.median(shares), 4) if shares else 0.0
             rows.append(row)
-            stock = next(r for r in rows if r["server"] == "stock" and (r["tokens"], r["batch"]) == point)
-            for key in ("decode_tokens_per_s", "ttft_ms", "prefill_ms", "kv_bytes_per_request"):
-                row[f"{key}_ratio"] = round(row[key] / stock[key], 3)
     return rows
+
+
+def _figure(sample: dict[str, Any], key: str) -> float:
+    """A figure of one sample; of times per request the median."""
+    value = sample[key]
+    return float(statistics.median(value) if isinstance(value, list) else value)
 
 
 def check_targets(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -177,7 +187,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `run.py speed`."""
     parser.add_argument("--quick", action="store_true", help="two small points, one repeat: does it run?")
-    parser.add_argument("--repeats", type=int, help="samples of each server and point; default 3, quick 1")
+    parser.add_argument("--repeats", type=int, help="samples of each server and point; default 5, quick 1")
     parser.add_argument("--only", nargs="+", metavar="SERVER", help="some of: " + ", ".join(c.name for c in CONTENDERS))
     parser.add_argument("--points", nargs="+", metavar="TOKENSxBATCH", help="for instance 8192x8")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for anything but a whole run")
@@ -189,7 +199,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.points:
         points = [Point(*map(int, text.split("x"))) for text in arguments.points]
     contenders = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
-    repeats = arguments.repeats or (1 if arguments.quick else 3)
+    repeats = arguments.repeats or (1 if arguments.quick else 5)
     host = host_block()
     flags = server_flags(points)
     model = make_model(ROOT / "out/bench-model")

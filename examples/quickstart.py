@@ -2,7 +2,7 @@
 
 Start the server first:
 
-    sglang serve --model-path models/tinyvlm/grounded --kv-policy vlcache --kv-budget 0.1 --enable-cache-report
+    sglang serve --model-path models/tinyvlm/grounded --kv-policy vlcache --kv-budget 0.1
 
 The first question's prompt is compressed to a tenth.  The later ones find the picture in the cache, compressed for the
 first: cheap, and possibly wrong.
@@ -24,12 +24,12 @@ def main() -> None:
             messages=[{"role": "user", "content": [image, {"type": "text", "text": question.text}]}],
             max_tokens=8,
             temperature=0,
+            extra_body={"return_meta_info": True},  # `usage` names cached tokens with --enable-cache-report only
         )
-        usage = reply.usage
-        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        meta = reply.choices[0].meta_info
         print(
             f"{question.text:50} {reply.choices[0].message.content:6} (expected {question.answer}); "
-            f"{cached or 0} of {usage.prompt_tokens} prompt tokens from the cache"
+            f"{meta['cached_tokens']} of {meta['prompt_tokens']} prompt tokens from the cache"
         )
 
 

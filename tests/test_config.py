@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlcache_sgl.config import FLAGS, ConfigError, KVBudget, KVConfig, config_from
+from vlcache_sgl.config import FLAGS, ConfigError, Flag, KVBudget, KVConfig, config_from
 
 
 def test_no_policy_no_config() -> None:
@@ -44,6 +44,13 @@ def test_defaults_and_values() -> None:
         *(({"kv_policy": "v", "kv_overcommit": f}, ["--kv-overcommit"]) for f in ("0.5", "65", "x", "nan")),
         *(({"kv_policy": "v", "kv_budget_min": s}, ["--kv-budget-min"]) for s in ("0", "1.1", "x")),
         ({"kv_policy": "v", "kv_budget_min": "0.5", "kv_budget_max": "0.2"}, ["--kv-budget-min", "--kv-budget-max"]),
+        ({"kv_policy": "v", "kv_budget": 0}, ["--kv-budget"]),  # `sgl.Engine` passes numbers
+        ({"kv_policy": "v", "kv_head_cells": "no"}, ["--kv-head-cells", "true or false"]),
+        *(
+            ({"kv_policy": "v", "kv_allow_policies": n}, ["--kv-allow-policies"])
+            for n in (",", "*,knorm", "none,knorm")
+        ),
+        *(({"kv_policy": "v", "kv_guard": "observe", "kv_guard_threshold": t}, ["(0, 1)"]) for t in ("0", "1.0", "x")),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_flag(values: dict[str, object], words: list[str]) -> None:
@@ -52,6 +59,52 @@ def test_wrong_values_are_one_line_that_names_the_flag(values: dict[str, object]
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"kv_budget": "0.1", "kv_budget_min": "0.5"},
+            "--kv-budget-min 0.5 is above --kv-budget 0.1, what a prompt keeps by default",
+        ),
+        (
+            {"kv_budget": "0.9", "kv_budget_max": "0.5"},
+            "--kv-budget-max 0.5 is below --kv-budget 0.9, what a prompt keeps by default",
+        ),
+        ({"kv_guard_threshold": "0.3"}, "--kv-guard-threshold 0.3 does nothing without --kv-guard observe or enforce"),
+    ],
+)
+def test_flags_that_contradict_another_or_do_nothing_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from({"kv_policy": "v", **values})
+    assert str(caught.value) == message
+
+
+def test_a_small_budget_is_no_contradiction_of_a_bound_that_was_not_given() -> None:
+    config = config_from({"kv_policy": "v", "kv_budget": "0.001"})
+    assert config is not None
+    assert config.budget_min > 0.001
+
+
+def test_zero_is_a_value_and_a_switch_that_is_off_is_none() -> None:
+    """As `sgl.Engine` passes them."""
+    config = config_from({"kv_policy": "v", "kv_min_tokens": 0, "kv_head_cells": False})
+    assert config == KVConfig("v", min_tokens=0)
+    assert config_from({"kv_head_cells": False}) is None
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
+def test_help_and_message_of_a_flag_name_the_same_bounds(flag: Flag) -> None:
+    with pytest.raises(ConfigError) as caught:
+        flag.read(object())
+    assert str(caught.value).startswith(f"{flag.name} must be {flag.values.words}, got ")
+    assert flag.switch or flag.values.words in flag.explained
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.default_words is None], ids=lambda flag: flag.name)
+def test_the_default_that_help_names_is_the_default(flag: Flag) -> None:
+    assert flag.read(flag.default) == getattr(KVConfig("v"), flag.field)
 
 
 @pytest.mark.parametrize(

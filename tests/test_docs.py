@@ -52,7 +52,7 @@ def test_the_tutorial_runs(tutorial):
 
 def test_the_policies_that_the_tutorial_names_resolve(tutorial):
     texts = re.findall(r"--kv-policy (\S+)", "".join(blocks(TUTORIAL, "text")))
-    assert len(texts) == 5
+    assert len(texts) == 6
     for text in texts:
         prompt, policy = tutorial["prompt"], resolve(text)
         views = tutorial["synthetic_views"](prompt, policy.needs)
@@ -93,15 +93,37 @@ def test_every_hook_and_every_name_of_the_api_is_in_the_tutorial_or_documented_i
     for hook in (name for name in vars(hookspecs) if name.startswith("vlcache_")):
         assert f"def {hook}()" in text
     for name in api.__all__:
-        documented = getattr(api, name).__doc__ or name == "hookimpl"
+        documented = getattr(api, name).__doc__ or name in ("hookimpl", "BudgetSum")  # which can carry none
         assert documented, f"{name} has no docstring"
 
 
-def test_the_list_of_policies_is_up_to_date():
-    """Run ``python docs/generate.py`` after adding a policy or changing a default."""
+@pytest.fixture
+def generate():
+    """docs/generate.py as a module."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_list_of_policies_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after adding a policy or changing a default."""
     assert generate.PAGE.read_text() == generate.rendered(generate.PAGE.read_text())
+
+
+def test_the_table_of_flags_in_the_readme_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing a flag."""
+    assert generate.README.read_text() == generate.rendered_readme(generate.README.read_text())
+
+
+def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing a class of the api."""
+    assert generate.REFERENCE.read_text() == generate.reference()
+
+
+def test_the_reference_says_something_of_every_field(generate):
+    assert not re.findall(r"^\| (`\w+`) .*\| +\|$", generate.reference(), re.MULTILINE)
+    assert not re.findall(r"^\* `.*`: *$", generate.reference(), re.MULTILINE)
+    assert {api.Prompt, api.LayerView, api.Budget, api.Needs, api.Selection} <= set(generate.CLASSES)

@@ -79,7 +79,8 @@ def test_counts_are_exact_and_order_is_the_documented_one(problem):
     groups = 1 if selection.heads == "shared" else HEADS
     assert plan.keep.shape == (LAYERS, groups, given_prompt.owned)
     assert plan.keep.dtype == torch.bool
-    assert torch.equal(plan.keep.sum(-1), counts[:, None].expand(-1, groups))
+    assert torch.equal(plan.keep.sum(-1), plan.counts)
+    assert torch.equal(plan.counts, counts[:, None].expand(-1, groups))
     assert plan.total == int(counts.sum())
     if selection.span == 1:
         assert torch.equal(plan.keep, reference(scores, counts, given_prompt, selection))
@@ -107,6 +108,22 @@ def test_a_larger_budget_only_adds(problem):
     more = make_plan(list(scores), counts, given_prompt, selection)
     if selection.recent == 0 or int(counts.min()) // 2 >= selection.sink + selection.recent:
         assert not bool((less.keep & ~more.keep).any())
+
+
+def test_heads_may_keep_different_numbers_of_tokens():
+    """Every head keeps its own best; the total counts a layer as the mean of its heads."""
+    counts = torch.tensor([[2, 5], [0, 10], [3, 3]])[:LAYERS]
+    scores = [torch.stack([torch.arange(10.0), -torch.arange(10.0)])] * LAYERS
+    plan = make_plan(scores, counts, prompt(10), Selection(heads="split", recent=1))
+    assert torch.equal(plan.keep.sum(-1), plan.counts)
+    assert torch.equal(plan.counts, counts)
+    assert plan.differs_by_head
+    assert (kept(plan, 0, 0), kept(plan, 0, 1)) == ([8, 9], [0, 1, 2, 3, 9])
+    assert kept(plan, 1, 0) == []
+    assert plan.total == int(counts.sum()) / 2
+    assert plan.tokens_per_layer == [3.5, 5.0, 3.0][:LAYERS]
+    with pytest.raises(PolicyFault, match=r"shape \(3, 2\), expected \(3,\)"):
+        make_plan(scores, counts, prompt(10), Selection())
 
 
 def kept(plan, layer=0, group=0):

@@ -1,8 +1,10 @@
 """Which rows vote."""
 
+from dataclasses import replace
+
 import pytest
 
-from vlcache_sgl.api import Prompt, Rows, Span
+from vlcache_sgl.api import Grid, Patches, Prompt, Rows, Span
 from vlcache_sgl.prompt import FALLBACK_ROWS, post_vision, select_rows
 
 
@@ -55,3 +57,33 @@ def test_post_vision_is_empty_without_vision():
 def test_vision_mask_is_relative_to_the_owned_part():
     mask = prompt(10, (1, 3), (5, 8), start=2).is_vision()
     assert mask.tolist() == [True, False, False, True, True, True, False, False]
+
+
+def lists(patches: Patches) -> dict[str, list[int]]:
+    return {name: values.tolist() for name, values in patches._asdict().items()}
+
+
+def test_patches_of_an_image_after_a_prefix_hit():
+    """Two rows of three tokens at positions 2 to 7; positions before 4 are not owned."""
+    given = replace(prompt(10, (2, 8), start=4), grids=((Grid(2, 3),),))
+    assert lists(given.patches()) == {
+        "grid": [0, 0, 0, 0, -1, -1],
+        "row": [0, 1, 1, 1, -1, -1],
+        "column": [2, 0, 1, 2, -1, -1],
+        "rows": [2, 2, 2, 2, -1, -1],
+        "columns": [3, 3, 3, 3, -1, -1],
+    }
+
+
+def test_patches_of_frames_of_newlines_and_of_what_is_not_known():
+    """A video of two frames, an image that does not say, LLaVA's overview and tiles."""
+    frames, tiles = (Grid(1, 2), Grid(1, 2)), (Grid(1, 1), Grid(2, 1, newlines=True))
+    given = replace(prompt(14, (0, 4), (5, 7), (8, 13)), grids=(frames, (), tiles))
+    found = lists(given.patches())
+    assert found["grid"] == [0, 0, 1, 1, -1, -1, -1, -1, 0, 1, 1, 1, 1, -1]
+    assert found["row"] == [0, 0, 0, 0, -1, -1, -1, -1, 0, 0, 0, 1, 1, -1]
+    assert found["column"] == [0, 1, 0, 1, -1, -1, -1, -1, 0, 0, 1, 0, 1, -1]
+
+
+def test_patches_where_no_grid_is_known():
+    assert prompt(5, (1, 3)).patches().row.tolist() == [-1] * 5

@@ -27,19 +27,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
+from vlcache_sgl.weights import ModelWeights, read_weights
 
 from ..host import ROOT, host_block
 from . import page
 from .cases import CaseId
-from .conditions import BUDGETS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
+from .conditions import BUDGETS, CONTENDERS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
 from .records import Found, Records, RecordsError, digest
 from .summary import summarise
 from .verdicts import Judge
 
 MODEL = "out/smollm2/text"
+WEIGHTS = ROOT / "models/smollm2/weights.json"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
 ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
-SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 200)
+SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 50)
+OTHERS = 12
+"""Seeds on which policies that are no contenders are judged: all of them on all would take a day."""
 
 
 class ArgumentError(ValueError):
@@ -52,9 +56,9 @@ _judges: list[Judge] = []
 """The judge of this process; a model is loaded once."""
 
 
-def _begin(folder: Path, threads: int) -> None:
+def _begin(folder: Path, threads: int, weights: ModelWeights | None) -> None:
     torch.set_num_threads(threads)
-    _judges[:] = [Judge(folder)]
+    _judges[:] = [Judge(folder, weights)]
 
 
 def _judge(case: CaseId, asked: Sequence[Condition]) -> Found:
@@ -97,8 +101,11 @@ def judge_all(
     arguments: argparse.Namespace,
     console: Console,
 ) -> None:
-    """Judge what is missing."""
-    waiting = [(case, missing) for case in cases if (missing := records.missing(case, asked))]
+    """Judge what is missing; on later seeds that of contenders only, if policies were not named."""
+    few = read_seeds(arguments.seeds)[: arguments.others]
+    contenders = [condition for condition in asked if condition.policy in (FULL, *CONTENDERS)]
+    wanted = {case: asked if arguments.policies or case.seed in few else contenders for case in cases}
+    waiting = [(case, missing) for case in cases if (missing := records.missing(case, wanted[case]))]
     if not waiting:
         return
     with _progress(console) as progress:
@@ -114,17 +121,26 @@ Item = tuple[CaseId, list[Condition]]
 def _judged(waiting: Sequence[Item], arguments: argparse.Namespace) -> Iterator[tuple[Item, Found]]:
     """Verdicts as they come; with one job from this process, whose model is then the only one."""
     if arguments.jobs == 1:
-        _begin(arguments.model, arguments.threads)
+        _begin(*_model(arguments))
         yield from ((item, _judge(*item)) for item in waiting)
         return
     context = get_context("spawn")  # torch's threads do not survive a fork
-    begin = (arguments.model, arguments.threads)
+    begin = _model(arguments)
     with ProcessPoolExecutor(min(arguments.jobs, len(waiting)), context, initializer=_begin, initargs=begin) as pool:
         futures = {pool.submit(_judge, *item): item for item in waiting}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Path, int, ModelWeights | None]:
+    """What a process is begun with."""
+    return arguments.model, arguments.threads, _model_weights(arguments.weights)
+
+
+def _model_weights(path: Path | None) -> ModelWeights | None:
+    return None if path is None else read_weights(path)
 
 
 def _progress(console: Console) -> Progress:
@@ -158,10 +174,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="TASK:TOKENS", default=ASKED)
     parser.add_argument("--seeds", metavar="FIRST-LAST", default=f"{SEEDS[0]}-{SEEDS[-1]}")
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="default: all recipes and some variants")
+    parser.add_argument("--others", type=int, default=OTHERS, help="seeds for policies that are no contenders")
     parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE", default=BUDGETS)
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument(
         "--shared", nargs="*", metavar="POLICY", default=SHARED, help="ask their copies a later question"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="what `vlcache calibrate` found of the model's layers and heads"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2, one model each (1 GB)")
     parser.add_argument("--threads", type=int, default=1, help="of each process; default 1")
@@ -196,11 +216,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     seeds = read_seeds(arguments.seeds)
     cases = [CaseId(*read_task(task), seed) for seed in seeds for task in arguments.tasks]
     started, checksum = host_block(), digest(arguments.model)
-    records = Records(arguments.answers, checksum, policies)
+    known = _model_weights(arguments.weights)
+    ending = "" if known is None else f"~{known.digest}"
+    prints = {text: policy.fingerprint + ending for text, policy in policies.items()}
+    records = Records(arguments.answers, checksum, prints)
     judge_all(records, cases, asked, arguments, console)
     model = arguments.model.resolve()
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
-    prints = {text: policy.fingerprint for text, policy in policies.items()}
     settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
     result = result_of(records, cases, asked, sys.argv[1:], **settings)
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}

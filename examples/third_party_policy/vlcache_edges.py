@@ -1,7 +1,7 @@
-"""Edges: keep vision tokens whose value differs from that of their left neighbour.
+"""Edges: keep vision tokens whose value differs from that of their left neighbour.  Center: keep those near the middle.
 
-In a picture that is read row by row, flat regions repeat the same value and edges do not.  An idea to show how a
-policy is packaged, not a published method.
+In an image that is read row by row, flat regions repeat the same value and edges do not.  Two ideas to show how
+policies are packaged, and what they may know, not published methods.
 """
 
 from __future__ import annotations
@@ -46,9 +46,24 @@ class Edges(Scorer):
         return (step / step.mean(-1, keepdim=True).clamp(min=1e-12)) ** self.power
 
 
+@dataclass(frozen=True)
+class Center(Scorer):
+    """Minus the distance from the middle of the image, in heights and widths; text before all of it.  Needs nothing."""
+
+    query_aware: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
+
+    def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
+        at = prompt.patches()
+        down, across = (at.row + 0.5) / at.rows - 0.5, (at.column + 0.5) / at.columns - 0.5
+        score = torch.where(at.row < 0, 1.0, -torch.hypot(down, across))
+        return score.expand(prompt.num_kv_heads, -1)
+
+
 @hookimpl
 def vlcache_scorers() -> Iterator[ScorerPlugin]:
     yield ScorerPlugin("edges", Edges, summary="values that differ from their neighbour's")
+    yield ScorerPlugin("center", Center, summary="the middle of the image")
 
 
 @hookimpl
@@ -60,3 +75,4 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
         selection=Selection(protect="text"),
         summary="text, and vision tokens at edges",
     )
+    yield RecipePlugin("center", scorer="center", allocator="uniform", summary="text, and the middle of the image")

@@ -1,4 +1,4 @@
-"""Global: one ranking over the tokens of all layers; a layer keeps as many as it wins places.
+"""Global: one ranking over the tokens of all layers, or of all their heads; each keeps as many as it wins places.
 
 The budget rule of KVzip (https://arxiv.org/abs/2505.23416) and of KVCompose (https://arxiv.org/abs/2509.05165),
 without their second pass over the prompt.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,27 +17,31 @@ from vlcache_sgl.api import Allocator, AllocatorPlugin, Budget, LayerView, Needs
 
 @dataclass(frozen=True)
 class Global(Allocator):
-    """Ranks scores across layers, so the scorer must be ``comparable``; ties go to the lower layer.
+    """Ranks scores across layers, so the scorer must be ``comparable``; ties go to the lower layer, then head.
 
-    Equal counts for all heads of a layer, as in KVCompose.  KVCompose also gives layer 0 the best curve of all
-    layers; use ``floor`` instead.
+    KVCompose also gives layer 0 the best curve of all layers; use ``floor`` instead.
     """
 
     needs: ClassVar[Needs] = Needs()
     compares_layers: ClassVar[bool] = True
 
-    composite: bool = False
-    """KVCompose: the i-th best of every head together compete as one token; for ``heads=split``."""
+    among: Literal["heads", "layers", "composite"] = "heads"
+    """What competes where KV heads keep sets of their own (``heads=split``).  ``heads``: each for itself (KVzip).
+    ``layers``: the mean of a token over heads, equal counts for the heads of a layer.  ``composite``: the same with
+    the i-th best of every head taken together (KVCompose)."""
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
-        scores = torch.stack([declared(layer.scores) for layer in layers])
-        if self.composite:
-            curves = scores.sort(dim=-1, descending=True).values.mean(1)
-        else:
-            curves = scores.mean(1).sort(dim=-1, descending=True).values
-        curves[:, : budget.lo] = torch.inf
-        winners = curves.flatten().sort(descending=True, stable=True).indices[: budget.total]
-        return torch.bincount(winners // max(1, prompt.owned), minlength=budget.num_layers)
+        curves = torch.stack([declared(layer.scores) for layer in layers])
+        if self.among == "layers":
+            curves = curves.mean(1, keepdim=True)
+        curves = curves.sort(dim=-1, descending=True).values
+        if self.among == "composite":
+            curves = curves.mean(1, keepdim=True)
+        curves[..., : budget.lo] = torch.inf
+        sets = curves.shape[:2].numel()
+        winners = curves.flatten().sort(descending=True, stable=True).indices[: budget.total * curves.shape[1]]
+        counts = torch.bincount(winners // max(1, prompt.owned), minlength=sets).view(curves.shape[:2])
+        return counts if counts.shape[1] > 1 else counts[:, 0]
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlcache_sgl.api import Allocator, AllocatorPlugin, Budget, LayerView, Needs, Prompt, hookimpl
+from vlcache_sgl.api import Allocator, AllocatorPlugin, Budget, BudgetSum, LayerView, Needs, Prompt, hookimpl
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Table(Allocator):
         if self.basis == "vision" and max(numbers) > 1:
             raise ValueError(f"with basis=vision weights are shares in [0, 1], got {max(numbers):g}")
         object.__setattr__(self, "numbers", numbers)
+
+    @property
+    def budget_sum(self) -> BudgetSum:
+        """Shares of vision tokens may need less than the budget; `most` may leave some of it to nobody."""
+        return "at_most" if self.basis == "vision" or self.most else "exact"
 
     def check(self, model: Prompt) -> None:
         """Raises ValueError when the weights are for a model with another number of layers."""

@@ -1,13 +1,18 @@
-"""VL-Cache: what the question looks at says which tokens matter and how many each layer needs.
+"""VL-Cache: what the question looks at says which tokens matter.
 
 Dezhan Tu, Danylo Vashchilenko, Yuzhe Lu, Panpan Xu, https://arxiv.org/abs/2410.23317
+
+The paper also reads each layer's budget from its attention (`Density`).  On pretrained language models that starves the
+few layers that find things, so the recipe takes budgets from the model (`vlcache_policies.model`), the strongest vote
+of a token instead of the sum, and smooths along the sequence, because an answer lies in a run of tokens.  What each of
+these is worth is in benchmarks/LOG.md; ``vlcache:paper`` is the letter of the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -15,6 +20,7 @@ from vlcache_sgl.api import (
     Allocator,
     AllocatorPlugin,
     Budget,
+    BudgetSum,
     LayerView,
     Needs,
     Prompt,
@@ -25,6 +31,7 @@ from vlcache_sgl.api import (
     Selection,
     declared,
     hookimpl,
+    pool,
 )
 
 PAPER = "2410.23317"
@@ -34,26 +41,34 @@ PAPER = "2410.23317"
 class PostVision(Scorer):
     """Attention that a token gets from the text after the last image (section 4.2, algorithm 1).
 
-    Vision and text tokens compete; the modality only chooses the voters.  Without text after the image the last
-    32 rows vote.  With several images the voters are what follows the last one.
+    Vision and text tokens compete; the modality only chooses the query rows.  Without text after the image the last
+    32 rows are read.  With several images the rows are what follows the last one.
     """
 
     query_aware: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
 
     rows: int = 0
-    """At most this many voters, the latest ones; 0 = all.  The paper's speed study uses 50."""
+    """At most this many query rows, the latest ones; 0 = all.  The paper's speed study uses 50."""
+    votes: Literal["sum", "max"] = "sum"
+    """``sum``: the paper's sum over rows, mean over query heads.  ``max``: the largest entry of any row and head."""
+    smooth: int = 1
+    """Average of so many neighbours along the sequence, odd; 1 = none."""
 
     def __post_init__(self) -> None:
         if self.rows < 0:
             raise ValueError(f"rows must be at least 0, got {self.rows}")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be odd, got {self.smooth}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(rows=Rows.post_vision(self.rows), column_sum=True)
+        largest = self.votes == "max"
+        return Needs(rows=Rows.post_vision(self.rows), column_sum=not largest, column_max=largest)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        return declared(layer.column_sum)
+        votes = declared(layer.column_max if self.votes == "max" else layer.column_sum)
+        return pool(votes, self.smooth, "avg")
 
 
 @dataclass(frozen=True)
@@ -81,9 +96,9 @@ class Density(Allocator):
         return Needs(rows=Rows.post_vision(self.rows), density=self.threshold)
 
     @property
-    def quality_target(self) -> bool:
-        """The clip from below may take more than the budget."""
-        return self.paper
+    def budget_sum(self) -> BudgetSum:
+        """The clip from below may take more than the budget, the one from above gives nothing back."""
+        return "free" if self.paper else "exact"
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         density = torch.stack([declared(layer.density).mean() for layer in layers]).double()
@@ -105,14 +120,26 @@ def vlcache_allocators() -> Iterator[AllocatorPlugin]:
 
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
-    # The 10 % recent window is inside the budget (section 5 of the paper leaves it open).  The floor is ours: one
-    # dense layer must not starve the others.
+    # The recent window is inside the budget, and a tenth of it: at small budgets a longer one displaces the image.
+    # The floor leaves every layer something: what a layer is worth is measured on other prompts than this one.
     yield RecipePlugin(
         "vlcache",
         scorer="vlcache",
-        allocator="vlcache",
-        selection=Selection(recent=0.1, protect="none", floor=0.5),
-        variants={"paper": {"paper": True, "floor": 0.0}},
+        allocator="model",
+        params={"votes": "max", "smooth": 17, "unknown": "rank"},
+        selection=Selection(sink=4, recent=0.1, heads="auto", reduce="max", floor=0.3),
+        variants={
+            "paper": {
+                "allocator": "vlcache",
+                "votes": "sum",
+                "smooth": 1,
+                "paper": True,
+                "sink": 0,
+                "heads": "shared",
+                "reduce": "mean",
+                "floor": 0.0,
+            },
+        },
         paper=PAPER,
-        summary="post-vision scores, density-proportional layer budgets",
+        summary="strongest post-vision votes, smoothed; layer budgets from the model",
     )

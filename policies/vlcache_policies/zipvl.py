@@ -15,6 +15,7 @@ from vlcache_sgl.api import (
     Allocator,
     AllocatorPlugin,
     Budget,
+    BudgetSum,
     LayerView,
     Needs,
     Prompt,
@@ -37,6 +38,8 @@ class MassTarget(Allocator):
 
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
     prefix_hit: ClassVar[str] = "only the request's own new rows vote, only its own tokens hold mass"
+
+    budget_sum: ClassVar[BudgetSum] = "at_most"
 
     tau: float = 0.975
     """Share of the (normalised) attention to hold, in (0, 1]."""

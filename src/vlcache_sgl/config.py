@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from vlcache_sgl.spelling import did_you_mean
 
 Scope = Literal["vision", "all"]
 Share = Literal["policy", "tiered", "off"]
@@ -32,6 +34,8 @@ class KVBudget:
     """In (0, 1]; 1 keeps everything."""
     tokens: int | None = None
     """Average tokens per layer, at least 1."""
+    WORDS: ClassVar[str] = "a fraction in (0, 1] or a whole number of tokens per layer"
+    """What `parse` accepts."""
 
     @classmethod
     def parse(cls, value: object, name: str = "--kv-budget") -> KVBudget:
@@ -40,9 +44,7 @@ class KVBudget:
         Raises:
             ConfigError: when the value is neither.
         """
-        problem = ConfigError(
-            f"{name} must be a fraction in (0, 1] or a whole number of tokens per layer, got {shown(value)}"
-        )
+        problem = ConfigError(f"{name} must be {cls.WORDS}, got {shown(value)}")
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise problem
         try:
@@ -68,7 +70,8 @@ class KVBudget:
         return max(num_layers, min(round(share * owned * num_layers), owned * num_layers))
 
     def __str__(self) -> str:
-        return f"{self.fraction:g}" if self.fraction is not None else f"{self.tokens}t"
+        # As it is written in a flag or a request: a whole number above 1 is tokens.
+        return f"{self.fraction:g}" if self.fraction is not None else f"{self.tokens}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class KVConfig:
     """Bounds of what a request may ask for, as fractions of its prompt."""
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
+    weights: str = "auto"
+    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model before) or ``off``."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
     everybody (``tiered``), or nothing (``off``)."""
@@ -123,90 +128,236 @@ class KVConfig:
         return min(16.0, max(1.0, 0.8 / share))
 
 
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a flag accepts: its help, its error message and its parser say the same because they are this object."""
+
+    words: str
+    """For instance ``a fraction in (0, 1]``."""
+    read: Callable[[object], Any]
+    """The value of a text or of an already typed value; raises ValueError for what `words` does not describe."""
+    metavar: str
+
+
+def fraction(*, below_one: bool = False) -> Values:
+    """Shares; 0 is none, and 1 is one unless `below_one`."""
+
+    def read(value: object) -> float:
+        number = float(str(value))
+        if not 0 < number <= 1 or (below_one and number == 1):
+            raise ValueError(value)
+        return number
+
+    return Values(f"a fraction in (0, 1{')' if below_one else ']'}", read, "SHARE")
+
+
+def whole(low: int, metavar: str) -> Values:
+    """Whole numbers from `low`."""
+
+    def read(value: object) -> int:
+        number = int(str(value))
+        if number < low:
+            raise ValueError(value)
+        return number
+
+    return Values(f"a whole number from {low}", read, metavar)
+
+
+def factor_or_auto(low: float, high: float) -> Values:
+    """``auto``, read as None, or a factor within the bounds."""
+
+    def read(value: object) -> float | None:
+        if value == "auto":
+            return None
+        number = float(str(value))
+        if not low <= number <= high:
+            raise ValueError(value)
+        return number
+
+    return Values(f"`auto` or a factor from {low:g} to {high:g}", read, "FACTOR")
+
+
+def one_of(choices: tuple[str, ...]) -> Values:
+    """Fixed words."""
+
+    def read(value: object) -> str:
+        if value not in choices:
+            raise ValueError(value)
+        return str(value)
+
+    return Values(f"one of {', '.join(choices)}", read, "|".join(choices))
+
+
+def _read_text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(value)
+    return value.strip()
+
+
+def _read_names(value: object) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in _read_text(value).split(","))
+    if not all(names) or (len(names) > 1 and {"*", "none"} & set(names)):
+        raise ValueError(value)
+    return () if names == ("none",) else names
+
+
+def _read_switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(value)
+    return value
+
+
+SWITCH = Values("true or false", _read_switch, "")
+POLICY = Values("NAME[:key=value,...] or scorer=A,allocator=B[,key=value,...]", _read_text, "POLICY")
+FILE = Values("the path of a file", _read_text, "FILE")
+SCORER = Values("NAME[,key=value,...]", _read_text, "SCORER")
+NAMES = Values("names with commas between them, or `*` for all, or `none`", _read_names, "NAMES")
+
+
+def _never(config: KVConfig) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Flag:
-    """One command-line flag."""
+    """One setting: argparse, the keywords of `sgl.Engine` and the table in README follow from this record."""
 
     name: str
+    """As on the command line."""
+    values: Values
     help: str
-    metavar: str | None = None
-    choices: tuple[str, ...] | None = None
-    switch: bool = False
+    """What it does, in a sentence that ends without a full stop; values and default are added."""
+    default_words: str | None = None
+    """The default, where it is not what a user would type."""
+    objection: Callable[[KVConfig], str | None] = _never
+    """Why this flag, when given, contradicts another setting or does nothing; follows ``--flag value`` in the message.
+    None: it has an effect."""
 
     @property
     def dest(self) -> str:
+        """The keyword of `sgl.Engine`."""
         return self.name.removeprefix("--").replace("-", "_")
+
+    @property
+    def field(self) -> str:
+        """The field of `KVConfig` that holds the value."""
+        return self.dest.removeprefix("kv_")
+
+    @property
+    def switch(self) -> bool:
+        return self.values is SWITCH
+
+    @property
+    def default(self) -> str:
+        """For people: what holds when the flag is not given."""
+        if self.default_words is not None:
+            return self.default_words
+        value = getattr(_DEFAULTS, self.field)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    @property
+    def explained(self) -> str:
+        """The help text whole."""
+        accepted = "" if self.switch else f": {self.values.words}"
+        return f"{self.help}{accepted}. Default: {self.default}."
+
+    def is_given(self, value: object) -> bool:
+        """Whether `value`, None or a switch that is off, is something that a user has said."""
+        return value is not None and not (self.switch and value is False)
+
+    def read(self, value: object) -> Any:
+        """Raises `ConfigError` for what the flag does not accept."""
+        try:
+            return self.values.read(value)
+        except (ValueError, TypeError, OverflowError):
+            meant = did_you_mean(str(value), self.values.metavar.split("|")) if "|" in self.values.metavar else ""
+            raise ConfigError(f"{self.name} must be {self.values.words}, got {shown(value)}{meant}") from None
+
+
+_DEFAULTS = KVConfig("")
+
+
+def _object_to_least(config: KVConfig) -> str | None:
+    if config.budget_min > config.budget_max:
+        return f"is above --kv-budget-max {config.budget_max:g}"
+    if config.budget.fraction is not None and config.budget_min > config.budget.fraction:
+        return f"is above --kv-budget {config.budget}, what a prompt keeps by default"
+    return None
+
+
+def _object_to_most(config: KVConfig) -> str | None:
+    if config.budget.fraction is not None and config.budget_max < config.budget.fraction:
+        return f"is below --kv-budget {config.budget}, what a prompt keeps by default"
+    return None
+
+
+def _object_to_threshold(config: KVConfig) -> str | None:
+    return "does nothing without --kv-guard observe or enforce" if config.guard == "off" else None
 
 
 FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-policy",
-        "Compress the KV cache of prompts with this policy: NAME[:key=value,...] or "
-        "scorer=A,allocator=B[,key=value,...]; `vlcache policies` lists them. Default: no compression.",
-        metavar="POLICY",
+        POLICY,
+        "Compress the KV cache of prompts with this policy, one of those that `vlcache policies` lists",
+        "none, nothing is compressed",
     ),
-    Flag(
-        "--kv-budget",
-        "What stays of a prompt: a fraction in (0, 1], or average tokens per layer as an integer. Default: 0.1.",
-        metavar="BUDGET",
-    ),
-    Flag(
-        "--kv-scope",
-        "Which prompts are compressed: those with images or videos, or all. Default: vision.",
-        choices=get_args(Scope),
-    ),
-    Flag("--kv-min-tokens", "Prompts with fewer new tokens are left alone. Default: 128.", metavar="TOKENS"),
+    Flag("--kv-budget", Values(KVBudget.WORDS, KVBudget.parse, "BUDGET"), "What stays of a prompt"),
+    Flag("--kv-scope", one_of(get_args(Scope)), "Whether prompts with images or videos are compressed, or all"),
+    Flag("--kv-min-tokens", whole(0, "TOKENS"), "Prompts with fewer new tokens (after a prefix hit) are left alone"),
     Flag(
         "--kv-overcommit",
-        "Virtual token slots per physical token: `auto` (from the budget) or a factor from 1 to 64. Default: auto.",
-        metavar="FACTOR",
+        factor_or_auto(1.0, 64.0),
+        "Virtual token slots per physical token, from the budget unless it is said",
+        "auto",
     ),
     Flag(
         "--kv-head-cells",
-        "Account KV memory per KV head, so that policies with heads=split may keep different tokens per head.",
-        switch=True,
+        SWITCH,
+        "Account KV memory per KV head, so that policies with heads=split may keep different tokens per head",
+        "off",
     ),
     Flag(
-        "--kv-budget-min", "Least fraction of a prompt that a request may ask to keep. Default: 0.01.", metavar="SHARE"
+        "--kv-budget-min", fraction(), "Least share of a prompt that a request may ask to keep", None, _object_to_least
     ),
-    Flag("--kv-budget-max", "Largest fraction that a request may ask to keep. Default: 1.0.", metavar="SHARE"),
+    Flag("--kv-budget-max", fraction(), "Largest share that a request may ask to keep", None, _object_to_most),
+    Flag("--kv-allow-policies", NAMES, "Policies that a request may choose beside the server's own", "*"),
     Flag(
-        "--kv-allow-policies",
-        "Comma-separated names of the policies a request may choose; `*` for all, `none` for only the default. "
-        "Default: *.",
-        metavar="NAMES",
+        "--kv-weights",
+        Values("`auto`, `off` or the path of a file", _read_text, "auto|off|FILE"),
+        "What each layer and KV head of the model needs, measured by `vlcache calibrate`; `auto` takes what was "
+        "measured of this model before",
     ),
     Flag(
         "--kv-share",
-        "What other requests find of a picture: `policy`, what the first request's policy kept; `tiered`, a copy made "
-        "for all questions; `off`, nothing. Default: tiered with --kv-profile, policy without.",
-        choices=get_args(Share),
+        one_of(get_args(Share)),
+        "What other requests find of an image: what the first request's policy kept (`policy`), a copy made for all "
+        "questions (`tiered`), nothing (`off`)",
+        "tiered with --kv-profile, policy without",
     ),
-    Flag(
-        "--kv-share-budget",
-        "Share of a picture that a copy for all questions keeps, in (0, 1]. Default: 0.2.",
-        metavar="SHARE",
-    ),
-    Flag(
-        "--kv-share-scorer",
-        "Scorer of such a copy, NAME[,key=value,...]; it must not look at the question. Default: keydiff.",
-        metavar="SCORER",
-    ),
+    Flag("--kv-share-budget", fraction(), "Share of an image that a copy for all questions keeps"),
+    Flag("--kv-share-scorer", SCORER, "Scorer of such a copy, which must not look at the question"),
     Flag(
         "--kv-profile",
-        "Layer weights for such a copy and for the guard, made by `vlcache calibrate`. Default: all layers alike.",
-        metavar="FILE",
+        FILE,
+        "Layer weights for such a copy and for the guard, made by `vlcache calibrate`",
+        "all layers alike",
     ),
     Flag(
         "--kv-guard",
-        "Estimate for each question about a shared picture how much of its attention evicted tokens would get: "
-        "`observe` reports it, `enforce` also computes the picture anew when it is too much. Default: off.",
-        choices=get_args(Guard),
+        one_of(get_args(Guard)),
+        "Estimate for each question about a shared image how much of its attention evicted tokens would get: "
+        "`observe` reports it, `enforce` also computes the image anew when it is too much",
     ),
     Flag(
         "--kv-guard-threshold",
-        "Share of a question's attention that may be missing, in (0, 1). Default: 0.2.",
-        metavar="SHARE",
+        fraction(below_one=True),
+        "Share of a question's attention that may be missing",
+        None,
+        _object_to_threshold,
     ),
 )
 
@@ -214,85 +365,21 @@ FLAGS: tuple[Flag, ...] = (
 def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     """Settings from flag values (``{"kv_policy": ..., ...}``; None = not given); None when no policy is asked for.
 
-    Only syntax and ranges are checked here; `vlcache_sgl.policy.resolve` checks that the policy exists.
+    What can be said without knowing policies and model is checked here; `vlcache_sgl.runtime.flags` checks the rest.
 
     Raises:
         ConfigError: with one line that names the flag.
     """
-    given = {flag.dest: values[flag.dest] for flag in FLAGS if values.get(flag.dest) not in (None, False)}
-    policy = given.pop("kv_policy", None)
-    if policy is None:
-        if given:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ConfigError(f"{names} needs --kv-policy")
+    given = {flag: values[flag.dest] for flag in FLAGS if flag.is_given(values.get(flag.dest))}
+    if given and not any(flag.field == "policy" for flag in given):
+        raise ConfigError(f"{', '.join(flag.name for flag in given)} needs --kv-policy")
+    if not given:
         return None
-    if not isinstance(policy, str) or not policy.strip():
-        raise ConfigError(f"--kv-policy must name a policy, got {policy!r}")
-    readers: dict[str, Callable[[object], object]] = {
-        "kv_budget": lambda value: KVBudget.parse(value),
-        "kv_scope": lambda value: _read_choice("--kv-scope", value, get_args(Scope)),
-        "kv_min_tokens": _read_min_tokens,
-        "kv_overcommit": _read_overcommit,
-        "kv_head_cells": bool,
-        "kv_budget_min": lambda value: _read_share("--kv-budget-min", value),
-        "kv_budget_max": lambda value: _read_share("--kv-budget-max", value),
-        "kv_allow_policies": _read_names,
-        "kv_share": lambda value: _read_choice("--kv-share", value, get_args(Share)),
-        "kv_share_budget": lambda value: _read_share("--kv-share-budget", value),
-        "kv_share_scorer": str,
-        "kv_profile": str,
-        "kv_guard": lambda value: _read_choice("--kv-guard", value, get_args(Guard)),
-        "kv_guard_threshold": lambda value: _read_share("--kv-guard-threshold", value),
-    }
-    parsed: dict[str, Any] = {name.removeprefix("kv_"): readers[name](value) for name, value in given.items()}
-    known = {f.name for f in fields(KVConfig)}
-    assert set(parsed) <= known
+    parsed = {flag.field: flag.read(value) for flag, value in given.items()}
     if "profile" in parsed:
         parsed.setdefault("share", "tiered")  # who has calibrated expects later questions
-    config = KVConfig(policy=policy.strip(), **parsed)
-    if config.budget_min > config.budget_max:
-        raise ConfigError(f"--kv-budget-min {config.budget_min:g} is above --kv-budget-max {config.budget_max:g}")
+    config = KVConfig(**parsed)
+    for flag, value in given.items():
+        if objection := flag.objection(config):
+            raise ConfigError(f"{flag.name} {value} {objection}")
     return config
-
-
-def _read_share(name: str, value: object) -> float:
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 1:
-        raise ConfigError(f"{name} must be a fraction in (0, 1], got {value!r}")
-    return number
-
-
-def _read_names(value: object) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in str(value).split(",") if name.strip())
-    return () if names == ("none",) else names
-
-
-def _read_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return str(value)
-
-
-def _read_min_tokens(value: object) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ConfigError(f"--kv-min-tokens must be a whole number from 0, got {value!r}")
-    return number
-
-
-def _read_overcommit(value: object) -> float | None:
-    if value == "auto":
-        return None
-    try:
-        factor = float(str(value))
-    except ValueError:
-        factor = 0.0
-    if not 1.0 <= factor <= 64.0:
-        raise ConfigError(f"--kv-overcommit must be `auto` or a factor from 1 to 64, got {value!r}")
-    return factor

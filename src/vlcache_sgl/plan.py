@@ -23,18 +23,30 @@ class EvictionPlan:
     keep: torch.Tensor
     """`[L, G, m]` bool: owned tokens that stay; `G` is 1 with ``heads=shared``, the KV heads with ``heads=split``."""
     counts: torch.Tensor
-    """`[L]` int64 on the CPU: tokens that each layer (and each of its `G` sets) keeps, exactly ``keep.sum(-1)``."""
+    """`[L, G]` int64 on the CPU: tokens in each set, exactly ``keep.sum(-1)``."""
 
     @property
-    def total(self) -> int:
-        """Kept tokens, summed over layers."""
-        return int(self.counts.sum())
+    def total(self) -> float:
+        """Kept tokens, summed over layers; sets of a layer count as their mean."""
+        return int(self.counts.sum()) / max(1, self.counts.shape[1])
+
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether KV heads of a layer keep different numbers of tokens."""
+        return not torch.equal(self.counts, self.counts[:, :1].expand_as(self.counts))
+
+    @property
+    def tokens_per_layer(self) -> list[float]:
+        """Tokens that each layer keeps, whole numbers unless heads differ: then the mean of its heads."""
+        if not self.differs_by_head:
+            return list(self.counts[:, 0].tolist())
+        return [round(mean, 3) for mean in self.counts.double().mean(1).tolist()]
 
 
 def make_plan(
     scores: Sequence[torch.Tensor], counts: torch.Tensor, prompt: Prompt, selection: Selection
 ) -> EvictionPlan:
-    """Choose exactly ``counts[l]`` owned tokens in every layer (and in every KV head when heads are split).
+    """Choose exactly as many owned tokens as `counts` says, in every layer or, when heads are split, in every KV head.
 
     Tokens are taken in this order, ties going to the lower position:
 
@@ -49,27 +61,48 @@ def make_plan(
 
     Args:
         scores: per layer `[K, m]` float, higher = keep, finite.
-        counts: `[L]` int64, any device, each in `[0, m]`.
+        counts: `[L]` int64, any device, each in `[0, m]`: the same for all sets of a layer.  `[L, K]` when heads are
+            split: for each KV head.
         prompt: geometry; scores are on ``prompt.device`` or any other one device, where the plan is made.
         selection: the rule.
 
     Raises:
         PolicyFault: for scores or counts of a wrong shape, dtype or range, NaN and infinity.
     """
-    stacked = stack_scores(scores, prompt)
-    layers, _, owned = stacked.shape
-    amounts = _check_counts(counts, layers, owned)
+    return choose(competing(stack_scores(scores, prompt), prompt, selection), counts, prompt, selection)
+
+
+def competing(scores: torch.Tensor, prompt: Prompt, selection: Selection) -> torch.Tensor:
+    """`[L, G, m]` float32, what tokens compete with in each set of a layer: one set for all KV heads, or one per head.
+
+    Args:
+        scores: `[L, K, m]` float32, higher = keep.
+    """
     if selection.heads == "shared":
-        stacked = stacked.mean(1, keepdim=True) if selection.reduce == "mean" else stacked.amax(1, keepdim=True)
+        scores = scores.mean(1, keepdim=True) if selection.reduce == "mean" else scores.amax(1, keepdim=True)
     if selection.span > 1:
-        stacked = _mean_of_runs(stacked, prompt.start % selection.span, selection.span)
-    if stacked.numel() == 0:
-        return EvictionPlan(torch.zeros_like(stacked, dtype=torch.bool), amounts)
-    on_device = amounts.to(stacked.device)
-    groups = stacked.shape[1]
-    tiers = _tiers(on_device, prompt, selection, stacked.device).expand(-1, groups, -1)
-    found = select(stacked.flatten(0, 1), on_device.repeat_interleave(groups), tiers=tiers.flatten(0, 1))
-    return EvictionPlan(found.keep.view(stacked.shape), amounts)
+        scores = _mean_of_runs(scores, prompt.start % selection.span, selection.span)
+    return scores
+
+
+def choose(scores: torch.Tensor, counts: torch.Tensor, prompt: Prompt, selection: Selection) -> EvictionPlan:
+    """The last step of `make_plan`.
+
+    Args:
+        scores: `[L, G, m]`, see `competing`.
+        counts: see `make_plan`.
+
+    Raises:
+        PolicyFault: for counts of a wrong shape, dtype or range.
+    """
+    layers, groups, owned = scores.shape
+    amounts = _check_counts(counts, layers, groups, owned)
+    if scores.numel() == 0:
+        return EvictionPlan(torch.zeros_like(scores, dtype=torch.bool), amounts)
+    on_device = amounts.flatten().to(scores.device)
+    tiers = _tiers(on_device, prompt, selection, scores.device)
+    found = select(scores.flatten(0, 1), on_device, tiers=tiers)
+    return EvictionPlan(found.keep.view(scores.shape), amounts)
 
 
 def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor:
@@ -98,17 +131,19 @@ def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor
     return stacked
 
 
-def _check_counts(counts: torch.Tensor, layers: int, owned: int) -> torch.Tensor:
+def _check_counts(counts: torch.Tensor, layers: int, groups: int, owned: int) -> torch.Tensor:
+    """`[L, G]` on the CPU."""
     if not isinstance(counts, torch.Tensor):
         raise PolicyFault(f"layer counts are a {type(counts).__name__}, expected a tensor")
     if counts.dtype != torch.int64:
         raise PolicyFault(f"layer counts are {counts.dtype}, expected int64")
-    if tuple(counts.shape) != (layers,):
-        raise PolicyFault(f"layer counts have shape {tuple(counts.shape)}, expected ({layers},)")
+    if tuple(counts.shape) not in {(layers,), (layers, groups)}:
+        expected = f"({layers},)" if groups == 1 else f"({layers},) or ({layers}, {groups})"
+        raise PolicyFault(f"layer counts have shape {tuple(counts.shape)}, expected {expected}")
     amounts = counts.detach().to("cpu")
     if layers and not 0 <= int(amounts.min()) <= int(amounts.max()) <= owned:
         raise PolicyFault(f"layer counts must be in [0, {owned}], got {amounts.tolist()}")
-    return amounts
+    return amounts if amounts.dim() == 2 else amounts[:, None].expand(-1, groups)
 
 
 def _mean_of_runs(scores: torch.Tensor, lead: int, span: int) -> torch.Tensor:
@@ -125,7 +160,7 @@ def _mean_of_runs(scores: torch.Tensor, lead: int, span: int) -> torch.Tensor:
 
 
 def _tiers(counts: torch.Tensor, prompt: Prompt, selection: Selection, device: torch.device) -> torch.Tensor:
-    """`[L, 1, m]` int8: 2 = protected, 1 = text (if protected), 0 = the rest."""
+    """`[sets, m]` int8 for `counts` `[sets]`: 2 = protected, 1 = text (if protected), 0 = the rest."""
     owned = prompt.owned
     position = torch.arange(owned, device=device)
     sinks = counts.clamp(max=min(max(0, selection.sink - prompt.start), owned))
@@ -140,4 +175,4 @@ def _tiers(counts: torch.Tensor, prompt: Prompt, selection: Selection, device: t
     rest = torch.zeros(owned, dtype=torch.int8, device=device)
     if selection.protect == "text":
         rest = (~prompt.is_vision()).to(device, torch.int8)
-    return torch.where(protected, 2, rest)[:, None]
+    return torch.where(protected, 2, rest)

@@ -21,18 +21,21 @@ def post_vision(prompt: Prompt) -> Span:
 
 
 def select_rows(rows: Rows, prompt: Prompt) -> Span:
-    """The query rows that vote: one range of absolute positions, always within the owned part of the prompt.
+    """The query rows that vote: one range of absolute positions, all within the owned part of the prompt or behind it.
 
     * ``post_vision``: `post_vision(prompt)`, the latest `count` of it if `count > 0`.  If that is empty (the image
       ends the prompt, or there is none) the last `FALLBACK_ROWS` owned rows.
     * ``last``: the last `count` rows, fewer if fewer are owned.
     * ``all``: every owned row.
+    * ``repeat``: the rows of the second reading, behind the prompt.
     * ``none``: an empty range.
 
     After a prefix hit rows before ``prompt.start`` do not exist and never vote.
     """
     if rows.kind == "none":
         return Span(prompt.length, prompt.length)
+    if rows.kind == "repeat":
+        return Span(prompt.length, prompt.length + prompt.repeated)
     if rows.kind == "all":
         return Span(prompt.start, prompt.length)
     if rows.kind == "last":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def test_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str]
     assert 0.85 * 141e9 - kv_bytes == pytest.approx(16.58e9, rel=0.01)
     stock, tenth, fifth, tokens = result["rows"]
     assert stock["requests"] == result["tokens_uncompressed"] // 2100
-    assert [row["budget"] for row in result["rows"]] == ["none", "0.1", "0.2", "64t"]
+    assert [row["budget"] for row in result["rows"]] == ["none", "0.1", "0.2", "64"]
     assert tenth["resident_tokens"] == 200
     assert tokens["resident_tokens"] == 64
     # A request holds 300 tokens and not 2100.
@@ -132,6 +134,52 @@ def test_requests_that_cannot_be_planned(capsys: pytest.CaptureFixture[str], tmp
     assert "cannot read" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GB")
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model_of_nobody"}')
     assert "not a language model" in refused(capsys, "--model", str(tmp_path), "--gpu-memory", "80GB")
+
+
+def test_the_table_is_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlcache_sgl.cli.plan._WIDTH", 80)
+    pool = ("--model", str(BUNDLED), "--max-total-tokens", "900000", "--max-running-requests", "7")
+    assert main(pool) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for word in ("uncompressed", "memory,", "requests", "limited", "cached", "running"):
+        assert f"{word} " in printed
+
+
+def test_says_what_the_limit_on_running_requests_hides(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = ("--model", str(BUNDLED), "--max-total-tokens", "100000", "--max-running-requests")
+    stock, tenth = planned(capsys, *pool, "100")["rows"]
+    assert (stock["requests"], tenth["requests"]) == (82, 100)
+    assert tenth["room_for"] > 3 * stock["room_for"]
+    assert main([*pool, "100"]) == 0
+    printed = capsys.readouterr().out
+    gain = tenth["room_for"] / stock["room_for"]
+    assert f"memory has room for {tenth['room_for']} requests at once ({gain:.1f}x)" in printed
+    assert "raise --max-running-requests above 100" in printed
+    assert main([*pool, "100000"]) == 0
+    assert "memory has room for" not in capsys.readouterr().out
+
+
+def test_sizes_are_named_in_both_units(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(BUNDLED), "--max-total-tokens", "100000", "--dtype", "float32"]) == 0
+    assert re.search(r"KV cache: [\d.]+ GB \([\d.]+ GiB\), ", capsys.readouterr().out)
+
+
+def test_a_name_on_a_hub_that_cannot_be_reached(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens on that port; the hub's own client tried again for 40 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    message = refused(capsys, "--model", "nobody/has-this-model", "--gpu-memory", "80GB")
+    assert time.monotonic() - started < 20  # the first import of transformers is in it
+    assert "cannot be reached" in message
+    assert "config.json" in message
 
 
 @pytest.mark.parametrize("memory", ["", "80", "0GB", "80 parsecs"])

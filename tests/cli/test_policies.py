@@ -43,10 +43,17 @@ def test_a_name_may_be_several_things(capsys):
         assert f"{kind} cake" in printed
 
 
+def test_the_list_has_the_sentence_of_each(capsys):
+    main(["policies"])
+    printed = "".join(capsys.readouterr().out.split())
+    for entry in (*registry().recipes.values(), *registry().scorers.values(), *registry().allocators.values()):
+        assert all(word in printed for word in entry.record.summary.split())
+
+
 def test_unknown_name_lists_the_choices(capsys):
     assert main(["policies", "snapkw"]) == 2
     error = capsys.readouterr().err
-    assert "nothing is called 'snapkw'; choose from: aircache, cake" in error
+    assert "nothing is called 'snapkw' (did you mean 'snapkv'?); choose from: aircache, cake" in error
 
 
 def test_broken_plugins_are_told_and_the_rest_is_listed(capsys, monkeypatch):

@@ -183,6 +183,18 @@ def ours_tenth(servers: Servers) -> Server:
     return servers.get(*TENTH)
 
 
+LIMITS = (
+    *("--kv-policy", "vlcache", "--kv-budget", "0.3", "--kv-scope", "all"),
+    *("--kv-budget-min", "0.2", "--kv-budget-max", "0.5", "--kv-allow-policies", "snapkv,knorm"),
+)
+
+
+@pytest.fixture
+def limited(servers: Servers) -> Server:
+    """A server that lets requests choose little, and compresses texts too."""
+    return servers.get(*LIMITS)
+
+
 @functools.cache
 def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Picture:
     return make_picture(seed, rows, cols, num_questions=num_questions)
@@ -204,7 +216,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "ours_full", "stock", "servers")
+_ORDER = ("ours_tenth", "ours_full", "stock", "limited", "servers")
 """Tests run in the order of the first of these that they use: the pair `ours_full`, `stock` is alive together."""
 
 

@@ -35,13 +35,14 @@ def test_holds_a_tenth_after_prefill_and_nothing_after_flush(ours_tenth: Any, pi
     before = server.kv_state()
     assert before["cells_used"] == 0
     drawn = [picture(6000 + i, rows, cols) for i, (rows, cols) in enumerate(grids)]
-    answer = server.ask(drawn[0].questions[0].text, *(d.image for d in drawn), max_tokens=1)
+    answer = server.ask(drawn[0].questions[0].text, *(d.image for d in drawn), max_tokens=1, return_meta_info=True)
     after = server.settled()
     assert answer.prompt_tokens >= 256
     full = answer.prompt_tokens * num_layers(after)
     assert gained(before, after, "requests_compressed") == 1
     assert gained(before, after, "cells_seen") == full
-    target = BUDGET * full
+    front = answer.report["front_tokens"] * num_layers(after)  # stays whole, beside the budget of the rest
+    target = front + BUDGET * (full - front)
     assert gained(before, after, "cells_kept") == pytest.approx(target, rel=0.01)
     assert after["cells_used"] == pytest.approx(target, rel=0.01)
     assert sum(after["kept_by_layer"]) == after["cells_kept"]
@@ -64,11 +65,12 @@ def test_statistics_count_memory(ours_tenth: Any, picture: Any) -> None:
     server.flush()
     drawn = picture(6050, 32, 32)
     seen = len(server.log)
-    answer = server.ask("red K?", drawn.image, max_tokens=100, ignore_eos=True)
+    answer = server.ask("red K?", drawn.image, max_tokens=100, ignore_eos=True, return_meta_info=True)
     state = server.settled()
     assert state["cells_requests"] == 0
     assert state["cells_tree"] == state["cells_evictable"] == state["cells_used"] > 0
-    held = BUDGET * answer.prompt_tokens + answer.completion_tokens
+    front = answer.report["front_tokens"]
+    held = front + BUDGET * (answer.prompt_tokens - front) + answer.completion_tokens
     slots = state["virtual_slots_total"] - state["virtual_slots_free"]
     assert state["realised_ratio"] == pytest.approx(held / slots, rel=0.03)
     assert state["cells_fragmented"] < num_layers(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -37,13 +38,31 @@ def test_quickstart(ours_tenth: Any) -> None:
         assert int(length) - 64 < int(cached) < int(length)
 
 
+def test_the_snippet_of_the_readme(ours_tenth: Any, picture: Any, tmp_path: Path) -> None:
+    """As it stands there, but for the port: it prints an answer, and what was done to the prompt."""
+    (snippet,) = re.findall(r"^```python\n(import base64.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert snippet.count("http://127.0.0.1:30000") == 1
+    drawn = picture(8610, 24, 24)
+    drawn.image.save(tmp_path / "page.png")
+    code = snippet.replace("http://127.0.0.1:30000", ours_tenth.url)
+    ours_tenth.flush()
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    *answer, report = ran.stdout.splitlines()
+    assert "".join(answer).strip()
+    (done,) = ast.literal_eval(report)
+    assert done["policy"] == "snapkv"
+    assert done["ratio"] == pytest.approx(0.2, abs=0.001)
+    assert done["prompt_tokens"] > drawn.num_image_tokens
+
+
 def test_per_request_policy(ours_tenth: Any) -> None:
     """Five choices, five reports, one refusal."""
     ours_tenth.flush()
     before = ours_tenth.settled()
     text = run("per_request_policy.py", "--url", ours_tenth.url)
     after = ours_tenth.settled()
-    for words in ("'policy': 'snapkv:window=64'", "'budget': '0.3'", "'budget': '100t'", "'skipped': 'budget'"):
+    for words in ("'policy': 'snapkv:window=64'", "'budget': '0.3'", "'budget': '100'", "'skipped': 'budget'"):
         assert words in text
     assert re.search(r"\d{3} of \d{3} prompt tokens from the cache", text)
     assert "  400: " in text

@@ -15,9 +15,11 @@ PLUGINS = Path(__file__).parent / "plugins"
 
 BROKEN = {
     "raises": "scorer=raises,allocator=uniform",
+    "exits": "scorer=exits,allocator=uniform",
     "says NaN": "scorer=nan,allocator=uniform",
     "scores of the wrong shape": "scorer=too_few,allocator=uniform",
     "keeps too much": "scorer=streaming,allocator=too_much",
+    "keeps too little": "scorer=streaming,allocator=too_little",
 }
 
 

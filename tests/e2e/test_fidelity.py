@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from vlcache_sgl.cli import compare, inspect, top
@@ -76,8 +77,16 @@ def test_a_dataset_of_ones_own(ours_tenth: Any, picture: Any, tmp_path: Path) ->
     ("arguments", "message"),
     [
         (("--policy", "nope"), "unknown policy 'nope'"),
-        (("--budget", "2"), "--budget 2"),
+        (("--budget", "2"), "--budget must be a fraction in (0, 1], got '2'"),
+        (("--budget", "abc"), "--budget must be a fraction in (0, 1], got 'abc'"),
+        (
+            ("--auto", "--samples", "20"),
+            "cannot show a loss of at most 0.02, even if no answer changes: give at least 189",
+        ),
+        (("--auto", "--loss", "2"), "--loss must be a fraction in (0, 1), got '2'"),
+        (("--auto", "--policy", "a", "b"), "--auto takes one --policy"),
         (("--data", "none.jsonl"), "none.jsonl"),
+        (("--model", "models/tinyvlm/grounded"), "--model is for a server that is started here"),
     ],
 )
 def test_a_wrong_request_is_one_line(
@@ -105,6 +114,84 @@ def test_an_inspection(ours_tenth: Any, picture: Any, tmp_path: Path, capsys: An
     (shares,) = re.findall(r"what is kept, by layer: ([\d %,]+)", " ".join(printed.split()))
     assert shares.count("%") == 6
     assert f"what is kept has, by layer: {shares.strip()}" in page
+
+
+def test_right_answers_are_forced(ours_tenth: Any, tmp_path: Path, capsys: Any) -> None:
+    """What answers right is sure of it; the two that keep noise give the right answer less than e^-3."""
+    task = ("--task", "single", "--samples", "2", "--policy", "vlcache", "random", "--logprob")
+    assert run_eval(ours_tenth, tmp_path, *task) == 0
+    rows = {row["condition"]: row for row in json.loads((tmp_path / "result.json").read_text())["summary"]}
+    assert all(row["answers_forced"] == 2 for row in rows.values())
+    assert rows["full"]["answer_logprob"] > -0.1
+    assert rows["vlcache@0.1"]["answer_logprob"] > -0.5
+    assert rows["random@0.1"]["answer_logprob"] < -3.0
+    assert "log-probability of the right answer" in (tmp_path / "table.md").read_text()
+
+
+def test_the_smallest_budget_is_found(ours_tenth: Any, tmp_path: Path, capsys: Any) -> None:
+    """From the largest down; the first that is not shown to be within ends it."""
+    task = ("--auto", "--task", "single", "--samples", "6", "--loss", "0.45", "--budget", "0.1", "0.015", "0.2", "0.01")
+    assert run_eval(ours_tenth, tmp_path, *task) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "--kv-policy vlcache --kv-budget 0.1"
+    asked = {record["condition"] for record in json.loads((tmp_path / "result.json").read_text())["records"]}
+    assert asked == {"full", "vlcache@0.2", "vlcache@0.1", "vlcache@0.015"}
+    assert run_eval(ours_tenth, tmp_path, *task[:-4], "0.015") == 1
+    assert "no budget tried is shown to lose at most 0.45 of 6 questions" in capsys.readouterr().out
+
+
+def test_prompts_that_the_server_does_not_compress_are_not_measured(
+    ours_tenth: Any, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"text": "Long ago.", "question": "q?", "answers": ["1"]}))
+    assert run_eval(ours_tenth, tmp_path, "--data", str(tmp_path / "mine.jsonl")) == 2
+    assert "mine-1 has no image" in (printed := capsys.readouterr().out)
+    assert "--kv-scope all" in printed
+
+
+def test_texts_are_asked_of_a_server_that_compresses_them(limited: Any, tmp_path: Path) -> None:
+    document = " ".join(f"line {number}: the code is {number * 7919 % 9973}" for number in range(60))
+    line = {"text": document, "questions": [{"question": "which?", "answers": ["1"]}] * 2, "max_tokens": 2}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    limits = ("--policy", "snapkv", "--budget", "0.3", "--no-full", "--logprob")
+    assert run_eval(limited, tmp_path / "out", "--data", str(tmp_path / "mine.jsonl"), *limits) == 0
+    (record,) = json.loads((tmp_path / "out/result.json").read_text())["records"]
+    first, second = record["questions"]
+    assert first["ratio"] == pytest.approx(0.3, abs=0.01)
+    assert second["cached_tokens"] > 100  # the document, as the first question has left it
+    assert all(question["answer_tokens"] == 1 for question in record["questions"])
+
+
+def test_a_file_that_is_no_image_is_one_line(ours_tenth: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.png").write_text("not an image")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "a.png", "question": "q?", "answers": ["1"]}))
+    assert run_eval(ours_tenth, tmp_path, "--data", str(tmp_path / "mine.jsonl")) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "mine.jsonl, line 1: not an image: " in line
+
+
+def test_an_inspection_of_what_earlier_questions_left(
+    ours_tenth: Any, picture: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Recall is measured on a fresh copy: it is not shown beside the copy that an earlier question has made."""
+    drawn = picture(7911, 20, 24)
+    drawn.image.save(tmp_path / "a.png")
+    earlier, question = (one.text for one in drawn.questions[:2])
+    command = ["--image", str(tmp_path / "a.png"), "--question", question, "--after", earlier]
+    assert inspect.main([*command, "--output", str(tmp_path / "seen"), "--base-url", ours_tenth.url]) == 0
+    printed = capsys.readouterr().out
+    assert f"asked before: {earlier}" in printed
+    assert "attention of the full cache's answer" not in printed
+    page = (tmp_path / "seen.html").read_text()
+    assert f"<td>asked before</td><td>{earlier}</td>" in page
+    assert "attention of the full cache" not in page
+
+
+def test_health_polls_are_nobodys_prompts(ours_tenth: Any) -> None:
+    before = ours_tenth.settled()["requests_skipped"]
+    for _ in range(3):
+        assert httpx.get(f"{ours_tenth.url}/health_generate", timeout=60).status_code == 200
+    assert ours_tenth.settled()["requests_skipped"] == before
 
 
 @pytest.mark.parametrize(

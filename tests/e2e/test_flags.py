@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
+from vlcache_sgl.config import FLAGS, ConfigError
+from vlcache_sgl.runtime.compat import reads_no_images
+from vlcache_sgl.runtime.flags import _our_flags, _serve_arguments
+
 MODEL = Path(__file__).parents[2] / "models/tinyvlm/grounded"
 POLICY = ("--kv-policy", "vlcache")
+CONSOLE_SCRIPT = str(Path(sys.executable).with_name("sglang"))
 
 WRONG = {
     "unknown policy": (("--kv-policy", "nope"), ["--kv-policy", "nope", "vlcache"]),
@@ -31,6 +37,31 @@ WRONG = {
     "no such profile": ((*POLICY, "--kv-profile", "/nowhere.json"), ["--kv-profile", "/nowhere.json"]),
     "guard": ((*POLICY, "--kv-guard", "maybe"), ["--kv-guard", "maybe", "enforce"]),
     "guard threshold": ((*POLICY, "--kv-guard-threshold", "0"), ["--kv-guard-threshold", "0"]),
+    "guard threshold one": (
+        (*POLICY, "--kv-guard", "observe", "--kv-guard-threshold", "1.0"),
+        ["--kv-guard-threshold", "(0, 1)"],
+    ),
+    "guard threshold without guard": (
+        (*POLICY, "--kv-guard-threshold", "0.3"),
+        ["--kv-guard-threshold", "--kv-guard "],
+    ),
+    "nearest policy": (("--kv-policy", "vl-cache"), ["did you mean 'vlcache'?"]),
+    "nearest scorer": (("--kv-policy", "scorer=SnapKV,allocator=uniform"), ["did you mean 'snapkv'?"]),
+    "nearest allocator": (("--kv-policy", "scorer=snapkv,allocator=unifrom"), ["did you mean 'uniform'?"]),
+    "nearest parameter": (("--kv-policy", "snapkv:windw=8"), ["did you mean 'window'?"]),
+    "allowed policy that is none": (
+        (*POLICY, "--kv-allow-policies", "knorm,nosuch"),
+        ["--kv-allow-policies", "nosuch", "knorm"],
+    ),
+    "allowed policy misspelt": ((*POLICY, "--kv-allow-policies", "snapvk"), ["did you mean 'snapkv'?"]),
+    "least budget above the default": (
+        (*POLICY, "--kv-budget", "0.1", "--kv-budget-min", "0.5"),
+        ["--kv-budget-min 0.5", "--kv-budget 0.1"],
+    ),
+    "head cells that nothing uses": (
+        (*POLICY, "--kv-head-cells", "--kv-allow-policies", "none"),
+        ["--kv-head-cells", "--kv-allow-policies"],
+    ),
     "budget without policy": (("--kv-budget", "0.1"), ["--kv-budget", "--kv-policy"]),
 }
 """Flags, and what the one line must name."""
@@ -83,13 +114,58 @@ def test_help_has_a_group_of_our_flags(outcomes: dict[str, dict[str, Any]]) -> N
         assert f"  {flag}" in text
 
 
-def test_a_real_launch_refuses_too() -> None:
-    """One case without the shortcut of `flag_cases.py`, as a user would type it."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(MODEL), "--kv-policy", "nope"]
+@pytest.mark.parametrize("start", [("-m", "sglang.launch_server"), (CONSOLE_SCRIPT, "serve")], ids=["module", "script"])
+def test_a_real_launch_refuses_before_the_heavy_imports(start: tuple[str, ...]) -> None:
+    """Without the shortcut of `flag_cases.py`, as a user would type it; the interpreter writes down what it imports."""
+    command = [sys.executable, "-X", "importtime", *start, "--model-path", "nowhere", "--kv-policy", "vl-cache"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2, ran.stderr[-2000:]
-    assert "nope" in ran.stderr.splitlines()[-1]
-    assert "Traceback" not in ran.stderr
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if line.startswith("import time:")}
+    (message,) = (line for line in ran.stderr.splitlines() if not line.startswith("import time:"))
+    assert "did you mean 'vlcache'?" in message
+    assert "vlcache_sgl.config" in imported
+    assert not {"sglang.srt.server_args", "transformers", "sglang.srt.entrypoints.engine"} & imported
+
+
+@pytest.mark.parametrize(
+    ("argv", "original", "expected"),
+    [
+        (["/bin/sglang", "serve", "--a"], ["python", "/bin/sglang", "serve", "--a"], ["--a"]),
+        (["-m", "--a"], ["python", "-m", "sglang.launch_server", "--a"], ["--a"]),
+        (["-m", "--a"], ["python", "-m", "pytest", "--a"], None),
+        (["/bin/sglang", "generate", "--a"], ["python", "/bin/sglang", "generate", "--a"], None),
+        (["serve.py", "--kv-policy", "x"], ["python", "serve.py", "--kv-policy", "x"], None),
+    ],
+)
+def test_only_the_command_line_of_a_server_is_read_early(argv: Any, original: Any, expected: Any) -> None:
+    assert _serve_arguments(argv, original) == expected
+
+
+def test_early_reading_takes_flags_as_argparse_does() -> None:
+    values = _our_flags(["--model-path", "m", "--kv-sco", "all", "--kv-cache-dtype", "fp8_e4m3", "--kv-head-cells"])
+    assert {name: value for name, value in values.items() if value is not None} == {
+        "kv_scope": "all",
+        "kv_head_cells": True,
+    }
+    with pytest.raises(ConfigError, match=r"--kv-polcy \(did you mean --kv-policy\?\)"):
+        _our_flags(["--kv-polcy=vlcache"])
+    with pytest.raises(ConfigError, match="--kv-policy: expected one argument"):
+        _our_flags(["--kv-policy"])
+
+
+def test_no_flag_of_sglang_passes_for_a_misspelt_one_of_ours() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    ours = {flag.name for flag in FLAGS}
+    _our_flags([name for name in parser._option_string_actions if name.startswith("--kv-") and name not in ours])
+
+
+def test_a_model_that_reads_no_images_needs_scope_all() -> None:
+    assert reads_no_images({"architectures": ["LlamaForCausalLM"]})
+    assert not reads_no_images({"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+    assert not reads_no_images({})
 
 
 BAD_REQUESTS: dict[str, dict[str, Any]] = {

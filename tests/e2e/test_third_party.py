@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples/third_party_policy"
@@ -75,3 +76,24 @@ def test_a_server_compresses_with_it(servers: Any, installed: dict[str, str], pi
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 24), (24, 16)])
+def test_a_policy_sees_the_grid_of_the_image(
+    servers: Any, installed: dict[str, str], picture: Any, rows: int, columns: int
+) -> None:
+    """`center` keeps text and what lies nearest to the middle; on any other grid those would be other tokens."""
+    server = servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", common=COMMON, env=installed)
+    drawn = picture(8501, rows, columns)
+    params = {"kv_policy": "center", "kv_report": "positions"}
+    answer = server.ask(drawn.questions[0].text, drawn.image, custom_params=params, return_meta_info=True)
+    (run,) = answer.report["vision"]
+    place = np.arange(rows * columns)
+    down, across = (place // columns + 0.5) / rows - 0.5, (place % columns + 0.5) / columns - 0.5
+    distance = np.hypot(down, across)
+    for layer in answer.report["kept_positions"]:
+        kept = np.isin(place + run["begin"], layer)
+        text = len(layer) - int(kept.sum())
+        assert text == answer.report["prompt_tokens"] - rows * columns
+        assert 0 < kept.sum() < kept.size
+        assert distance[kept].max() <= distance[~kept].min() + 1e-6

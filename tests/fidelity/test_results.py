@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vlcache_sgl.cli.eval import dump, write_results
 from vlcache_sgl.fidelity import report, run, stats
 from vlcache_sgl.fidelity.compare import compare, select
 from vlcache_sgl.fidelity.data import TASKS
-from vlcache_sgl.fidelity.report import by_index, divergence, markdown, summarise
+from vlcache_sgl.fidelity.report import by_index, divergence, markdown, paired, summarise
 from vlcache_sgl.fidelity.run import Answers, Condition, EvalError, missing, parse_condition
 
 
@@ -42,6 +43,35 @@ def test_examples(module: Any) -> None:
 )
 def test_names_and_conditions(condition: Condition) -> None:
     assert parse_condition(condition.name) == condition
+
+
+def test_only_paired_samples_are_compared() -> None:
+    """Sample c is not answered under the second policy; the third is of an earlier run and has one sample."""
+    records = [record(name, "full", 1.0) for name in "abc"]
+    records += [record(name, "p@0.1", 0.0) for name in "abc"]
+    records += [record(name, "q@0.1", 1.0) for name in "ab"]
+    records += [record("a", "r@0.1", 1.0)]
+    rows = {row["condition"]: row for row in summarise(paired(records, ["full", "p@0.1", "q@0.1"]))}
+    assert {name: row["questions"] for name, row in rows.items()} == {"full": 2, "p@0.1": 2, "q@0.1": 2}
+    assert len(paired(records, ["r@0.1"])) == 4
+
+
+def test_shared_and_private_have_the_same_questions() -> None:
+    """A sample with one question is asked once for both; no arm lacks it."""
+    several = [record("a", name, 1.0, 0.0) for name in ("full", "p@0.1", "p@0.1 private")]
+    one = [record("b", name, 1.0) for name in ("full", "p@0.1")]
+    rows = summarise(paired([*several, *one], ["full", "p@0.1", "p@0.1 private"]))
+    assert [(row["condition"], row["questions"]) for row in rows] == [
+        ("full", 3),
+        ("p@0.1 private", 3),
+        ("p@0.1", 3),
+    ]
+
+
+def test_a_server_that_does_not_count_cached_tokens_is_not_said_to_have_none() -> None:
+    (row,) = summarise([record("a", "full", 1.0, cached_tokens=None)])
+    assert row["cached"] is None
+    assert "not reported" in markdown([row])
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------
@@ -115,11 +145,35 @@ def test_divergence_ends_where_contexts_part() -> None:
 
 def test_results_are_files(tmp_path: Path) -> None:
     records = [record("a", "full", 1.0), record("a", "p@0.1", 0.0), record("a", "p@0.2", 1.0)]
-    rows = write_results(tmp_path, records, {"model": "m"})
+    rows = write_results(tmp_path, records, records, {"model": "m"})
     saved = json.loads((tmp_path / "result.json").read_text())
     assert (saved["records"], saved["summary"], saved["model"]) == (records, rows, "m")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert len(dump(saved).splitlines()) > len(records)
+
+
+def test_forced_answers_have_a_mean_of_their_own() -> None:
+    """Of the questions that could be measured; the others are counted."""
+    records = [record("a", "full", 1.0, answer_logprob=-0.5), record("b", "full", 1.0, not_forced="no")]
+    records += [record("a", "p@0.1", 0.0, answer_logprob=-7.5), record("b", "p@0.1", 0.0, answer_logprob=-2.5)]
+    full, ours = summarise(records)
+    assert (full["answer_logprob"], full["answers_forced"]) == (-0.5, 1)
+    assert (ours["answer_logprob"], ours["answer_interval"]) == (-5.0, [-7.5, -2.5])
+    assert "-0.50 (-0.50 to -0.50), 1 left out" in markdown([full, ours])
+
+
+def test_what_lacks_a_forced_answer_is_asked_again(tmp_path: Path) -> None:
+    """And the later record counts, here and when the folder is opened again."""
+    answers = Answers(tmp_path, "m")
+    answers.add(record("a", "full", 1.0))
+    assert answers.done() == {("a", "full")}
+    assert answers.done(forced=True) == set()
+    answers.add(record("a", "full", 0.0, answer_logprob=-1.0))
+    for opened in (answers, Answers(tmp_path, "m")):
+        assert opened.done(forced=True) == {("a", "full")}
+        assert [one["questions"][0]["score"] for one in opened.records] == [0.0]
+        assert opened.of(Condition(None, "1.0"), [replace(TASKS["single"](0), id="a")]) == opened.records
+        assert opened.of(Condition(None, "1.0"), [TASKS["single"](0)]) == []
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -129,7 +183,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     samples = [TASKS["single"](i) for i in range(3)]
     conditions = [Condition(None, "1.0"), Condition("vlcache", "0.1"), Condition("vlcache", "0.1", "private")]
     answers = Answers(tmp_path, "m")
-    work = missing(samples, conditions, answers.done)
+    work = missing(samples, conditions, answers.done())
     assert len(work) == 6  # one question each: private is the same as shared
     for sample, condition in work[:4]:
         answers.add(record(sample.id, condition.name, 1.0))
@@ -137,7 +191,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
         file.write('{"sample": "single-2", "cond')  # killed while writing
     again = Answers(tmp_path, "m")
     assert again.records == answers.records
-    assert missing(samples, conditions, again.done) == work[4:]
+    assert missing(samples, conditions, again.done()) == work[4:]
     again.add(record("single-2", "full", 1.0))
     assert len(Answers(tmp_path, "m").records) == 5
     with pytest.raises(EvalError, match="answers of m, not of other"):
@@ -199,7 +253,7 @@ def test_unknown_conditions_are_listed() -> None:
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     records = [record(str(i), "full", 1.0) for i in range(9)] + [record(str(i), "p@0.1", 0.0) for i in range(9)]
-    write_results(tmp_path, records, {})
+    write_results(tmp_path, records, records, {})
     assert compare_command.main([f"{tmp_path}#full", "p@0.1"]) == 1
     printed = capsys.readouterr().out
     assert "B - A: -1.000" in printed

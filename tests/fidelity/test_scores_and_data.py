@@ -93,13 +93,32 @@ def test_reads_both_forms(tmp_path: Path) -> None:
     assert len(load_jsonl(write(tmp_path, one, many), limit=1)) == 1
 
 
+def test_texts_need_no_image(tmp_path: Path) -> None:
+    """A document stands in front of each of its questions."""
+    asked = [{"question": "p?", "answers": ["1", "one"]}, {"question": "q?", "answers": ["2"]}]
+    plain, document = load_jsonl(
+        write(tmp_path, {"question": "q?", "answers": ["1"]}, {"text": "Once.", "questions": asked})
+    )
+    assert (plain.text_only, plain.open_images()) == (True, [])
+    assert [question.text for question in (*plain.questions, *document.questions)] == [
+        "q?",
+        "Once.\n\np?",
+        "Once.\n\nq?",
+    ]
+    assert document.questions[0].answers == ("1", "one")
+    (both,) = load_jsonl(write(tmp_path, {"image": "a.png", "text": "Once.", **asked[0]}))
+    assert (both.text_only, both.questions[0].text) == (False, "Once.\n\np?")
+
+
 GOOD = {"image": "a.png", "question": "q?", "answers": ["1"]}
 BROKEN: dict[str, tuple[tuple[Any, ...], str]] = {
     "no json": (("{",), "line 1: not JSON"),
     "no object": (("[]",), "line 1: not an object"),
-    "second line": ((GOOD, {**GOOD, "image": "b.png"}), "line 2: no such picture"),
+    "second line": ((GOOD, {**GOOD, "image": "b.png"}), "line 2: no such image"),
+    "no image": (({**GOOD, "image": "mine.jsonl"},), "line 1: not an image: .*mine.jsonl"),
     "unknown key": (({**GOOD, "answer": "1"},), "unknown answer; known: answers"),
-    "no picture": (({"question": "q?", "answers": ["1"]},), "`images`"),
+    "images a text": (({**GOOD, "images": "a.png"},), "`images`"),
+    "text a list": (({"text": ["a"], "question": "q?", "answers": ["1"]},), "`text`"),
     "no answers": (({"image": "a.png", "question": "q?"},), "`answers`"),
     "answers a text": (({**GOOD, "answers": "1"},), "`answers`"),
     "unknown metric": (({**GOOD, "metric": "bleu"},), "choose one of: exact"),

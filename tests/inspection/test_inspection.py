@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 import re
@@ -30,6 +31,31 @@ def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLA
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
     report = {"kept_positions": kept, "vision": vision, "prompt_tokens": end + 2}
     return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m")
+
+
+def test_the_earlier_questions_are_named(tmp_path: Path) -> None:
+    found = dataclasses.replace(seen([[3]], grid(2, 3)), earlier=("what came <first>?",))
+    write_page(found, tmp_path / "a.html")
+    assert "<td>asked before</td><td>what came &lt;first&gt;?</td>" in (tmp_path / "a.html").read_text()
+    figure = drawn_texts(found, tmp_path / "a.png")
+    assert "asked before: what came <first>?" in figure
+
+
+def drawn_texts(found: Inspection, path: Path) -> list[str]:
+    """What `draw_sheet` writes in the head of the sheet."""
+    from matplotlib.figure import SubFigure
+
+    written: list[str] = []
+    original = SubFigure.text
+
+    def text(self: Any, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
+        written.append(s)
+        return original(self, x, y, s, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SubFigure, "text", text)
+        draw_sheet(found, path)
+    return written
 
 
 @pytest.mark.parametrize("module", [layout, page, sheet])

@@ -407,7 +407,14 @@ def by_formula(queries, keys, row_index, scale, prefix_keys, prefix_valid) -> di
 @pytest.mark.parametrize("tile_elements", [1 << 20, 200], ids=["one-tile", "many-tiles"])
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "owned", "prefix_valid"),
-    [(1, 1, 1, 1, (0,)), (5, 4, 2, 37, (0, 0)), (9, 6, 2, 50, (13, 13)), (9, 6, 2, 50, (3, 13)), (40, 2, 1, 40, (7,))],
+    [
+        (1, 1, 1, 1, (0,)),
+        (5, 4, 2, 37, (0, 0)),
+        (9, 6, 2, 50, (13, 13)),
+        (9, 6, 2, 50, (3, 13)),
+        (9, 6, 2, 50, (0, 13)),
+        (40, 2, 1, 40, (7,)),
+    ],
 )
 def test_reference_is_the_formula(tile_elements, rows, heads, kv_heads, owned, prefix_valid, monkeypatch) -> None:
     monkeypatch.setattr(reference, "TILE_ELEMENTS", tile_elements)

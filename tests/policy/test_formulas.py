@@ -70,7 +70,7 @@ def allocated(text: str, prompt: Prompt, total: int, layers: list[Layer] | None 
 def counts_of(policy: Policy, prompt: Prompt, total: int, layers: list[Layer] | None = None) -> np.ndarray:
     layers = layers or synthetic_layers(prompt)
     views = (view_layers(layers, prompt, needs) for needs in policy.needs)
-    return policy.decide(*views, prompt, total).counts.numpy()
+    return policy.decide(*views, prompt, total).counts[:, 0].numpy()
 
 
 def close(ours: np.ndarray, formula: np.ndarray) -> None:
@@ -86,9 +86,18 @@ def shares(weights: np.ndarray, total: int) -> np.ndarray:
 
 @PROMPTS
 def test_vlcache_scores(prompt):
-    for ours, layer in zip(scored("vlcache", prompt), synthetic_layers(prompt), strict=True):
+    for ours, layer in zip(scored("vlcache:paper", prompt), synthetic_layers(prompt), strict=True):
         votes = per_kv_head(attention(layer, prompt)[:, voters(prompt)].sum(1), prompt)
         close(ours, votes[:, prompt.start :])
+
+
+@PROMPTS
+def test_vlcache_scores_are_the_strongest_votes_smoothed(prompt):
+    for ours, layer in zip(scored("vlcache", prompt), synthetic_layers(prompt), strict=True):
+        votes = attention(layer, prompt)[:, voters(prompt)].max(1)
+        heads = votes.reshape(prompt.num_kv_heads, -1, prompt.length).max(1)
+        padded = np.pad(heads[:, prompt.start :], ((0, 0), (8, 8)))
+        close(ours, np.stack([padded[:, i : i + prompt.owned] for i in range(17)]).mean(0))
 
 
 @PROMPTS
@@ -321,17 +330,17 @@ def test_zipvl(prompt, tau):
 
 @PROMPTS
 def test_global(prompt):
-    scores = scored("vlcache", prompt).mean(1)
+    scores = scored("vlcache:paper", prompt).mean(1)
     ranked = sorted(((-value, layer) for layer, row in enumerate(scores) for value in row))[:60]
     expected = [sum(layer == winner for _, winner in ranked) for layer in range(3)]
     assert counts_of(resolve("scorer=vlcache,allocator=global"), prompt, 60).tolist() == expected
 
 
 def test_global_composite():
-    scores = -np.sort(-scored("vlcache", ONE), axis=2)  # every head sorted, then the i-th best together
+    scores = -np.sort(-scored("vlcache:paper", ONE), axis=2)  # every head sorted, then the i-th best together
     ranked = sorted(((-value, layer) for layer, row in enumerate(scores.mean(1)) for value in row))[:60]
     expected = [sum(layer == winner for _, winner in ranked) for layer in range(3)]
-    policy = resolve("scorer=vlcache,allocator=global,composite=true,heads=split")
+    policy = resolve("scorer=vlcache,allocator=global,among=composite,heads=split")
     assert counts_of(policy, ONE, 60).tolist() == expected
 
 

@@ -49,7 +49,7 @@ class Says:
     query_aware: ClassVar[bool] = True
 
     def score(self, layer, prompt):
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
 
@@ -62,7 +62,7 @@ class Says:
 class Equal:
     needs: ClassVar[Needs] = Needs()
     extra: int = 0
-    quality_target: bool = False
+    budget_sum: str = "exact"
 
     def allocate(self, layers, prompt, budget):
         return budget.distribute(torch.ones(budget.num_layers)) + self.extra
@@ -192,9 +192,9 @@ def test_equal_policies_have_equal_fingerprints():
 def test_decide_keeps_the_budget_and_sets_the_scores():
     scorer_layers, allocator_layers = views(), views()
     plan = toy("toy").decide(scorer_layers, allocator_layers, PROMPT, 50)
-    assert plan.counts.tolist() == [17, 17, 16]
+    assert plan.tokens_per_layer == [17, 17, 16]
     assert plan.keep.shape == (3, 1, 90)
-    assert all(view.scores.shape == (2, 90) for view in scorer_layers + allocator_layers)
+    assert all(view.scores.shape == (1, 90) for view in allocator_layers)
     assert plan.keep[2, 0].nonzero().flatten().tolist() == list(range(74, 90))
 
 
@@ -223,7 +223,11 @@ def decide(scorer: Any, allocator: Any, total: int = 50):
         pytest.param(Positions(), Says(torch.tensor([1, 2])), "counts have shape", id="counts-shape"),
         pytest.param(Positions(), Says(torch.tensor([1, 2, 91])), r"counts must be in \[0, 90\]", id="counts-range"),
         pytest.param(Positions(), Says(None), "counts are a NoneType", id="counts-none"),
+        pytest.param(Says(SystemExit(3)), Equal(), "scorer s raised SystemExit: 3", id="score-exits"),
+        pytest.param(Positions(), Says(GeneratorExit()), "allocator a raised GeneratorExit", id="exits"),
         pytest.param(Positions(), Equal(extra=1), "allocator a keeps 53 tokens, the budget is 50", id="over-budget"),
+        pytest.param(Positions(), Equal(extra=-1), "allocator a keeps 47 tokens, the budget is 50", id="under-budget"),
+        pytest.param(Positions(), Equal(1, "at_most"), "allocator a keeps 53 tokens", id="over-an-upper-bound"),
     ],
 )
 def test_nonsense_is_a_fault(scorer, allocator, message):
@@ -231,9 +235,37 @@ def test_nonsense_is_a_fault(scorer, allocator, message):
         decide(scorer, allocator)
 
 
-def test_a_quality_target_may_miss_the_budget():
-    assert decide(Positions(), Equal(extra=1, quality_target=True)).total == 53
-    assert decide(Positions(), Equal(extra=-1)).total == 47
+@pytest.mark.parametrize(("extra", "rule"), [(1, "free"), (-1, "free"), (-1, "at_most")])
+def test_an_allocator_that_says_so_may_miss_the_budget(extra, rule):
+    assert decide(Positions(), Equal(extra, rule)).total == 50 + 3 * extra
+
+
+def test_a_keyboard_interrupt_is_not_a_policys():
+    with pytest.raises(KeyboardInterrupt):
+        decide(Says(KeyboardInterrupt()), Equal())
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), RuntimeError("no"), ValueError("no")])
+def test_a_part_that_cannot_be_built_is_refused(error):
+    @dataclass(frozen=True)
+    class Unbuildable(Equal):
+        def __post_init__(self):
+            raise error
+
+    with pytest.raises(PolicyError, match="allocator broken"):
+        resolve(
+            "scorer=positions,allocator=broken",
+            installed=registry(
+                allocators={
+                    "broken": Registered(AllocatorPlugin("broken", Unbuildable), Provider("toy", "1", "broken = m"))
+                }
+            ),
+        )
+
+
+def test_an_unknown_budget_sum_is_refused():
+    with pytest.raises(PolicyError, match="budget_sum"):
+        resolve("scorer=positions,allocator=equal,budget_sum=roughly", installed=registry())
 
 
 def test_needs_and_query_awareness():

@@ -19,7 +19,7 @@ def decide(settings: str, total: int, *, vision: tuple[int, int] | None = None, 
 
 
 def counts(settings: str, total: int = 60, **options) -> list[int]:
-    return decide(settings, total, **options).counts.tolist()
+    return decide(settings, total, **options).tokens_per_layer
 
 
 def test_table(tmp_path):
@@ -52,7 +52,7 @@ def test_a_file_and_its_inline_form_keep_the_same(tmp_path):
 def test_shares_of_vision_leave_the_text_alone():
     """10 of 80 tokens are text: they stay in every layer, and so does the weight's share of the other 70."""
     plan = decide("weights=0.1/1/0,basis=vision,protect=text", 239, vision=(5, 75))
-    assert plan.counts.tolist() == [10 + 7, 80, 10]
+    assert plan.tokens_per_layer == [10 + 7, 80, 10]
     text = [*range(5), *range(75, 80)]
     assert bool(plan.keep[:, :, text].all())
     assert plan.keep[2, 0].nonzero().flatten().tolist() == text

@@ -4,14 +4,17 @@ Distributions are faked as their metadata is on disk: a ``*.dist-info`` director
 """
 
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from vlcache_sgl.api.testing import synthetic_prompt, synthetic_views
+from vlcache_sgl.api import Needs
+from vlcache_sgl.api.testing import PROPERTIES, check_policy, synthetic_prompt, synthetic_views
 from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.policy.describe import describe
 from vlcache_sgl.policy.manager import load_registry
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_policy"
@@ -43,6 +46,17 @@ def vlcache_scorers():
     yield ScorerPlugin("acme", Mine)
 """
 )
+
+
+RECIPE = """
+@hookimpl
+def vlcache_scorers():
+    yield ScorerPlugin("acme", Mine)
+
+@hookimpl
+def vlcache_recipes():
+    yield RecipePlugin("acme_policy", {})
+"""
 
 
 def scorer(body: str) -> str:
@@ -78,6 +92,24 @@ def test_a_sound_package_is_found_and_selected(install):
     assert policy.providers[0] == "acme-kv 1.2"
     prompt = synthetic_prompt()
     assert policy.decide(*synthetic_views(prompt, policy.needs), prompt, 100).total == 100
+
+
+def test_parts_without_needs_need_nothing(install):
+    """The class attribute may be left out; the first server of a policy that did so would not start."""
+    without = HEAD.replace("    needs = Needs()\n", "")
+    assert "needs" not in without
+    install(
+        without
+        + "@hookimpl\ndef vlcache_scorers():\n    yield ScorerPlugin('acme', Mine)\n"
+        + "@hookimpl\ndef vlcache_allocators():\n    yield AllocatorPlugin('share', Share)\n"
+    )
+    registry = load_registry()
+    assert registry.problems == ()
+    policy = resolve("scorer=acme,allocator=share", installed=registry)
+    assert policy.needs == (Needs(), Needs())
+    check_policy(policy)
+    needs = {item.name: item.needs for item in describe(registry) if item.name in ("acme", "share")}
+    assert needs == {"acme": "nothing", "share": "nothing"}
 
 
 def test_one_entry_point_may_carry_everything(install):
@@ -142,10 +174,6 @@ BROKEN = {
     "not-frozen": (
         scorer("@dataclass\nclass Broken:\n    needs = Needs()\n    query_aware = False\n    score = Mine.score"),
         "Broken must be a frozen dataclass",
-    ),
-    "no-needs": (
-        scorer("@dataclass(frozen=True)\nclass Broken:\n    query_aware = False\n    score = Mine.score"),
-        "Broken has no `needs`",
     ),
     "no-query-aware": (
         scorer("@dataclass(frozen=True)\nclass Broken:\n    needs = Needs()\n    score = Mine.score"),
@@ -237,9 +265,50 @@ def test_the_example_package_is_sound(install):
     install((EXAMPLE / "vlcache_edges.py").read_text())
     registry = load_registry()
     assert registry.problems == ()
-    prompt = synthetic_prompt()
-    for allocator in ("uniform", "global"):
-        policy = resolve(f"scorer=edges,allocator={allocator},power=2", installed=registry)
-        assert policy.decide(*synthetic_views(prompt, policy.needs), prompt, 100).total == 100
+    for text in ("edges", "scorer=edges,allocator=global,power=2", "center"):
+        check_policy(resolve(text, installed=registry))
     assert resolve("edges", installed=registry).selection.protect == "text"
     assert 'edges = "vlcache_edges"' in (EXAMPLE / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ('scorer="acmee", allocator="uniform"', ("unknown scorer 'acmee'", "did you mean 'acme'?")),
+        ('scorer="acme", allocator="nothing_like_it"', ("unknown allocator 'nothing_like_it'",)),
+        ('scorer="acme", allocator="uniform", params={"windw": 3}', ("unknown parameter 'windw'",)),
+        ('scorer="acme", allocator="uniform", variants={"fast": {"poool": 3}}', ("unknown parameter 'poool'",)),
+    ],
+)
+def test_a_recipe_that_names_what_is_not_there_is_a_problem(install, fields, words):
+    install(HEAD + RECIPE.replace("{}", fields))
+    loaded = load_registry()
+    assert "acme_policy" not in loaded.recipes
+    (problem,) = loaded.problems
+    assert problem.startswith("acme-kv 1.2 (entry point")
+    assert "policy 'acme_policy'" in problem
+    assert all(word in problem for word in words)
+
+
+def test_a_sound_recipe_is_listed(install):
+    install(HEAD + RECIPE.replace("{}", 'scorer="acme", allocator="uniform", params={"sink": 4}'))
+    loaded = load_registry()
+    assert not loaded.problems
+    assert "acme_policy" in loaded.recipes
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example's own tests, as its author would run them; its policies are known as if it were installed."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    spec = importlib.util.spec_from_file_location("test_vlcache_edges", EXAMPLE / "test_vlcache_edges.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("vlcache_edges", None)
+
+
+def test_the_tests_of_the_example_package_pass(example):
+    for policy in example.POLICIES:
+        for name in PROPERTIES:
+            example.test_it_keeps_its_contract(policy, name)

@@ -230,6 +230,16 @@ class Requests:
             torch.cuda.synchronize()
         self.residency.reclaim(eviction)
 
+    def empty(self, row: int, planes: list[int]) -> None:
+        """Let these planes keep nothing of a request, all others everything that they have."""
+        slots = self.memory.req_to_token[row, : self.lengths[row]].long()
+        keep = torch.ones(self.residency.num_planes, len(slots), dtype=torch.bool, device=DEVICE)
+        keep[planes] = False
+        eviction = self.residency.evict(slots, keep)
+        if CUDA:
+            torch.cuda.synchronize()
+        self.residency.reclaim(eviction)
+
     def dense(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""
         slots = self.memory.req_to_token[row, : self.lengths[row]].long()

@@ -25,7 +25,14 @@ from vlcache_sgl.runtime.tensor_parallel import HeadGather
 
 LAYERS, HEADS, KV_HEADS, DIM, LENGTH = 3, 4, 2, 16, 96
 VISION = (Span(4, 80),)
+FRONT = VISION[0].begin
+"""Tokens in front of the image, which no request evicts."""
 SCALE = DIM**-0.5
+
+
+def kept_of(budget: float, own: int = LENGTH, front: int = FRONT) -> int:
+    """Tokens that a request keeps of `own` new ones, over all layers: the front, and the budget's share of the rest."""
+    return front * LAYERS + round(budget * (own - front) * LAYERS)
 
 
 class Bench:
@@ -113,7 +120,7 @@ def test_budget_is_exact_and_memory_comes_back() -> None:
     bench = Bench()
     job = bench.job("vlcache", budget=0.25)
     row = bench.prefill(job, [60, 36])
-    target = round(0.25 * LENGTH * LAYERS)
+    target = kept_of(0.25)
     assert bench.arena.residency.used_cells == target == int(bench.kept(row).sum())
     assert job.report["kept_tokens_per_layer"] == bench.kept(row).sum(1).tolist()
     assert bench.counters.cells_kept == target
@@ -171,12 +178,76 @@ def test_heads_may_have_kept_different_parts_of_a_shared_prefix(chunks: list[int
 
 
 def test_short_own_parts_are_left_alone() -> None:
+    """And the report says what they were served."""
     bench = Bench()
-    prefix = bench.prefill(bench.job("vlcache", min_tokens=1000), [90])
+    prefix = bench.prefill(bench.job("vlcache"), [LENGTH])[:90]
+    there = bench.kept(prefix)
     job = bench.job("vlcache", min_tokens=8)
-    assert bool(bench.kept(bench.prefill(job, [6], row=prefix)).all())
-    assert job.report["skipped"] == "short"
+    assert bool(bench.kept(bench.prefill(job, [6], row=prefix))[:, 90:].all())
+    bench.compressor.report_shared(job)
+    assert job.report == {
+        "policy": "vlcache",
+        "budget": "0.25",
+        "skipped": "short",
+        "prompt_tokens": LENGTH,
+        "shared_tokens": 90,
+        "shared_kept_per_layer": [round(share, 4) for share in there.float().mean(1).tolist()],
+    }
     assert not job.holds_back(3)
+
+
+@pytest.mark.parametrize("groups", [1, KV_HEADS])
+@pytest.mark.parametrize("chunks", [[LENGTH], [2, 94], [4, 92], [30, 66]], ids=str)
+@pytest.mark.parametrize("policy", ["vlcache", "h2o", "streaming", "compactor"])
+def test_what_lies_in_front_of_the_first_image_stays(policy: str, chunks: list[int], groups: int) -> None:
+    bench = Bench(groups)
+    job = bench.job(policy, budget=0.1)
+    kept = bench.kept(bench.prefill(job, chunks)).view(LAYERS, groups, LENGTH)
+    assert bench.counters.policy_failures == (policy == "compactor")  # needs a rotary embedding: not here
+    assert bool(kept[..., :FRONT].all())
+    if policy != "compactor":
+        assert int(kept.sum()) == kept_of(0.1) * groups == bench.counters.cells_kept
+        assert job.report["front_tokens"] == FRONT
+        assert sum(job.report["kept_tokens_per_layer"]) == kept_of(0.1)
+
+
+def test_the_front_only_enters_the_normaliser() -> None:
+    """Statistics of rows do not depend on whether the prefix cache or the request itself has brought the front."""
+    own, hit = Bench(), Bench()
+    one = own.job("h2o")
+    own.prefill(one, [50, 46], finish=False)
+    front = hit.prefill(hit.job("h2o", min_tokens=1000), [FRONT])
+    other = hit.job("h2o")
+    hit.prefill(other, [46, 46], row=front, finish=False)
+    assert one.scoring is not None
+    assert other.scoring is not None
+    for mine, theirs in zip(
+        *(s.views(lambda layer: torch.empty(0))[0] for s in (one.scoring, other.scoring)), strict=True
+    ):
+        torch.testing.assert_close(mine.column_sum, theirs.column_sum)
+
+
+def test_a_retracted_request_reports_and_counts_what_was_done() -> None:
+    """Retracted while it decodes, it finds its own prompt and computes no row of it."""
+    bench = Bench()
+    job = bench.job("vlcache")
+    row = bench.prefill(job, [50, 46])
+    done, counted = dict(job.report), bench.counters.as_dict()
+    for begin in (LENGTH - 1, LENGTH):
+        job.restart()
+        bench.compressor.begin_chunk(job, begin, LENGTH + 3)
+        bench.compressor.finish(job, row.int())
+        bench.compressor.report_shared(job)
+        assert job.report == done
+        assert job.guard is None
+    # Its prompt is gone from the tree: prefilled and compressed once more, counted once.
+    bench.allocator.free(row)
+    bench.prefill(job, [LENGTH])
+    assert job.report == done
+    times = ("scoring_ms", "selection_ms", "guard_ms", "prefill_ms")
+    assert {k: v for k, v in bench.counters.as_dict().items() if k not in times} == {
+        k: v for k, v in counted.items() if k not in times
+    }
 
 
 def test_retraction_starts_over() -> None:
@@ -299,7 +370,7 @@ def test_modalities_are_counted_per_layer(groups: int) -> None:
     counters = bench.counters
     assert counters.vision_seen_by_layer == [2 * 76 * groups] * LAYERS
     assert counters.vision_kept_by_layer == torch.as_tensor(kept).view(LAYERS, groups).sum(1).tolist()
-    assert list(counters.ratios) == pytest.approx([0.25, 0.25], abs=0.01)
+    assert list(counters.ratios) == [kept_of(0.25) / (LENGTH * LAYERS)] * 2
     assert bench.compressor.all_counted
 
 

@@ -9,7 +9,11 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
+from vlcache_sgl.api import Grid, Span
+from vlcache_sgl.config import KVBudget
+from vlcache_sgl.policy import resolve
 from vlcache_sgl.runtime.media import vision_runs, vision_spans
+from vlcache_sgl.runtime.requests import Choice, CompressionJob
 
 SIDE, TILE = 6, 84
 
@@ -48,6 +52,25 @@ def test_frames_of_a_video_in_one_run_and_in_several() -> None:
     apart = item(Modality.VIDEO, [(5, 10), (15, 20), (25, 30)], video_grid_thw=grid)
     runs = vision_runs(inputs(apart), None)
     assert [(run.begin, run.item, shapes(run)) for run in runs] == [(b, 0, [(2, 3)]) for b in (5, 15, 25)]
+
+
+def test_a_job_tells_its_policy_the_grids() -> None:
+    """Span for span: an image of 2 x 3 tokens between text, then a video of two frames of 1 x 2."""
+    image = item(offsets=[(10, 15)], image_grid_thw=torch.tensor([[1, 4, 6]]))
+    video = item(Modality.VIDEO, [(2, 5)], video_grid_thw=torch.tensor([[2, 2, 4]]))
+    found = inputs(image, video)
+    choice = Choice(resolve("streaming"), KVBudget(fraction=0.5))
+    job = CompressionJob(choice, vision_spans(found), 20, min_tokens=0, runs=vision_runs(found, None))
+    assert job.vision == (Span(2, 6), Span(10, 16))
+    assert job.grids == ((Grid(1, 2), Grid(1, 2)), (Grid(2, 3),))
+
+
+def test_a_layout_that_cannot_be_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Every request asks for its layout, whether it reports it or not."""
+    strange = SimpleNamespace(num_patches_per_side=SIDE, image_grid_pinpoints="strange")
+    for _ in range(3):
+        assert vision_runs(llava(100, (168, 168), "anyres"), strange)[0].grids == ()
+    assert len([r for r in caplog.records if "layout of vision tokens" in r.message]) == 1
 
 
 def test_what_does_not_fit_is_not_guessed() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from vlcache_sgl.config import config_from
 from vlcache_sgl.runtime.flags import FLAG_POINTS
-from vlcache_sgl.runtime.patch_points import TOKENIZER_POINTS, runtime_points
+from vlcache_sgl.runtime.gate import Gate
+from vlcache_sgl.runtime.patch_points import HTTP_POINTS, MEDIA_POINTS, gate_points, runtime_points
 from vlcache_sgl.runtime.patching import PatchError, Patches, PatchPoint, locate
 from vlcache_sgl.runtime.session import Session
 
@@ -97,7 +99,11 @@ def test_verify_notices_somebody_elses_patch(victim: types.ModuleType) -> None:
 def test_every_target_exists_in_sglang() -> None:
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
-    points = [*FLAG_POINTS, *TOKENIZER_POINTS, *runtime_points(Session(config))]
+    model = SimpleNamespace(
+        num_attention_layers=2, num_attention_heads=4, get_total_num_kv_heads=lambda: 2, head_dim=16
+    )
+    gate = gate_points(Gate(config, model, ranks=1))
+    points = [*FLAG_POINTS, *MEDIA_POINTS, *HTTP_POINTS, *gate, *runtime_points(Session(config))]
     for one in points:
         locate(one.target)
     assert len({one.target for one in points}) == len(points)

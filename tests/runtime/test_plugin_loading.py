@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from vlcache_sgl.config import ConfigError
+from vlcache_sgl.policy import policy, registry
+from vlcache_sgl.runtime import flags
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "tests/e2e/plugins/broken_policies"
@@ -39,3 +44,12 @@ def test_policy_plugins_are_imported_when_a_policy_is_asked_for(flags: tuple[str
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.splitlines()[-1] == f"loaded: {loaded}"
+
+
+def test_a_broken_plugin_is_not_blamed_on_flags_that_were_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(registry(), problems=("acme 2 (entry point a = b): cannot be imported: no",))
+    for module in (policy, flags):
+        monkeypatch.setattr(module, "registry", lambda: broken)
+    with pytest.raises(ConfigError) as caught:
+        flags.check_flags({"kv_policy": "vlcache"})
+    assert str(caught.value) == f"--kv-policy: broken policy plugins (fix or uninstall them): {broken.problems[0]}"

@@ -40,9 +40,14 @@ Make = Callable[[Memory], Provider]
 
 @ALL
 @GROUPS
-@pytest.mark.parametrize("want_lse", [False, True], ids=["", "lse"])
-def test_extend(provider: Make, groups: int, want_lse: bool) -> None:
-    """No prefix, a prefix that was compressed, a prefix of one token; the last two vote."""
+@pytest.mark.parametrize(
+    ("want_lse", "emptied"), [(False, False), (True, False), (True, True)], ids=["", "lse", "lse-emptied"]
+)
+def test_extend(provider: Make, groups: int, want_lse: bool, emptied: bool) -> None:
+    """No prefix, a prefix that was compressed, a prefix of one token; the last two vote.
+
+    Emptied: of one prefix a plane of layer 0 and all of layer 1 keep nothing, of the other no plane does.
+    """
     world = bench.Requests(groups)
     backend = provider(world.memory)
     plan = {3: (0, 9), 1: (70, 5), 6: (1, 17)}
@@ -50,6 +55,8 @@ def test_extend(provider: Make, groups: int, want_lse: bool) -> None:
         if begin:
             world.append(row, begin)
             world.evict(row, 0.4)
+        if begin and emptied:
+            world.empty(row, [0, *range(groups, 2 * groups)] if begin > 1 else list(range(LAYERS * groups)))
     begins = torch.tensor([begin for begin, _ in plan.values()], device=DEVICE)
     requests, first = [], 0
     for row, (begin, count) in plan.items():
@@ -97,14 +104,16 @@ def test_extend(provider: Make, groups: int, want_lse: bool) -> None:
 
 
 @ALL
-@GROUPS
-def test_decode_over_a_changing_batch(provider: Make, groups: int) -> None:
+@pytest.mark.parametrize(("groups", "emptied"), [(1, False), (KV_HEADS, False), (KV_HEADS, True)])
+def test_decode_over_a_changing_batch(provider: Make, groups: int, emptied: bool) -> None:
     """Three requests; one leaves, one comes back with other slots, one has its slots exchanged."""
     world = bench.Requests(groups)
     backend = provider(world.memory)
     for row, (tokens, share) in bench.LENGTHS.items():
         world.append(row, tokens)
         world.evict(row, share)
+        if emptied:
+            world.empty(row, [0, *range(groups, 2 * groups)] if row == 3 else list(range(LAYERS * groups)))
         backend.invalidate(row)
     for number, rows in enumerate([[3, 5, 1], [3, 5, 1], [3, 1], [5, 3, 1], [5, 3, 1], [1]]):
         if number == 3:  # row 5 is another request now

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vlcache_sgl.config import ConfigError, config_from
+from vlcache_sgl.config import ConfigError, KVBudget, config_from
 from vlcache_sgl.policy import PolicyError
-from vlcache_sgl.runtime.requests import LONGEST_SPEC, Choices, wanted_report
+from vlcache_sgl.runtime import custom_params
+from vlcache_sgl.runtime.custom_params import LONGEST_SPEC, RequestParams, misplaced
+from vlcache_sgl.runtime.requests import Choice, Choices
 
 LONGEST_MESSAGE = 4000
 
@@ -19,6 +22,10 @@ def choices(**flags: str) -> Choices:
     config = config_from({"kv_policy": "vlcache", **flags})
     assert config is not None
     return Choices(config)
+
+
+def select(among: Choices, custom_params: Any) -> Choice:
+    return among.select(RequestParams.read(custom_params), 1000)
 
 
 def nested(depth: int) -> Any:
@@ -68,8 +75,7 @@ def test_deeply_nested_parameters(key: str | None) -> None:
 
 def check(params: Any) -> None:
     try:
-        choice = DEFAULT.select(params, 1000)
-        wanted_report(params)
+        choice = select(DEFAULT, params)
     except (ConfigError, PolicyError) as error:
         message = str(error)
         assert 0 < len(message) < LONGEST_MESSAGE
@@ -81,7 +87,7 @@ def check(params: Any) -> None:
 def test_texts_that_are_remembered_are_short() -> None:
     """A padded name means the same policy and would be remembered whole."""
     with pytest.raises(ConfigError, match=f"at most {LONGEST_SPEC} characters"):
-        DEFAULT.select({"kv_policy": "vlcache" + " " * LONGEST_SPEC}, 1000)
+        select(DEFAULT, {"kv_policy": "vlcache" + " " * LONGEST_SPEC})
     assert all(len(spec) <= LONGEST_SPEC for spec, *_ in DEFAULT._known)
 
 
@@ -89,8 +95,8 @@ def test_texts_that_are_remembered_are_short() -> None:
 def test_budgets_stay_within_the_servers_bounds(budget: float) -> None:
     bounded = choices(kv_budget_min="0.05", kv_budget_max="0.6")
     with pytest.raises(ConfigError, match="bounds"):
-        bounded.select({"kv_budget": budget}, 1000)
-    assert bounded.select({"kv_budget": 0.5}, 1000).budget.fraction == 0.5
+        select(bounded, {"kv_budget": budget})
+    assert select(bounded, {"kv_budget": 0.5}).budget.fraction == 0.5
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_budgets_stay_within_the_servers_bounds(budget: float) -> None:
 )
 def test_only_allowed_policies(spec: str) -> None:
     with pytest.raises(ConfigError, match="not allowed"):
-        choices(kv_allow_policies="snapkv").select({"kv_policy": spec}, 1000)
+        select(choices(kv_allow_policies="snapkv"), {"kv_policy": spec})
 
 
 @pytest.mark.parametrize("key", ["file", "allocator.file"])
@@ -107,4 +113,58 @@ def test_a_request_names_no_file(key: str, tmp_path: Any) -> None:
     table = tmp_path / "table.json"
     table.write_text("[1]")
     with pytest.raises(PolicyError, match="only be set by --kv-policy"):
-        DEFAULT.select({"kv_policy": f"scorer=vlcache,allocator=table,{key}={table}"}, 1000)
+        select(DEFAULT, {"kv_policy": f"scorer=vlcache,allocator=table,{key}={table}"})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("kv_budgt", "kv_budget"), ("kv_polcy", "kv_policy"), ("kv_", None), ("kv_guard", None)]
+)
+def test_a_misspelled_name_is_refused(name: str, meant: str | None) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RequestParams.read({name: 0.2})
+    message = str(refused.value)
+    assert repr(name) in message
+    assert all(key in message for key in custom_params.KEYS)
+    assert ("did you mean" in message) == (meant is not None)
+    assert meant is None or f"did you mean {meant}?" in message
+
+
+def test_other_custom_params_are_not_ours() -> None:
+    assert RequestParams.read({"thinking_budget": 3, "kv": 1}) == RequestParams()
+
+
+def test_read_once_whole() -> None:
+    asked = {"kv_policy": "snapkv", "kv_budget": 64, "kv_share": "off", "kv_report": "positions", "other": []}
+    assert RequestParams.read(asked) == RequestParams("snapkv", KVBudget(tokens=64), "off", "positions")
+
+
+@pytest.mark.parametrize("budget", [0.25, 1.0, 2, 100, 4096])
+def test_a_budget_is_accepted_as_it_is_printed(budget: float) -> None:
+    parsed = KVBudget.parse(budget)
+    assert KVBudget.parse(str(parsed)) == parsed
+    assert RequestParams.read({"kv_budget": str(parsed)}).budget == parsed
+
+
+CHAT = SimpleNamespace(custom_params=None)
+GENERATE = SimpleNamespace(sampling_params={}, kv_hints=None)
+OTHER = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("body", "request_", "message"),
+    [
+        ({"kv_policy": "snapkv"}, CHAT, "'kv_policy' belongs into custom_params"),
+        ({"kv_policy": "snapkv"}, GENERATE, "'kv_policy' belongs into sampling_params.custom_params"),
+        ({"kv_polcy": "snapkv"}, CHAT, "did you mean kv_policy?"),
+        ({"kv_budget": 1}, OTHER, "this endpoint does not read 'kv_budget'"),
+        ({"custom_params": {"kv_budget": 1}}, OTHER, "this endpoint does not read custom_params"),
+        ({"custom_params": {"kv_budgt": 1}}, GENERATE, "belongs into sampling_params"),
+        ({"custom_params": {"kv_budget": 1}}, CHAT, None),
+        ({"custom_params": {"thinking_budget": 1}}, OTHER, None),
+        ({"kv_hints": {}, "model": "m"}, GENERATE, None),
+        (["kv_policy"], CHAT, None),
+    ],
+)
+def test_what_an_endpoint_would_ignore(body: Any, request_: Any, message: str | None) -> None:
+    found = misplaced(body, request_)
+    assert found is None if message is None else found is not None and message in found

@@ -68,7 +68,7 @@ def keys_of(layer: int, which: torch.Tensor) -> torch.Tensor:
 def copy_of(sharing: Sharing, job: CompressionJob, needed: list[int]) -> torch.Tensor:
     """`[L, n]` bool."""
     plan = sharing.copy_plan(job, PROMPT, own_plan(needed), keys_values, ALONE)
-    assert torch.equal(plan.counts, plan.keep[:, 0].sum(-1))
+    assert torch.equal(plan.counts, plan.keep.sum(-1))
     return plan.keep[:, 0]
 
 

@@ -87,6 +87,21 @@ def test_extend(dtype: torch.dtype, groups: int, heads: int, kv_heads: int, dim:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize("valid", [[5, 0], [0, 5], [0, 0]], ids=str)
+def test_heads_without_a_prefix_attend_as_if_there_were_none(dtype: torch.dtype, valid: list[int]) -> None:
+    """Outputs and log-sum-exps of such a head are those of the new tokens alone."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 32), torch.randn(3, 2, 32), torch.randn(3, 2, 32)
+    q, k, v, prefix = (x.to(dtype) for x in (q, k, v, torch.randn(5, 2, 2, 32)))
+    alone, alone_lse = torch_provider.extend_with_lse(q, k, v, None, None, 32**-0.5)
+    joined, joined_lse = torch_provider.extend_with_lse(q, k, v, prefix, torch.tensor(valid), 32**-0.5)
+    without = torch.tensor([count == 0 for count in valid]).repeat_interleave(3)
+    assert torch.equal(joined[:, without], alone[:, without])
+    torch.testing.assert_close(joined_lse[:, without], alone_lse[:, without])
+    assert not torch.equal(joined[:, ~without], alone[:, ~without]) or not any(valid)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("groups", [1, 2], ids=["layer-cells", "head-cells"])
 def test_decode_over_a_changing_batch(dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests of very different length join, leave and grow; each attends to its own cells only."""

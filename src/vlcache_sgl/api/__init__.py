@@ -8,16 +8,19 @@ as named records; the user picks by name with ``--kv-policy``.
 from vlcache_sgl.api.hookspecs import hookimpl
 from vlcache_sgl.api.needs import Needs, Rows
 from vlcache_sgl.api.ops import keep_first, keep_last, minmax, pool, zscore
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin, Selection
-from vlcache_sgl.api.tensors import Budget, LayerView, Prompt, Rotary, Span, declared
+from vlcache_sgl.api.tensors import Budget, Grid, LayerView, Patches, Prompt, Rotary, Span, declared
 
 __all__ = [
     "Allocator",
     "AllocatorPlugin",
     "Budget",
+    "BudgetSum",
+    "Grid",
     "LayerView",
     "Needs",
+    "Patches",
     "Prompt",
     "RecipePlugin",
     "Rotary",

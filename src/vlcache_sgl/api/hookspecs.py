@@ -48,12 +48,10 @@ def vlcache_allocators() -> Iterable[AllocatorPlugin]:  # type: ignore[empty-bod
 
         from dataclasses import dataclass
         import torch
-        from vlcache_sgl.api import AllocatorPlugin, Needs, hookimpl
+        from vlcache_sgl.api import AllocatorPlugin, hookimpl
 
         @dataclass(frozen=True)
         class FirstHalf:
-            needs = Needs()
-
             def allocate(self, layers, prompt, budget):
                 weight = torch.ones(budget.num_layers)
                 weight[: budget.num_layers // 2] = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-RowKind = Literal["none", "post_vision", "last", "all"]
+RowKind = Literal["none", "post_vision", "last", "all", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,11 @@ class Rows:
     """Which of the request's own query rows vote.
 
     Rows are always rows that this request computes itself: after a prefix hit the rows of the cached part do not
-    exist, so ``all`` means all new rows.
+    exist, so ``all`` means all new rows.  ``repeat`` rows are computed for the policy alone.
     """
 
     kind: RowKind = "none"
+    """``none``, ``post_vision``, ``last`` or ``all``; the class methods of these names make them."""
     count: int = 0
     """``last``: how many rows.  ``post_vision``: at most this many, the latest ones (0 = no limit)."""
 
@@ -41,23 +42,37 @@ class Rows:
         """Every new row: attention cost grows with the square of the prompt."""
         return cls("all")
 
+    @classmethod
+    def repeat(cls) -> Rows:
+        """Rows of a second reading: the prompt is read once more behind itself, after a request to repeat it, and then
+        dropped (KVzip, arXiv 2505.23416).  Costs another prefill of the prompt; does not depend on a question."""
+        return cls("repeat")
+
 
 @dataclass(frozen=True)
 class Needs:
     """Inputs of one scorer or allocator; see `LayerView` for shapes."""
 
     rows: Rows = Rows()
+    """Which query rows vote; fills `LayerView.row_positions`."""
     column_sum: bool = False
+    """Fills `LayerView.column_sum`."""
     column_square_sum: bool = False
+    """Fills `LayerView.column_square_sum`."""
     column_max: bool = False
+    """Fills `LayerView.column_max`."""
     density: float | None = None
     """Relative threshold p of arXiv 2410.23317, equation 1; fills `LayerView.density`."""
     entropy: bool = False
+    """Fills `LayerView.entropy`."""
     probabilities: bool = False
-    """The whole matrix `[num_heads, rows, owned]`: only with few rows."""
+    """The whole matrix `[num_heads, rows, owned]`: only with few rows; fills `LayerView.probabilities`."""
     queries: bool = False
+    """Fills `LayerView.queries`, those of `rows`."""
     keys: bool = False
+    """Fills `LayerView.keys`."""
     values: bool = False
+    """Fills `LayerView.values`."""
     rotary: bool = False
     """`Prompt.rotary` and `Prompt.positions`; a model whose rotary embedding is not known is refused at start."""
 

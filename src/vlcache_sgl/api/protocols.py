@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
-from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
+
+BudgetSum = Literal["exact", "at_most", "free"]
+"""How the tokens that an allocator gives to all layers relate to `Budget.total`: their sum is it, may be less, or
+may be less or more."""
 
 
 @runtime_checkable
@@ -17,10 +20,10 @@ class Scorer(Protocol):
 
     Implementations are frozen dataclasses: their fields are the parameters a user may set (int, float, bool, str,
     Literal, or one of these or None; ``field(metadata={"operator_only": True})`` keeps a field from requests).
-    `needs` may be a class attribute or a property that depends on the fields.
 
     Optional class attributes, absent means the first value:
 
+    * ``needs``: ``Needs()`` | what the runtime must compute; may be a property that depends on the fields;
     * ``comparable``: False | True, whether scores of different layers may be ranked against each other;
     * ``prefix_hit``: text, what happens when a part of the prompt came from the prefix cache; must be there when
       all rows vote, because those of the cached part never do;
@@ -30,14 +33,11 @@ class Scorer(Protocol):
     query_aware: ClassVar[bool]
     """True when the score depends on the question; such a kept set serves other questions badly."""
 
-    @property
-    def needs(self) -> Needs: ...
-
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         """`[num_kv_heads, owned]` float, higher = keep.
 
-        Must not read `layer` after returning.  NaN, a wrong shape or an exception costs this request its
-        compression, never its answer.
+        Must not read `layer` after returning.  NaN, a wrong shape or an exception (SystemExit, too) costs this request
+        its compression, never its answer.
         """
         ...
 
@@ -48,18 +48,17 @@ class Allocator(Protocol):
 
     Optional class attributes, absent means the first value:
 
-    * ``quality_target``: False | True, the sum may exceed the budget;
+    * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
+    * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 
-    @property
-    def needs(self) -> Needs: ...
-
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         """`[num_layers]` int64, tokens that each layer keeps; each in `[0, owned]`.
 
-        `layers[i].scores` is set.  The sum may be below `budget.total` and must not be above it, unless the
-        allocator declares ``quality_target = True``.
+        With ``heads=split`` also `[num_layers, num_kv_heads]`, tokens of each KV head; a layer then counts as the mean
+        of its heads.  `layers[i].scores` is set.  The sum must be `budget.total`, unless the allocator declares another
+        ``budget_sum``.
         """
         ...

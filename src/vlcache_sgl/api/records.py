@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vlcache_sgl.api.protocols import Allocator, Scorer
 
-CHOICES = {"protect": ("none", "text"), "heads": ("shared", "split"), "reduce": ("mean", "max")}
+CHOICES = {"protect": ("none", "text"), "heads": ("shared", "split", "auto"), "reduce": ("mean", "max")}
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Selection:
     """Last tokens that are always kept: below 1 a share of the layer's budget (at least one), from 1 on a number."""
     protect: Literal["none", "text"] = "none"
     """``text``: evict vision tokens only, as far as the budget permits."""
-    heads: Literal["shared", "split"] = "shared"
-    """``shared``: one set per layer.  ``split``: an own set per KV head, equal counts (needs ``--kv-head-cells``)."""
+    heads: Literal["shared", "split", "auto"] = "shared"
+    """``shared``: one set per layer.  ``split``: an own set per KV head (needs ``--kv-head-cells``).  ``auto``: split
+    where the server has cells per head, shared elsewhere; a resolved policy has one of the two."""
     reduce: Literal["mean", "max"] = "mean"
     """How scores of the KV heads become one when `heads` is ``shared``."""
     span: int = 1
@@ -79,6 +80,7 @@ class RecipePlugin:
     params: Mapping[str, Any] = field(default_factory=dict)
     """Values of scorer and allocator fields that differ from their own defaults."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """``name:variant`` applies these values (parameters and selection fields) as well."""
+    """``name:variant`` applies these values (parameters and selection fields) as well; ``scorer`` and ``allocator``
+    among them name another part, which then has its own defaults."""
     paper: str = ""
     summary: str = ""

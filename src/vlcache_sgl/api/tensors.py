@@ -8,7 +8,7 @@ those of all ranks for scores and of the own rank for keys and values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,41 @@ class Span(NamedTuple):
 
     def __len__(self) -> int:
         return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the tokens of one look at an image, or of one frame of a video, lie on it: row by row, from the top."""
+
+    rows: int
+    """Rows of tokens, after the model has merged patches into tokens."""
+    columns: int
+    """Tokens of a row that are places of the image."""
+    newlines: bool = False
+    """Whether each row ends with one more token that is no place of the image (LLaVA's tiles)."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """``stretch``: the grid covers the whole image; ``pad``: it covers the square around the centred image."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that lie on the grid, newlines included."""
+        return self.rows * (self.columns + self.newlines)
+
+
+class Patches(NamedTuple):
+    """Where owned tokens lie on their images: five tensors `[m]` int64, -1 for a token that lies on no known grid
+    (text, and vision tokens of models that do not say)."""
+
+    grid: torch.Tensor
+    """Number of the grid within the token's span: the frame of a video that is one span; 0 = LLaVA's overview."""
+    row: torch.Tensor
+    """From 0 at the top."""
+    column: torch.Tensor
+    """From 0 at the left; equal to `columns` for the newline at the end of a row."""
+    rows: torch.Tensor
+    """Rows of that grid."""
+    columns: torch.Tensor
+    """Columns of that grid, newlines not counted."""
 
 
 class Rotary(Protocol):
@@ -46,13 +81,30 @@ class Prompt:
     vision: tuple[Span, ...]
     """Vision tokens, absolute positions, ascending, disjoint."""
     num_layers: int
+    """`L`."""
     num_heads: int
+    """`H`."""
     num_kv_heads: int
+    """`K`."""
     head_dim: int
+    """`D`."""
+    layer_weights: tuple[float, ...] = ()
+    """`L` shares in [0, 1]: how much of its tokens each layer of this model needs, measured beforehand
+    (``--kv-weights``); empty when not known."""
+    head_weights: tuple[tuple[float, ...], ...] = ()
+    """`[L][K]`, the same per KV head; empty when not known."""
+    repeated: int = 0
+    """Rows of the second reading, at positions from `length` on; 0 unless a policy declares ``Rows.repeat()``."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the tensors of the layers are, and where tensors made by a policy belong."""
     rotary: Rotary | None = None
+    """The model's rotary embedding; rely on it only where a policy declares `rotary`."""
     positions: torch.Tensor | None = None
     """Owned tokens' rotary positions, `[m]` or `[3, m]` int64; only where a policy declares `rotary`."""
+    grids: tuple[tuple[Grid, ...], ...] = ()
+    """Per span of `vision`, the grids that its tokens lie on, in their order: one for an image, one per frame for a
+    video (a video may also have a span per frame), an overview and its tiles for LLaVA; an empty tuple where the
+    model does not say.  Empty as a whole when nothing is known."""
 
     @property
     def owned(self) -> int:
@@ -70,6 +122,22 @@ class Prompt:
         for begin, end in self.vision:
             mask[max(begin - self.start, 0) : max(end - self.start, 0)] = True
         return mask
+
+    def patches(self) -> Patches:
+        """Row and column of every owned token on its image, for priors in two dimensions; see `Patches`."""
+        places = torch.full((len(Patches._fields), self.length), -1, dtype=torch.int64, device=self.device)
+        for (begin, _), grids in zip(self.vision, self.grids, strict=False):  # no grids: nothing is known
+            for number, grid in enumerate(grids):
+                end = begin + grid.tokens
+                token = torch.arange(grid.tokens, device=self.device)
+                width = grid.columns + grid.newlines
+                places[0, begin:end] = number
+                places[1, begin:end] = token // width
+                places[2, begin:end] = token % width
+                places[3, begin:end] = grid.rows
+                places[4, begin:end] = grid.columns
+                begin = end
+        return Patches(*places[:, self.start :])
 
 
 @dataclass
@@ -103,10 +171,12 @@ class LayerView:
     values: torch.Tensor | None = None
     """`[K, m, D]` as cached."""
     scores: torch.Tensor | None = None
-    """`[K, m]` float32, higher = keep: what the scorer said; set before allocators run."""
+    """`[G, m]` float32, higher = keep: what tokens compete with, set before allocators run.  `G` is 1 where all KV
+    heads keep one set (``heads=shared``: their mean or maximum), else `K`; runs (``span``) share their mean."""
 
     @property
     def num_rows(self) -> int:
+        """`R`, rows that vote."""
         return 0 if self.row_positions is None else int(self.row_positions.numel())
 
 
@@ -126,7 +196,9 @@ class Budget:
     """How much may stay.  Units are tokens of one layer; `total` is their sum over layers."""
 
     total: int
+    """Tokens to keep, summed over layers."""
     num_layers: int
+    """`L`."""
     lo: int
     """Least tokens of a layer."""
     hi: int
@@ -144,3 +216,12 @@ class Budget:
         filling); fractions are rounded by largest remainder, ties to the lower layer.  The sum is exact.
         """
         return water_fill(weights, total=self.total, lo=self.lo, hi=self.hi)
+
+    def distribute_heads(self, weights: torch.Tensor) -> torch.Tensor:
+        """Integer tokens per KV head in proportion to `weights` `[L, K]`, `[L, K]` int64 on the CPU.
+
+        As `distribute`, over all heads of all layers: their sum is `K` times `total`, bounds are those of every head.
+        """
+        heads = weights.shape[1]
+        counts = water_fill(weights.flatten(), total=self.total * heads, lo=self.lo, hi=self.hi)
+        return counts.view(-1, heads)

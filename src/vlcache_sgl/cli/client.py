@@ -34,8 +34,8 @@ class Answer:
 
     choices: tuple[Choice, ...]
     prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens that came from the prefix cache."""
+    cached_tokens: int | None
+    """Prompt tokens that came from the prefix cache; None: the server did not say."""
     completion_tokens: int
     """Over all choices."""
 
@@ -49,9 +49,9 @@ class Answer:
         return self.choices[0].report or {}
 
     @property
-    def new_tokens(self) -> int:
-        """Prompt tokens that this request computed itself."""
-        return self.prompt_tokens - self.cached_tokens
+    def new_tokens(self) -> int | None:
+        """Prompt tokens that this request computed itself; None: the server did not say."""
+        return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
 def data_url(image: Image.Image) -> str:
@@ -116,13 +116,16 @@ class Client:
 
     def _whole(self, request: dict[str, Any]) -> Answer:
         reply = self.openai.chat.completions.create(**request)
-        choices = []
+        choices: list[Choice] = []
+        cached: list[int] = []
         for choice in sorted(reply.choices, key=lambda choice: choice.index):
             scored = (choice.logprobs.content if choice.logprobs else None) or []
             tokens, logprobs = tuple(t.token for t in scored), tuple(t.logprob for t in scored)
-            reports = ((choice.model_extra or {}).get("meta_info") or {}).get("kv_compression") or [None]
+            meta = (choice.model_extra or {}).get("meta_info") or {}
+            cached += [meta["cached_tokens"]] if "cached_tokens" in meta else []
+            reports = meta.get("kv_compression") or [None]
             choices.append(Choice(choice.message.content or "", choice.finish_reason, tokens, logprobs, reports[0]))
-        return _answer(choices, reply.usage)
+        return _answer(choices, reply.usage, sum(cached) if cached else None)
 
     def _streamed(self, request: dict[str, Any]) -> Answer:
         parts: dict[int, dict[str, Any]] = {}
@@ -145,7 +148,9 @@ class Client:
         return _answer(choices, usage)
 
 
-def _answer(choices: Sequence[Choice], usage: Any) -> Answer:
+def _answer(choices: Sequence[Choice], usage: Any, cached: int | None = None) -> Answer:
+    """`cached` is what the choices' metadata said; a server with --enable-cache-report says it in `usage` too."""
     details = getattr(usage, "prompt_tokens_details", None)
-    cached = cast(int, getattr(details, "cached_tokens", None) or 0)
+    if cached is None and details is not None:
+        cached = cast(int, details.cached_tokens or 0)
     return Answer(tuple(choices), usage.prompt_tokens, cached, usage.completion_tokens)

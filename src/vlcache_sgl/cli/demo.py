@@ -146,6 +146,8 @@ def ask(server: ServerProcess, client: Client, task: Task) -> Row:
     layers = int(after["cells_per_token"])
     seen, kept = (_difference(before, after, key, layers) for key in ("seen_by_layer", "kept_by_layer"))
     # What was not offered to the policy (too short, or budget 1.0) is held in full.
+    assert answer.cached_tokens is not None  # the demo's servers run with --enable-cache-report
+    assert answer.new_tokens is not None
     held = tuple(k + answer.new_tokens - s for s, k in zip(seen, kept, strict=True))
     return Row(
         task, answer.text.strip(), answer.prompt_tokens, answer.cached_tokens, held, int(after["bytes_per_cell"])

@@ -7,6 +7,7 @@ picture with kept patches per layer, layers against positions, layer budgets, bo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(seen, sheet)
     write_page(seen, page)
+    for text in seen.earlier:
+        console.print(f"asked before: {text}", markup=False)
     console.print(f"full cache: {seen.full_answer}", markup=False)
     if seen.sharing:
         console.print(seen.sharing, markup=False)
@@ -80,9 +83,11 @@ def inspect(
         params["kv_budget"] = arguments.budget
     if arguments.share:
         params["kv_share"] = arguments.share
-    try:
-        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
-    except openai.BadRequestError:  # not on a GPU; anything else that is wrong is said to the next two as well
+    full = None
+    if not arguments.after:  # what it measures is a fresh copy for this question, not what earlier ones have left
+        with contextlib.suppress(openai.BadRequestError):  # not on a GPU; whatever else is wrong is said to the others
+            full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+    if full is None:
         full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
     params["kv_report"] = "positions"
     # A prefix of its own: the picture is compressed for these questions, whoever has asked about it before.
@@ -98,6 +103,7 @@ def inspect(
         "model": Path(str(server.server_info()["model_path"])).name,
         "attention": full.report.get("recall", {}).get("attention_mass", ()),
         "before": earlier[-1].report if earlier else None,
+        "earlier": tuple(arguments.after),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlcache_sgl._version import __version__
+from vlcache_sgl.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Command:
 
 
 COMMANDS = {
-    "calibrate": Command("vlcache_sgl.cli.calibrate", "find out which layers later questions about a picture read"),
+    "calibrate": Command("vlcache_sgl.cli.calibrate", "measure what each layer and KV head of a model needs"),
     "compare": Command("vlcache_sgl.cli.compare", "by how much two results of `vlcache eval` differ"),
     "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
     "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),
@@ -42,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vlcache-sgl {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `vlcache COMMAND --help`")
     given = parser.parse_args(argv)
+    if given.command not in COMMANDS:
+        wrong = "no command" if given.command is None else f"unknown command {given.command!r}"
+        meant = did_you_mean(given.command or "", COMMANDS)
+        print(f"vlcache: {wrong}{meant}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     run = importlib.import_module(COMMANDS[given.command].module).main
     return int(run(given.arguments) or 0)
 

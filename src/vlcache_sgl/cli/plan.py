@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,9 @@ MEM_FRACTION = 0.85
 MAX_RUNNING = 2048
 """SGLang's `--max-running-requests` unless given: at least this."""
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_RUNNING = "max-running-requests"
 _WIDTH = 110
+HUB_TIMEOUT_S = 5.0
 
 
 class PlanError(ValueError):
@@ -53,6 +56,8 @@ class Row:
     """Of one prompt after its prefill, uncompressed tokens."""
     requests: int
     cached_images: int
+    room_for: int
+    """Requests that memory and slots have room for, whatever `--max-running-requests` is."""
     limited_by: str
     """What keeps a further request from running: memory, slots or max-running-requests."""
 
@@ -112,12 +117,19 @@ def _row(name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Nam
     limits = {
         "memory": requests_in_flight(Pool(pool.physical_tokens, MOST_CELLS), prompt, resident, new),
         "slots": pool.slots // (prompt + new),
-        "max-running-requests": arguments.max_running_requests,
+        _RUNNING: arguments.max_running_requests,
     }
     tightest = min(limits, key=lambda limit: limits[limit])
     images = cached_prompts(pool, prompt, resident)
     return Row(
-        name, pool.physical_tokens, pool.slots, round(resident, 1), limits[tightest], images, limited_by=tightest
+        name,
+        pool.physical_tokens,
+        pool.slots,
+        round(resident, 1),
+        limits[tightest],
+        images,
+        room_for=min(limits["memory"], limits["slots"]),
+        limited_by=tightest,
     )
 
 
@@ -127,16 +139,16 @@ def show(
     """For people."""
     per_rank = f" per GPU of {arguments.tp}" if arguments.tp > 1 else ""
     console.print(
-        f"KV cache{per_rank}: {stock_tokens * shape.token_bytes / 1e9:.4g} GB, {shape.token_bytes} bytes per token"
+        f"KV cache{per_rank}: {in_words(stock_tokens * shape.token_bytes)}, {shape.token_bytes} bytes per token"
     )
     console.print(
         f"requests: {arguments.image_tokens} image + {arguments.text_tokens} text tokens, "
         f"{arguments.new_tokens} decoded"
     )
-    table = Table()
-    table.add_column("budget")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("budget", no_wrap=True)
     for name in ("memory, tokens", "slots", "per prompt", "requests at once", "limited by", "cached images"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     stock = rows[0]
     for row in rows:
         more = "" if row is stock else f" ({row.requests / stock.requests:.1f}x)"
@@ -147,10 +159,18 @@ def show(
             str(row.slots),
             f"{row.resident_tokens:g}",
             f"{row.requests}{more}",
-            row.limited_by,
+            row.limited_by.replace("-", " "),
             f"{row.cached_images}{further}",
         )
     console.print(table)
+    for row in rows[1:]:
+        if row.limited_by == _RUNNING:
+            console.print(
+                f"at budget {row.budget} memory has room for {row.room_for} requests at once "
+                f"({row.room_for / stock.room_for:.1f}x): to use it, raise "
+                f"--max-running-requests above {arguments.max_running_requests}",
+                soft_wrap=True,
+            )
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -162,26 +182,62 @@ def read_model(name: str) -> dict[str, Any]:
     Raises:
         PlanError: when there is none, or when the server would refuse it.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
     from vlcache_sgl.runtime.compat import unsupported_model
+
+    config = _stored_config(name)
+    if problem := next(unsupported_model(config), None):
+        raise PlanError(problem)
+    try:
+        # Configurations leave out what is the family's default.
+        config["text_config"] = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config().to_dict()
+    except Exception:  # a family that this version of transformers does not know: what is written has to do
+        config.setdefault("text_config", _text_part(config))
+    return config
+
+
+def _stored_config(name: str) -> dict[str, Any]:
+    """As it is written; a hub is asked only for a name that this machine does not know, and when it answers.
+
+    Raises:
+        PlanError: when there is none.
+    """
+    from transformers import PretrainedConfig
 
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise PlanError(f"no config.json in {name}")
     try:
-        config, _ = PretrainedConfig.get_config_dict(name)
-    except Exception as error:  # whatever the hub, the network or a parser says
-        raise PlanError(f"cannot read a model configuration from {name}: {str(error).splitlines()[0]}") from error
-    config = dict(config)
-    if problem := next(unsupported_model(config), None):
-        raise PlanError(problem)
+        return dict(PretrainedConfig.get_config_dict(name, local_files_only=True)[0])
+    except Exception as error:  # whatever a parser says, or: not on this machine
+        if path.exists():
+            raise PlanError(f"cannot read a model configuration from {name}: {_first_line(error)}") from error
+    other_way = "the path of the model's config.json is enough"
+    if problem := _hub_problem():
+        raise PlanError(f"{name} is not on this machine and {problem}; {other_way}")
     try:
-        # Configurations leave out what is the family's default.
-        config["text_config"] = AutoConfig.from_pretrained(name).get_text_config().to_dict()
-    except Exception:  # a family that this version of transformers does not know: what is written has to do
-        config.setdefault("text_config", _text_part(config))
-    return config
+        return dict(PretrainedConfig.get_config_dict(name)[0])
+    except Exception as error:  # whatever the hub or the network says
+        raise PlanError(f"cannot read the configuration of {name}: {_first_line(error)}; {other_way}") from error
+
+
+def _hub_problem() -> str | None:
+    """Why the hub cannot be asked; its own client tries again and again before it says so."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids to ask for it"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +281,8 @@ def _tokens_in(arguments: argparse.Namespace, shape: KVShape) -> int:
     tokens = int((static - weights) / shape.token_bytes)
     if tokens < 1:
         raise PlanError(
-            f"weights of {weights / 1e9:.3g} GB leave no KV cache in {arguments.mem_fraction_static:g} of "
-            f"{arguments.gpu_memory / 1e9:.4g} GB; more GPUs: --tp"
+            f"weights of {in_words(weights)} leave no KV cache in {arguments.mem_fraction_static:g} of "
+            f"{in_words(arguments.gpu_memory)}; more GPUs: --tp"
         )
     return tokens
 
@@ -245,7 +301,8 @@ def weight_bytes(name: str, dtype: str) -> int:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+            config = AutoConfig.from_pretrained(name, local_files_only=True)
+            model = AutoModelForImageTextToText.from_config(config)
     except Exception as error:  # any family has its own way to fail
         raise PlanError(f"cannot count the weights of {name}; give them with --weights, as 16GB") from error
     return _element_bytes(dtype) * int(sum(parameter.numel() for parameter in model.parameters()))
@@ -260,6 +317,15 @@ def size(text: str) -> int:
     if not found or found[2].upper() not in _UNITS or float(found[1]) <= 0:
         raise argparse.ArgumentTypeError(f"expected a size as 141GB or 80GiB, got {text!r}")
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def in_words(count: float) -> str:
+    """Bytes for people, in both units that are called so.
+
+    >>> in_words(80 * 2**30)
+    '85.9 GB (80 GiB)'
+    """
+    return f"{count / 10**9:.4g} GB ({count / 2**30:.4g} GiB)"
 
 
 def _positive(text: str) -> int:

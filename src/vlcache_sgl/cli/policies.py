@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vlcache_sgl.policy.describe import Description, Parameter, describe
 from vlcache_sgl.policy.manager import Registry, registry
+from vlcache_sgl.spelling import did_you_mean
 
 TITLES = {
     "policy": "Policies: --kv-policy NAME[:variant-or-key=value,...]",
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", help="a policy, scorer or allocator")
     arguments = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     installed = registry()
     if arguments.name:
         return explain(arguments.name, installed, console)
@@ -40,18 +41,13 @@ def show_all(installed: Registry, console: Console) -> None:
     everything = describe(installed)
     for kind, title in TITLES.items():
         table = Table(title=title, title_justify="left", title_style="bold")
-        for column in (
-            "name",
-            "made of" if kind == "policy" else "needs",
-            "query-aware",
-            "parameters",
-            "paper",
-            "provider",
-        ):
+        parts = "made of" if kind == "policy" else "needs"
+        for column in ("name", "in a sentence", parts, "query-aware", "parameters", "paper", "provider"):
             table.add_column(column, overflow="fold", no_wrap=column == "name")
         for item in (item for item in everything if item.kind == kind):
             table.add_row(
                 item.name,
+                escape(item.summary),
                 escape(item.parts or item.needs),
                 yes_or_no(item.query_aware),
                 escape(", ".join(f"{p.name}={p.default}" for p in item.parameters)),
@@ -67,8 +63,9 @@ def explain(name: str, installed: Registry, console: Console) -> int:
     everything = describe(installed)
     found = [item for item in everything if item.name == name]
     if not found:
-        names = ", ".join(sorted({item.name for item in everything}))
-        print(f"vlcache policies: nothing is called {name!r}; choose from: {names}", file=sys.stderr)
+        names = sorted({item.name for item in everything})
+        meant = did_you_mean(name, names)
+        print(f"vlcache policies: nothing is called {name!r}{meant}; choose from: {', '.join(names)}", file=sys.stderr)
         return 2
     by_name = {(item.kind, item.name): item for item in everything}
     shown: list[Description] = []

@@ -28,6 +28,15 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--server-flags", metavar="FLAGS", default="", help="further flags of `sglang serve`, in quotes")
 
 
+def _model_problem(model: str) -> str | None:
+    """Why nothing can be served, as far as it shows without a server; names on a hub pass."""
+    path = Path(model)
+    if path.is_dir():
+        return None if (path / "config.json").exists() else "no config.json in this folder"
+    is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
+    return "no such folder" if is_path and not path.exists() else None
+
+
 @contextlib.contextmanager
 def target(arguments: argparse.Namespace, flags: Sequence[str], console: Console) -> Iterator[RunningServer]:
     """The server, ready; one that was started here is ended afterwards.
@@ -39,6 +48,9 @@ def target(arguments: argparse.Namespace, flags: Sequence[str], console: Console
         ServerError: when it does not answer, or serves without a policy.
     """
     if arguments.base_url:
+        for flag, given in (("--model", arguments.model), ("--server-flags", arguments.server_flags)):
+            if given:
+                raise ServerError(f"{flag} is for a server that is started here, --base-url names a running one")
         server = RunningServer(arguments.base_url)
         try:
             state = server.kv_policy()
@@ -51,6 +63,8 @@ def target(arguments: argparse.Namespace, flags: Sequence[str], console: Console
     model = arguments.model or bundled_model()
     if arguments.model is None and not (Path(model) / "config.json").exists():
         raise ServerError(f"no model at {model}; name one with --model PATH")
+    if arguments.model is not None and (problem := _model_problem(arguments.model)):
+        raise ServerError(f"--model {arguments.model}: {problem}")
     common = BUNDLED_FLAGS if arguments.model is None else ("--enable-cache-report",)
     given = [*common, *flags, *arguments.server_flags.split()]
     with ServerProcess(model, given, title="server", console=console) as process:

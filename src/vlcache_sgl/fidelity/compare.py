@@ -73,20 +73,7 @@ def compare(ours: Sequence[Record], theirs: Sequence[Record]) -> Comparison:
     Raises:
         EvalError: when they have none, or asked other questions.
     """
-    by_sample = {record["sample"]: record["questions"] for record in theirs}
-    differences: dict[str, list[float]] = {}
-    pairs: list[tuple[str, int, Mapping[str, Any], Mapping[str, Any]]] = []
-    for record in ours:
-        other = by_sample.get(record["sample"])
-        if other is None:
-            continue
-        if len(other) != len(record["questions"]):
-            raise EvalError(f"{record['sample']}: {len(record['questions'])} questions in A, {len(other)} in B")
-        mine = [(record["sample"], i, a, b) for i, (a, b) in enumerate(zip(record["questions"], other, strict=True), 1)]
-        differences[record["sample"]] = [b["score"] - a["score"] for _, _, a, b in mine]
-        pairs += mine
-    if not pairs:
-        raise EvalError("A and B have no sample in common")
+    pairs = _pairs(ours, theirs)
     flips = [
         Flip(sample, index, a["answer"], b["answer"], lost=a["score"] >= HALF)
         for sample, index, a, b in pairs
@@ -94,11 +81,39 @@ def compare(ours: Sequence[Record], theirs: Sequence[Record]) -> Comparison:
     ]
     return Comparison(
         questions=len(pairs),
-        samples=len(differences),
+        samples=len({sample for sample, *_ in pairs}),
         score_a=fmean(a["score"] for _, _, a, _ in pairs),
         score_b=fmean(b["score"] for _, _, _, b in pairs),
         difference=fmean(b["score"] - a["score"] for _, _, a, b in pairs),
-        interval=bootstrap(differences),
+        interval=bootstrap(differences(ours, theirs)),
         same_answers=fmean(a["answer"] == b["answer"] for _, _, a, b in pairs),
         flips=tuple(sorted(flips, key=lambda flip: not flip.lost)),
     )
+
+
+def differences(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, list[float]]:
+    """B's score minus A's, by sample; raises as `compare`."""
+    found: dict[str, list[float]] = {}
+    for sample, _, a, b in _pairs(ours, theirs):
+        found.setdefault(sample, []).append(b["score"] - a["score"])
+    return found
+
+
+Pair = tuple[str, int, Mapping[str, Any], Mapping[str, Any]]
+"""Sample, number of the question from 1, A's answer, B's."""
+
+
+def _pairs(ours: Sequence[Record], theirs: Sequence[Record]) -> list[Pair]:
+    by_sample = {record["sample"]: record["questions"] for record in theirs}
+    pairs: list[Pair] = []
+    for record in ours:
+        other = by_sample.get(record["sample"])
+        if other is None:
+            continue
+        if len(other) != len(record["questions"]):
+            raise EvalError(f"{record['sample']}: {len(record['questions'])} questions in A, {len(other)} in B")
+        both = enumerate(zip(record["questions"], other, strict=True), 1)
+        pairs += [(record["sample"], number, a, b) for number, (a, b) in both]
+    if not pairs:
+        raise EvalError("A and B have no sample in common")
+    return pairs

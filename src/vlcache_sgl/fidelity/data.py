@@ -1,13 +1,16 @@
-"""Pictures, questions and accepted answers: the bundled tasks, and folders of one's own.
+"""Images or documents, questions and accepted answers: the bundled tasks, and folders of one's own.
 
-A dataset of one's own is a JSONL file; each line is one set of pictures with its questions::
+A dataset of one's own is a JSONL file; each line is one set of images, or one text, with its questions::
 
     {"id": "17", "images": ["17.png"], "question": "What is the total?", "answers": ["12.50"], "metric": "anls"}
     {"image": "a.png", "questions": [{"question": "...", "answers": ["..."]}, {"question": "...", "answers": ["..."]}]}
+    {"text": "A long document ...", "question": "Who signed?", "answers": ["Ada", "Ada Lovelace"], "metric": "begins"}
 
-`images` (or `image`, a single one) are paths relative to the file.  `metric` is one of `scores.METRICS` (default:
-exact), `max_tokens` bounds the answer (default 32); both may stand in the line or in a question.  Several questions in
-one line are asked as separate requests, in this order: the first compresses the pictures, the others find them so.
+`images` (or `image`, a single one) are paths relative to the file.  `text` stands in front of each question; a line
+without images needs a server with `--kv-scope all`.  Any of `answers` is right.  `metric` is one of `scores.METRICS`
+(default: exact), `max_tokens` bounds the answer (default 32); both may stand in the line or in a question.  Several
+questions in one line are asked as separate requests, in this order: the first compresses images and text, the others
+find them so.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vlcache_sgl.fidelity.scores import METRICS
 from vlcache_sgl.tasks.receipts import Picture, Question, make_picture
@@ -60,6 +63,8 @@ class Sample:
     questions: tuple[Asked, ...]
     open_images: Callable[[], list[Image.Image]] = field(compare=False)
     """Reads or draws the pictures, so that a large dataset is not held in memory."""
+    text_only: bool = False
+    """Whether there are none."""
 
 
 def load_jsonl(path: Path, limit: int | None = None) -> list[Sample]:
@@ -83,7 +88,7 @@ def load_jsonl(path: Path, limit: int | None = None) -> list[Sample]:
     return found
 
 
-_LINE_KEYS = {"id", "image", "images", "question", "answers", "questions", "metric", "max_tokens"}
+_LINE_KEYS = {"id", "image", "images", "text", "question", "answers", "questions", "metric", "max_tokens"}
 _QUESTION_KEYS = {"question", "answers", "metric", "max_tokens"}
 
 
@@ -99,25 +104,29 @@ def _sample(line: str, path: Path, number: int) -> Sample:
         raise wrong("not an object")
     if unknown := sorted(set(entry) - _LINE_KEYS):
         raise wrong(f"unknown {', '.join(unknown)}; known: {', '.join(sorted(_LINE_KEYS))}")
-    images = entry.get("images", [entry["image"]] if "image" in entry else None)
-    if not isinstance(images, list) or not images or not all(isinstance(one, str) for one in images):
+    images = entry.get("images", [entry["image"]] if "image" in entry else [])
+    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
         raise wrong("`images` must be a list of paths")
+    if not isinstance(text := entry.get("text", ""), str):
+        raise wrong("`text` must be a text")
     paths = [path.parent / one for one in images]
     if missing := [str(one) for one in paths if not one.is_file()]:
-        raise wrong(f"no such picture: {missing[0]}")
+        raise wrong(f"no such image: {missing[0]}")
+    if unreadable := [str(one) for one in paths if not _is_image(one)]:
+        raise wrong(f"not an image: {unreadable[0]}")
     asked = entry.get("questions", [{key: entry[key] for key in ("question", "answers") if key in entry}])
     if not isinstance(asked, list) or not asked:
         raise wrong("`questions` must be a list")
     defaults = {key: entry[key] for key in ("metric", "max_tokens") if key in entry}
     try:
-        questions = tuple(_question({**defaults, **one}) for one in asked)
+        questions = tuple(_question({**defaults, **one}, text) for one in asked)
     except (TypeError, ValueError) as error:
         raise wrong(str(error)) from error
     name = str(entry.get("id", f"{path.stem}-{number}"))
-    return Sample(name, path.stem, questions, functools.partial(_open_all, paths))
+    return Sample(name, path.stem, questions, functools.partial(_open_all, paths), text_only=not paths)
 
 
-def _question(entry: Mapping[str, Any]) -> Asked:
+def _question(entry: Mapping[str, Any], document: str) -> Asked:
     if unknown := sorted(set(entry) - _QUESTION_KEYS):
         raise ValueError(f"unknown {', '.join(unknown)} in a question")
     text, answers = entry.get("question"), entry.get("answers")
@@ -130,11 +139,31 @@ def _question(entry: Mapping[str, Any]) -> Asked:
         raise ValueError(f"unknown metric {metric!r}; choose one of: {', '.join(METRICS)}")
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"`max_tokens` must be a positive whole number, got {max_tokens!r}")
+    text = f"{document}\n\n{text}" if document else text
     return Asked(text, tuple(str(one) for one in answers), metric, max_tokens)
 
 
+def _is_image(path: Path) -> bool:
+    """Whether the file begins like an image; only its head is read."""
+    try:
+        with Image.open(path):
+            return True
+    except (UnidentifiedImageError, OSError):
+        return False
+
+
 def _open_all(paths: list[Path]) -> list[Image.Image]:
-    return [Image.open(path).convert("RGB") for path in paths]
+    """
+    Raises:
+        DataError: for an image that is cut off.
+    """
+    opened = []
+    for path in paths:
+        try:
+            opened.append(Image.open(path).convert("RGB"))
+        except (OSError, SyntaxError) as error:  # what Pillow's readers raise for broken files
+            raise DataError(f"{path}: {error}") from error
+    return opened
 
 
 # -- bundled tasks ----------------------------------------------------------------------------------------------------

@@ -8,18 +8,48 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vlcache_sgl.fidelity.run import FULL, Record, parse_condition
+from vlcache_sgl.fidelity.run import FULL, PRIVATE, Record, parse_condition
 from vlcache_sgl.fidelity.scores import agreement
-from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.fidelity.stats import bootstrap, interval, mean
 
 Row = dict[str, Any]
 """One line of the summary: a condition on a task."""
 
 
+def paired(records: Sequence[Record], wanted: Sequence[str]) -> list[Record]:
+    """Of each task the samples that all of the conditions `wanted` have answered, under every condition that has
+    answered them all: scores of different questions do not compare.
+
+    A sample with one question is asked once for ``shared`` and ``private``, which are the same then: the answer stands
+    for both, as a `twin` that no file holds.
+    """
+    kept: list[Record] = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        mine = [record for record in records if record["task"] == task]
+        mine += _twins(mine)
+        answered: dict[str, set[str]] = defaultdict(set)
+        for record in mine:
+            answered[record["condition"]].add(record["sample"])
+        common = set.intersection(*([answered[name] for name in wanted if name in answered] or answered.values()))
+        kept += [record for record in mine if record["sample"] in common and common <= answered[record["condition"]]]
+    return kept
+
+
+def _twins(records: Sequence[Record]) -> list[Record]:
+    """Records of ``private`` conditions for samples with one question, where other samples have some."""
+    private = {record["condition"] for record in records if record["condition"].endswith(PRIVATE)}
+    return [
+        {**record, "condition": record["condition"] + PRIVATE, "twin": True}
+        for record in records
+        if len(record["questions"]) == 1 and record["condition"] + PRIVATE in private
+    ]
+
+
 def summarise(records: Sequence[Record]) -> list[Row]:
     """Per task and condition: `questions`, `score` with its `interval`, `same` (share of answers that are the full
     cache's, None without one), `ratio` (kept share of prompts that were compressed), `cached` (share of prompt tokens
-    that came from the prefix cache), `failed` policies; and for long outputs `agreement` and `divergence`.
+    that came from the prefix cache, None where the server did not say), `failed` policies; for long outputs `agreement`
+    and `divergence`; where right answers were forced, what `_forced` says.
     """
     rows = []
     for task in dict.fromkeys(record["task"] for record in records):
@@ -55,14 +85,41 @@ def _row(task: str, condition: str, records: Sequence[Record], full: Mapping[str
         "interval": [round(low, 4), round(high, 4)],
         "same": round(fmean(ours["answer"] == theirs["answer"] for ours, theirs in pairs), 4) if pairs else None,
         "ratio": round(fmean(own), 4) if own else 1.0,
-        "cached": round(sum(q["cached_tokens"] for q in asked) / max(1, sum(q["prompt_tokens"] for q in asked)), 4),
+        "cached": _cached_share(asked),
         "failed": sum("failed" in question for question in asked),
     }
+    row |= _forced(records)
     long = [(ours, theirs) for ours, theirs in pairs if "tokens" in ours and "tokens" in theirs]
     if long:
         row["agreement"] = round(fmean(agreement(ours["tokens"], theirs["tokens"]) for ours, theirs in long), 4)
         row["divergence"] = round(fmean(divergence(ours, theirs) for ours, theirs in long), 4)
     return row
+
+
+def _forced(records: Sequence[Record]) -> Row:
+    """`answer_logprob`, the mean log-probability of right answers in nats, `answer_interval` and `answers_forced`, how
+    many they are; nothing where none was forced."""
+    measured = {
+        record["sample"]: [q["answer_logprob"] for q in record["questions"] if "answer_logprob" in q]
+        for record in records
+    }
+    groups = {sample: found for sample, found in measured.items() if found}
+    if not groups:
+        return {}
+    low, high = bootstrap(groups)
+    return {
+        "answer_logprob": round(mean(groups), 4),
+        "answer_interval": [round(low, 4), round(high, 4)],
+        "answers_forced": sum(map(len, groups.values())),
+    }
+
+
+def _cached_share(asked: Sequence[Mapping[str, Any]]) -> float | None:
+    cached: list[int] = [question["cached_tokens"] for question in asked if question["cached_tokens"] is not None]
+    if len(cached) < len(asked):
+        return None
+    total: int = sum(question["prompt_tokens"] for question in asked)
+    return round(sum(cached) / max(1, total), 4)
 
 
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
@@ -109,6 +166,20 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def cached_in_words(row: Row) -> str:
+    """Of a row of the summary."""
+    return "not reported" if row["cached"] is None else percent(row["cached"])
+
+
+def logprob_in_words(row: Row) -> str:
+    """Of a row of the summary; empty where nothing was forced."""
+    if "answer_logprob" not in row:
+        return ""
+    low, high = row["answer_interval"]
+    left_out = row["questions"] - row["answers_forced"]
+    return f"{row['answer_logprob']:.2f} ({low:.2f} to {high:.2f})" + (f", {left_out} left out" if left_out else "")
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A table whose first `left` columns are text."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
@@ -121,14 +192,17 @@ def markdown(rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         long = any("agreement" in row for row in mine)
+        forced = any("answer_logprob" in row for row in mine)
         head = ["condition", "questions", "score", "95 % interval", "as full cache", "kept", "from prefix cache"]
         head += ["follows full cache", "divergence (nats)"] if long else []
+        head += ["log-probability of the right answer (nats)"] if forced else []
         lines = []
         for row in mine:
             low, high = row["interval"]
             line = [f"`{row['condition']}`", str(row["questions"]), f"{row['score']:.3f}", f"{low:.2f} to {high:.2f}"]
-            line += [percent(row["same"]), f"{row['ratio']:.3f}", percent(row["cached"])]
+            line += [percent(row["same"]), f"{row['ratio']:.3f}", cached_in_words(row)]
             line += [percent(row.get("agreement")), f"{row.get('divergence', 0):.3f}"] if long else []
+            line += [logprob_in_words(row)] if forced else []
             lines.append(line)
         parts.append(f"### {task}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(parts) + "\n"

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
+
 from vlcache_sgl.cli.client import Client, data_url, said
-from vlcache_sgl.fidelity.data import Sample
+from vlcache_sgl.fidelity.data import Asked, Sample
+from vlcache_sgl.fidelity.forced import Forcing, NotMeasured
 from vlcache_sgl.fidelity.scores import score
 
 Sharing = Literal["shared", "private"]
@@ -23,6 +26,10 @@ Record = dict[str, Any]
 
 FULL = "full"
 """Name of the uncompressed condition."""
+PRIVATE = " private"
+"""End of the name of a condition without sharing."""
+FORCED = {"answer_logprob", "not_forced"}
+"""What an entry has one of when its right answer was forced."""
 ANSWERS = "answers.jsonl"
 
 
@@ -46,7 +53,7 @@ class Condition:
         """``full``, ``vlcache@0.1`` or ``vlcache@0.1 private``."""
         if self.policy is None:
             return FULL
-        return f"{self.policy}@{self.budget}" + (" private" if self.sharing == "private" else "")
+        return f"{self.policy}@{self.budget}" + (PRIVATE if self.sharing == "private" else "")
 
     @property
     def custom_params(self) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def parse_condition(name: str) -> Condition:
     """
     if name == FULL:
         return Condition(None, "1.0")
-    text, private, _ = name.partition(" private")
+    text, private, _ = name.partition(PRIVATE)
     policy, _, budget = text.rpartition("@")
     return Condition(policy, budget, "private" if private else "shared")
 
@@ -79,7 +86,7 @@ class Answers:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / ANSWERS
         self._lock = threading.Lock()
-        self.records: list[Record] = []
+        self._records: dict[tuple[str, str], Record] = {}
         if not self._path.exists():
             self._path.write_text(json.dumps({"model": model}) + "\n")
             return
@@ -88,20 +95,39 @@ class Answers:
             raise EvalError(f"{folder} holds answers of {known}, not of {model}; choose another --output")
         for line in lines:
             try:
-                self.records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break  # cut off when a run was killed; what follows it is asked again
+            self._put(record)
         self._path.write_text("\n".join([head, *map(json.dumps, self.records)]) + "\n")
 
     @property
-    def done(self) -> set[tuple[str, str]]:
-        """Pairs of sample and condition."""
-        return {(record["sample"], record["condition"]) for record in self.records}
+    def records(self) -> list[Record]:
+        """In the order in which they came."""
+        return list(self._records.values())
+
+    def _put(self, record: Record) -> None:
+        key = (record["sample"], record["condition"])
+        self._records.pop(key, None)
+        self._records[key] = record
+
+    def done(self, forced: bool = False) -> set[tuple[str, str]]:
+        """Pairs of sample and condition; with `forced` only those whose right answers were forced too."""
+        return {
+            (record["sample"], record["condition"])
+            for record in self.records
+            if not forced or all(FORCED & question.keys() for question in record["questions"])
+        }
+
+    def of(self, condition: Condition, samples: Sequence[Sample]) -> list[Record]:
+        """What was answered about these samples under one condition."""
+        ids = {sample.id for sample in samples}
+        return [record for name, record in self._records.items() if name[0] in ids and name[1] == condition.name]
 
     def add(self, record: Record) -> None:
-        """Write one down."""
+        """Write one down; an earlier record of the same sample and condition counts no more."""
         with self._lock:
-            self.records.append(record)
+            self._put(record)
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -121,8 +147,17 @@ def missing(
     return found
 
 
-def ask(client: Client, sample: Sample, condition: Condition, on_answer: Callable[[], None] = lambda: None) -> Record:
+def ask(
+    client: Client,
+    sample: Sample,
+    condition: Condition,
+    on_answer: Callable[[], None] = lambda: None,
+    forcing: Forcing | None = None,
+) -> Record:
     """One sample under one condition, its questions one after the other.
+
+    With `forcing` the first accepted answer to each question is also forced, in prefixes of its own: the answer that
+    the model gives and the one that is forced are each behind a prompt that was compressed for it.
 
     Raises:
         EvalError: when the server refuses a request.
@@ -163,9 +198,24 @@ def ask(client: Client, sample: Sample, condition: Condition, on_answer: Callabl
             choice = answer.choices[0]
             entry["tokens"] = list(choice.tokens)
             entry["logprobs"] = [round(value, 4) for value in choice.logprobs]
+        if forcing is not None:
+            entry |= _force(forcing, question, pictures, condition, f"{own_salt}-forced", sample)
         answered.append(entry)
         on_answer()
     return {"sample": sample.id, "task": sample.task, "condition": condition.name, "questions": answered}
+
+
+def _force(
+    forcing: Forcing, question: Asked, pictures: Sequence[str], condition: Condition, salt: str, sample: Sample
+) -> Record:
+    """`answer_logprob` and `answer_tokens`, or `not_forced` with the reason."""
+    try:
+        forced = forcing(question.text, pictures, question.answers[0], condition.custom_params, salt)
+    except NotMeasured as error:
+        return {"not_forced": str(error)}
+    except httpx.HTTPError as error:
+        raise EvalError(f"{condition.name}, {sample.id}: {said(error)}") from error
+    return {"answer_logprob": round(forced.logprob, 5), "answer_tokens": forced.tokens}
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,6 +232,7 @@ def ask_all(
     at_once: int = 1,
     time_limit_s: float | None = None,
     on_answer: Callable[[], None] = lambda: None,
+    forcing: Forcing | None = None,
 ) -> Iterator[Record]:
     """Work through `work`; yields each record once it is written down.
 
@@ -193,7 +244,7 @@ def ask_all(
     def one(sample: Sample, condition: Condition) -> Record | None:
         if stop.is_set() or (deadline is not None and time.monotonic() > deadline):
             return None
-        record = ask(client, sample, condition, on_answer)
+        record = ask(client, sample, condition, on_answer, forcing)
         answers.add(record)
         return record
 

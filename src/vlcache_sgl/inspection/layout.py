@@ -66,6 +66,8 @@ class Inspection:
     where the server cannot measure it."""
     before: Mask | None = None
     """`[layers, prompt tokens]`: what the shared copy held when the question before this one was answered."""
+    earlier: tuple[str, ...] = ()
+    """Questions that were asked before about the same images: the first of them made the shared copy."""
     sharing: str = ""
     """One sentence on the shared copy and the guard; empty where nothing was shared."""
 
@@ -146,6 +148,7 @@ def read_report(
     model: str,
     attention: Sequence[float] = (),
     before: Mapping[str, Any] | None = None,
+    earlier: Sequence[str] = (),
 ) -> Inspection:
     """An inspection from a server's report with positions.
 
@@ -153,6 +156,7 @@ def read_report(
         answers: with the full cache, with the compressed one.
         attention: as in `Inspection`.
         before: the report on the question before, where one copy serves both.
+        earlier: as in `Inspection`.
 
     Raises:
         ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the pictures.
@@ -169,12 +173,12 @@ def read_report(
             first += rows * (columns + newlines)
     if not looks:
         raise ValueError("the server does not know how this model's vision tokens lie on a picture")
-    earlier = None
+    held = None
     if before is not None:
         # Questions differ in length; nobody looks behind the pictures.
-        found, earlier = kept_mask(before), np.zeros_like(kept)
+        found, held = kept_mask(before), np.zeros_like(kept)
         common = min(found.shape[1], kept.shape[1])
-        earlier[:, :common] = found[:, :common]
+        held[:, :common] = found[:, :common]
     return Inspection(
         images=tuple(shrunk(image) for image in images),
         question=question,
@@ -187,7 +191,8 @@ def read_report(
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
         attention=tuple(attention),
-        before=earlier,
+        before=held,
+        earlier=tuple(earlier),
         sharing=sharing_sentence(report),
     )
 

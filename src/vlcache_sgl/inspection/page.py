@@ -21,6 +21,7 @@ def write_page(seen: Inspection, path: Path) -> None:
     path.write_text(
         _PAGE.substitute(
             question=html.escape(seen.question),
+            earlier="".join(_EARLIER.format(html.escape(text)) for text in seen.earlier),
             full_answer=html.escape(seen.full_answer) or "<i>nothing</i>",
             answer=html.escape(seen.answer) or "<i>nothing</i>",
             verdict="the same answer" if same else "another answer",
@@ -50,6 +51,7 @@ def percents(shares: Sequence[float]) -> str:
     return ", ".join(f"{100 * share:.0f} %" for share in shares)
 
 
+_EARLIER = "<tr><td>asked before</td><td>{}</td><td></td></tr>\n"
 _ATTENTION = "Of the attention of the full cache's answer, what is kept has, by layer: "
 
 
@@ -102,7 +104,7 @@ _PAGE = Template("""<!doctype html>
 <body>
 <h1>$question</h1>
 <table>
-<tr><td>full cache</td><td>$full_answer</td><td></td></tr>
+$earlier<tr><td>full cache</td><td>$full_answer</td><td></td></tr>
 <tr><td>$policy, budget $budget</td><td>$answer</td><td class="$tone">$verdict</td></tr>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>

@@ -29,7 +29,8 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
     shape = sum(picture.height / picture.width for picture in pictures)  # height of one column of overlays, in widths
     width = 15.0
     cell = width / _ACROSS
-    heights = [1.6 if seen.sharing else 1.3, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
+    head_height = 1.3 + 0.3 * bool(seen.sharing) + 0.3 * bool(seen.earlier)
+    heights = [head_height, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(4, 1, height_ratios=heights)
     head, top, middle, bottom = parts
@@ -77,9 +78,11 @@ def _head(figure: Any, seen: Inspection) -> None:
             9.5,
         ),
     ]
+    if seen.earlier:
+        lines.insert(1, (textwrap.shorten(f"asked before: {' / '.join(seen.earlier)}", 180), _VISION, 11))
     if seen.sharing:
         key = "; orange: gained since the question before" if seen.before is not None else ""
-        lines.insert(3, (textwrap.shorten(seen.sharing + key, 180), _VISION, 11))
+        lines.insert(-1, (textwrap.shorten(seen.sharing + key, 180), _VISION, 11))
     for number, (text, colour, size) in enumerate(lines):
         figure.text(
             0.01, 0.88 - (1.0 / len(lines)) * number, text, color=colour, fontsize=size, va="center", parse_math=False

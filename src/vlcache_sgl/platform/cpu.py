@@ -13,12 +13,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable
 
 import torch
 
 from vlcache_sgl.platform import host
+from vlcache_sgl.runtime.flags import check_before_imports
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,10 @@ ACCELERATORS: dict[str, Callable[[], bool]] = {
 def activate() -> str | None:
     """SGLang's entry point: the class to use, or None where SGLang should choose by itself.
 
-    Runs in every process, early in the import of SGLang.
+    Runs in every process, early in the import of SGLang: also the first moment when wrong flags can be refused.
     """
+    if multiprocessing.parent_process() is None:
+        check_before_imports()
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
     if any(is_present() for is_present in ACCELERATORS.values()):

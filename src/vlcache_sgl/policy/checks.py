@@ -9,12 +9,22 @@ import typing
 from typing import Any, Literal, Union
 
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 
 PLAIN = (int, float, bool, str)
 
 
-def factory_problem(
+def scorer_problem(what: str, factory: object) -> str | None:
+    """What is wrong with the class of a scorer, which messages call `what`."""
+    return _factory_problem(factory, what, "score", ("layer", "prompt"), ("query_aware",))
+
+
+def allocator_problem(what: str, factory: object) -> str | None:
+    """What is wrong with the class of an allocator, which messages call `what`."""
+    return _factory_problem(factory, what, "allocate", ("layers", "prompt", "budget"), ())
+
+
+def _factory_problem(
     factory: object, what: str, method: str, arguments: tuple[str, ...], attributes: tuple[str, ...]
 ) -> str | None:
     """Whether `factory` is a frozen dataclass with plain fields, `attributes`, and `method` taking `arguments`."""
@@ -68,11 +78,21 @@ def _is_plain(hint: Any) -> bool:
     return hint in PLAIN or typing.get_origin(hint) is Literal
 
 
+def needs_of(part: object) -> Needs:
+    """What a scorer or allocator declares; nothing where it declares nothing."""
+    if inspect.getattr_static(part, "needs", None) is None:
+        return Needs()
+    needs: Needs = part.needs  # type: ignore[attr-defined]  # an AttributeError of a property is its author's to see
+    return needs
+
+
 def needs_problem(part: object) -> str | None:
-    """Why the runtime could not compute what a scorer or allocator needs, or None."""
-    needs = getattr(part, "needs", None)
+    """Why the runtime could not serve what a scorer or allocator declares, or None."""
+    needs = needs_of(part)
     if not isinstance(needs, Needs):
         return f"`needs` is {needs!r}, expected a Needs"
+    if (rule := getattr(part, "budget_sum", "exact")) not in typing.get_args(BudgetSum):
+        return f"`budget_sum` is {rule!r}, expected one of {', '.join(typing.get_args(BudgetSum))}"
     if (needs.reads_attention or needs.queries) and needs.rows.kind == "none":
         return "needs attention or queries, but names no rows"
     if needs.probabilities and needs.rows.kind == "all":
@@ -86,7 +106,7 @@ def pair_problem(scorer: object, allocator: object) -> str | None:
     """Why these two cannot work together, or None."""
     if getattr(allocator, "compares_layers", False) and not getattr(scorer, "comparable", False):
         return "the allocator ranks scores across layers, but this scorer's are only comparable within a layer"
-    first, second = (getattr(part, "needs", Needs()) for part in (scorer, allocator))
+    first, second = (needs_of(part) for part in (scorer, allocator))
     if first.rows == second.rows and None not in (first.density, second.density) and first.density != second.density:
         return f"they ask for different density thresholds over the same rows: {first.density} and {second.density}"
     return None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin, Selection
-from vlcache_sgl.policy.checks import parameter_types
+from vlcache_sgl.policy.checks import needs_of, parameter_types
 from vlcache_sgl.policy.manager import Registered, Registry
 
 Kind = Literal["policy", "scorer", "allocator"]
@@ -66,6 +66,7 @@ def describe_needs(needs: Needs) -> str:
     rows = {
         "none": "",
         "all": "all rows",
+        "repeat": "rows of a second reading",
         "last": "last row" if needs.rows.count == 1 else f"last {needs.rows.count} rows",
         "post_vision": "post-vision rows" + (f" (at most {needs.rows.count})" if needs.rows.count else ""),
     }[needs.rows.kind]
@@ -78,7 +79,7 @@ def describe_needs(needs: Needs) -> str:
 
 def parameters_of(factory: type[Any]) -> tuple[Parameter, ...]:
     """Fields of a scorer or allocator class with type, default and the text below them."""
-    types, texts = parameter_types(factory), _field_texts(factory)
+    types, texts = parameter_types(factory), field_texts(factory)
     return tuple(
         Parameter(f.name, _type_name(types[f.name]), _default(f), texts.get(f.name, ""))
         for f in dataclasses.fields(factory)
@@ -132,10 +133,11 @@ def _release(entry: Registered[Any]) -> str:
 
 
 def _needs(factory: type[Any]) -> Needs | None:
-    if isinstance(factory.needs, Needs):
-        return factory.needs
+    needs = needs_of(factory)
+    if isinstance(needs, Needs):
+        return needs
     try:
-        needs = factory().needs
+        needs = needs_of(factory())
     except Exception:  # a stranger's class, or a parameter without default
         return None
     return needs if isinstance(needs, Needs) else None
@@ -161,11 +163,11 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def _field_texts(factory: type[Any]) -> dict[str, str]:
-    """The string literals below the fields of a class, its bases included."""
+def field_texts(factory: type[Any]) -> dict[str, str]:
+    """The string literals below the fields of a dataclass or named tuple, its bases included."""
     texts: dict[str, str] = {}
     for cls in reversed(factory.__mro__):
-        if not dataclasses.is_dataclass(cls):
+        if not dataclasses.is_dataclass(cls) and not hasattr(cls, "_fields"):
             continue
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

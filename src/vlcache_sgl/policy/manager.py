@@ -18,8 +18,10 @@ import pluggy
 
 from vlcache_sgl.api import hookspecs
 from vlcache_sgl.api.records import AllocatorPlugin, RecipePlugin, ScorerPlugin
-from vlcache_sgl.policy.checks import factory_problem
+from vlcache_sgl.policy.checks import allocator_problem, scorer_problem
 from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.policy.spec import Owner, Settings, Values, assign, part_owners
+from vlcache_sgl.spelling import did_you_mean
 
 GROUP = hookspecs.PROJECT
 
@@ -94,12 +96,11 @@ def load_registry() -> Registry:
         else:
             providers[str(provider)] = provider
     collect = functools.partial(_collect, manager, providers, problems)
-    return Registry(
-        scorers=collect("vlcache_scorers", ScorerPlugin, _scorer_problem),
-        allocators=collect("vlcache_allocators", AllocatorPlugin, _allocator_problem),
-        recipes=collect("vlcache_recipes", RecipePlugin, lambda record: None),
-        problems=tuple(problems),
-    )
+    scorers = collect("vlcache_scorers", ScorerPlugin, _scorer_problem)
+    allocators = collect("vlcache_allocators", AllocatorPlugin, _allocator_problem)
+    recipe_problem = functools.partial(_recipe_problem, scorers, allocators)
+    recipes = collect("vlcache_recipes", RecipePlugin, recipe_problem)
+    return Registry(scorers, allocators, recipes, tuple(problems))
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
@@ -178,13 +179,73 @@ def _record_problem(record: object, kind: type[Record], found: Mapping[str, Regi
 
 
 def _scorer_problem(record: ScorerPlugin) -> str | None:
-    what = f"scorer {record.name!r}"
-    return factory_problem(record.factory, what, "score", ("layer", "prompt"), ("needs", "query_aware"))
+    return scorer_problem(f"scorer {record.name!r}", record.factory)
 
 
 def _allocator_problem(record: AllocatorPlugin) -> str | None:
-    what = f"allocator {record.name!r}"
-    return factory_problem(record.factory, what, "allocate", ("layers", "prompt", "budget"), ("needs",))
+    return allocator_problem(f"allocator {record.name!r}", record.factory)
+
+
+def _recipe_problem(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    record: RecipePlugin,
+) -> str | None:
+    """Whether a recipe names parts and parameters that are there; what a user adds is not looked at."""
+    try:
+        for variant in ({}, *record.variants.values()):
+            layers = (Settings(record.params), Settings(variant))
+            put_together(scorers, allocators, record.scorer, record.allocator, layers)
+    except PolicyError as error:
+        return f"policy {record.name!r}: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a policy is made of, before it is built."""
+
+    scorer: str
+    allocator: str
+    owners: tuple[Owner, Owner, Owner]
+    """Scorer, allocator, selection."""
+    values: Values
+
+
+def put_together(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    scorer: str,
+    allocator: str,
+    layers: Iterable[Settings],
+) -> Parts:
+    """Apply settings one after the other.  ``scorer`` and ``allocator`` among them replace a part, with whatever had
+    been set for the one before.
+
+    Raises:
+        PolicyError: a name or a value that is not there.
+    """
+    names = {"scorer": scorer, "allocator": allocator}
+    values: Values = {"scorer": {}, "allocator": {}, "selection": {}}
+    for layer in layers:
+        given = dict(layer.given)
+        for role in names:
+            if (name := given.pop(role, names[role])) != names[role]:
+                names[role] = str(name)
+                values[role] = {}
+        owners = _owners(scorers, allocators, names)
+        for role, changes in assign(given, owners, from_request=layer.from_request).items():
+            values[role].update(changes)
+    return Parts(names["scorer"], names["allocator"], _owners(scorers, allocators, names), values)
+
+
+def _owners(
+    scorers: Mapping[str, Registered[ScorerPlugin]],
+    allocators: Mapping[str, Registered[AllocatorPlugin]],
+    names: Mapping[str, str],
+) -> tuple[Owner, Owner, Owner]:
+    scorer, allocator = _find("scorer", names["scorer"], scorers), _find("allocator", names["allocator"], allocators)
+    return part_owners(scorer.record, allocator.record)
 
 
 def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Registered[Record]:
@@ -194,4 +255,5 @@ def _find(what: str, name: str, choices: Mapping[str, Registered[Record]]) -> Re
     for choice, registered in choices.items():
         listed.setdefault(registered.provider.distribution, []).append(choice)
     offers = "; ".join(f"{', '.join(names)} (from {distribution})" for distribution, names in listed.items())
-    raise PolicyError(f"unknown {what} {name!r}; choose from: {offers or 'nothing is installed'}")
+    meant = did_you_mean(name, choices)
+    raise PolicyError(f"unknown {what} {name!r}{meant}; choose from: {offers or 'nothing is installed'}")

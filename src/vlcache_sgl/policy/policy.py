@@ -9,20 +9,21 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from vlcache_sgl._version import __version__
 from vlcache_sgl.api.needs import Needs
-from vlcache_sgl.api.protocols import Allocator, Scorer
+from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
-from vlcache_sgl.plan import EvictionPlan, PolicyFault, make_plan, stack_scores
-from vlcache_sgl.policy.checks import needs_problem, pair_problem
+from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
+from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
-from vlcache_sgl.policy.manager import Provider, Registry, registry
-from vlcache_sgl.policy.spec import Owner, assign, parse
+from vlcache_sgl.policy.manager import Provider, Registry, put_together, registry
+from vlcache_sgl.policy.spec import Owner, Settings, parse
+from vlcache_sgl.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,18 @@ class Policy:
 
     @property
     def needs(self) -> tuple[Needs, Needs]:
-        """What the runtime must compute for the scorer and for the allocator."""
-        return self.scorer.needs, self.allocator.needs
+        """What the runtime must compute for the scorer and for the allocator.
+
+        Raises:
+            PolicyFault: one of them cannot say.
+        """
+        with _blame(f"`needs` of scorer {self.scorer_name} or allocator {self.allocator_name}"):
+            return needs_of(self.scorer), needs_of(self.allocator)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether rows of a second reading of the prompt vote."""
+        return any(need.rows.kind == "repeat" for need in self.needs)
 
     @property
     def query_aware(self) -> bool:
@@ -74,20 +85,17 @@ class Policy:
 
         Args:
             scorer_layers, allocator_layers: one view per layer, in order, with what `needs` declares; the two may be
-                the same objects when their rows agree.  `scores` is set on both.
+                the same objects when their rows agree.  `scores` is set on those of the allocator.
             prompt: geometry of the request.
             total: tokens to keep, summed over layers; more than there are means all.
 
         Returns:
-            A plan whose counts sum to at most `total`, unless the allocator declares ``quality_target``.
+            A plan whose counts sum to `total`, unless the allocator declares another ``budget_sum``.
 
         Raises:
             PolicyFault: when scorer or allocator raises or returns something unusable.
         """
-        scores = self.score(scorer_layers, prompt)
-        for view, score in zip(scorer_layers, scores.unbind(), strict=True):
-            view.scores = score
-        return self.plan(scores, allocator_layers, prompt, total)
+        return self.plan(self.score(scorer_layers, prompt), allocator_layers, prompt, total)
 
     def require(self, model: Prompt) -> None:
         """Whether this policy can serve a model at all; asked once, before the first request.
@@ -103,13 +111,13 @@ class Policy:
             f"allocator {self.allocator_name}": self.allocator,
         }
         for name, part in parts.items():
-            if part.needs.rotary and model.rotary is None:
+            with refused(name):
+                needs = needs_of(part)
+            if needs.rotary and model.rotary is None:
                 raise PolicyError(f"{name} needs the model's rotary embedding, which is not known for this model")
             if check := getattr(part, "check", None):
-                try:
+                with refused(name):
                     check(model)
-                except ValueError as error:
-                    raise PolicyError(f"{name}: {error}") from error
 
     def score(self, layers: Sequence[LayerView], prompt: Prompt) -> torch.Tensor:
         """The first half of `decide`: `[num_layers, num_kv_heads, owned]` float32, finite.
@@ -125,7 +133,7 @@ class Policy:
         """The second half of `decide`: budgets from the allocator's views, then the choice.
 
         Args:
-            scores: `[L, K, owned]` float32, `K` = ``prompt.num_kv_heads``; set on `layers`.
+            scores: `[L, K, owned]` float32, finite, `K` = ``prompt.num_kv_heads``.
             layers: one view per layer, with what the allocator needs.
             prompt: geometry; with tensor parallelism that of all ranks' heads.
             total: see `decide`.
@@ -133,15 +141,17 @@ class Policy:
         Raises:
             PolicyFault: the allocator raises or returns something unusable.
         """
-        for view, score in zip(layers, scores.unbind(), strict=True):
+        rivals = competing(scores, prompt, self.selection)
+        for view, score in zip(layers, rivals.unbind(), strict=True):
             view.scores = score
         budget = budget_for(total, prompt, self.selection)
         with _blame(f"allocator {self.allocator_name}"):
             counts = self.allocator.allocate(layers, prompt, budget)
-        plan = make_plan(scores.unbind(), counts, prompt, self.selection)
-        if plan.total > budget.total and not getattr(self.allocator, "quality_target", False):
+        plan = choose(rivals, counts, prompt, self.selection)
+        rule: BudgetSum = getattr(self.allocator, "budget_sum", "exact")
+        if plan.total != budget.total and (rule == "exact" or (rule == "at_most" and plan.total > budget.total)):
             raise PolicyFault(
-                f"allocator {self.allocator_name} keeps {plan.total} tokens, the budget is {budget.total}"
+                f"allocator {self.allocator_name} keeps {plan.total:g} tokens, the budget is {budget.total} ({rule})"
             )
         return plan
 
@@ -153,13 +163,16 @@ def budget_for(total: int, prompt: Prompt, selection: Selection) -> Budget:
     return Budget(total=total, num_layers=prompt.num_layers, lo=math.floor(selection.floor * average), hi=prompt.owned)
 
 
-def resolve(text: str, *, installed: Registry | None = None, from_request: bool = False) -> Policy:
+def resolve(
+    text: str, *, installed: Registry | None = None, from_request: bool = False, head_cells: bool = False
+) -> Policy:
     """The policy that `text` names.
 
     Args:
         text: ``NAME``, ``NAME:variant-or-key=value,...`` or ``scorer=A,allocator=B,key=value,...``.
         installed: where to look names up; the installed plugins by default.
         from_request: the text comes from a client: refuse parameters that only the operator may set.
+        head_cells: whether KV heads may keep different tokens; decides what ``heads=auto`` means.
 
     Raises:
         PolicyError: one line for the user, with the choices.
@@ -176,45 +189,41 @@ def resolve(text: str, *, installed: Registry | None = None, from_request: bool 
         for variant in spec.variants:
             if variant not in recipe.variants:
                 choices = ", ".join(recipe.variants) or "none"
-                raise PolicyError(f"policy {spec.name} has no variant {variant!r}; variants: {choices}")
+                meant = did_you_mean(variant, recipe.variants)
+                raise PolicyError(f"policy {spec.name} has no variant {variant!r}{meant}; variants: {choices}")
         layers = [recipe.params, *(recipe.variants[variant] for variant in spec.variants), spec.settings]
     assert scorer_name is not None
     assert allocator_name is not None
-    scorer, allocator = installed.scorer(scorer_name), installed.allocator(allocator_name)
-    owners = (
-        Owner("scorer", f"scorer {scorer_name}", cast("type[Any]", scorer.record.factory)),
-        Owner("allocator", f"allocator {allocator_name}", cast("type[Any]", allocator.record.factory)),
-        Owner("selection", "selection", Selection),
-    )
-    values: dict[str, dict[str, Any]] = {owner.role: {} for owner in owners}
-    for number, settings in enumerate(layers):
-        is_last = number == len(layers) - 1
-        for role, given in assign(settings, owners, from_request=from_request and is_last).items():
-            values[role].update(given)
+    last = len(layers) - 1
+    settings = [Settings(given, from_request and number == last) for number, given in enumerate(layers)]
+    parts = put_together(installed.scorers, installed.allocators, scorer_name, allocator_name, settings)
+    scorer, allocator = installed.scorer(parts.scorer), installed.allocator(parts.allocator)
+    owners, values = parts.owners, parts.values
     built = (
         _build(owners[0], values["scorer"], scorer.provider),
         _build(owners[1], values["allocator"], allocator.provider),
     )
     if problem := pair_problem(*built):
-        raise PolicyError(f"scorer {scorer_name} and allocator {allocator_name}: {problem}")
+        raise PolicyError(f"scorer {parts.scorer} and allocator {parts.allocator}: {problem}")
+    chosen = _select(selection, values["selection"])
+    if chosen.heads == "auto":
+        chosen = dataclasses.replace(chosen, heads="split" if head_cells else "shared")
     return Policy(
         spec=text.strip(),
-        scorer_name=scorer_name,
+        scorer_name=parts.scorer,
         scorer=built[0],
-        allocator_name=allocator_name,
+        allocator_name=parts.allocator,
         allocator=built[1],
-        selection=_select(selection, values["selection"]),
+        selection=chosen,
         providers=(_release(scorer.provider), _release(allocator.provider)),
     )
 
 
 def _build(owner: Owner, values: Mapping[str, Any], provider: Provider) -> Any:
-    try:
+    with refused(owner.title):
         built = owner.factory(**values)
-    except Exception as error:  # the class may be a stranger's
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise PolicyError(f"{owner.title}: {kind}{error}") from error
-    if problem := needs_problem(built):
+        problem = needs_problem(built)
+    if problem:
         raise PolicyError(f"{owner.title} of {provider}: {problem}")
     return built
 
@@ -239,7 +248,19 @@ def _state(thing: object) -> dict[str, Any]:
 def _blame(what: str) -> Iterator[None]:
     try:
         yield
-    except PolicyFault:
+    except (PolicyFault, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a plugin that calls `sys.exit` must not end the server
         raise PolicyFault(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Around a stranger's code that runs before a policy serves: whatever it raises is a PolicyError about `what`."""
+    try:
+        yield
+    except (PolicyError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # as above
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise PolicyError(f"{what}: {kind}{error}") from error

@@ -6,10 +6,12 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from vlcache_sgl.api.records import AllocatorPlugin, ScorerPlugin, Selection
 from vlcache_sgl.policy.checks import is_optional, parameter_types, strip_optional
 from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.spelling import did_you_mean
 
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -54,7 +56,7 @@ def parse(text: str) -> Spec:
         else:
             settings[key] = value
     if not composed:
-        return Spec(head.strip(), None, None, tuple(variants), settings)
+        return Spec(head.strip(), None, None, tuple(variants), settings)  # `scorer=` and `allocator=` replace a part
     scorer, allocator = settings.pop("scorer", None), settings.pop("allocator", None)
     if variants or scorer is None or allocator is None:
         raise problem
@@ -79,11 +81,28 @@ class Owner:
         return any(f.name == key and f.metadata.get("operator_only") for f in dataclasses.fields(self.factory))
 
 
-Settings = dict[str, dict[str, Any]]
+def part_owners(scorer: ScorerPlugin, allocator: AllocatorPlugin) -> tuple[Owner, Owner, Owner]:
+    """Scorer, allocator and selection of one policy."""
+    return (
+        Owner("scorer", f"scorer {scorer.name}", cast("type[Any]", scorer.factory)),
+        Owner("allocator", f"allocator {allocator.name}", cast("type[Any]", allocator.factory)),
+        Owner("selection", "selection", Selection),
+    )
+
+
+Values = dict[str, dict[str, Any]]
 """Role -> keyword arguments."""
 
 
-def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_request: bool = False) -> Settings:
+@dataclass(frozen=True)
+class Settings:
+    """What one layer of a policy's definition sets: a recipe, a variant or the user."""
+
+    given: Mapping[str, Any]
+    from_request: bool = False
+
+
+def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_request: bool = False) -> Values:
     """Give every setting to the one owner that has a field of this name and convert texts to the field's type.
 
     Args:
@@ -94,7 +113,7 @@ def assign(settings: Mapping[str, Any], owners: tuple[Owner, ...], *, from_reque
     Raises:
         PolicyError: unknown key (with the choices), ambiguous key, or a text that is not of the field's type.
     """
-    result: Settings = {owner.role: {} for owner in owners}
+    result: Values = {owner.role: {} for owner in owners}
     for key, value in settings.items():
         owner, name = _owner(key, owners)
         if from_request and owner.is_guarded(name):
@@ -113,7 +132,8 @@ def _owner(key: str, owners: tuple[Owner, ...]) -> tuple[Owner, str]:
         ways = " or ".join(f"{owner.role}.{name}=" for owner in holders)
         raise PolicyError(f"{key} belongs to {' and '.join(owner.title for owner in holders)}: write {ways}")
     choices = "; ".join(f"{owner.title}: {', '.join(owner.parameters) or 'none'}" for owner in owners)
-    raise PolicyError(f"unknown parameter {key!r}; choose from: {choices}")
+    meant = did_you_mean(name, [known for owner in owners for known in owner.parameters])
+    raise PolicyError(f"unknown parameter {key!r}{meant}; choose from: {choices}")
 
 
 def _convert(text: str, hint: Any, what: str) -> Any:
@@ -123,7 +143,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(hint)}
         if text not in choices:
-            raise PolicyError(f"{what} must be one of {', '.join(choices)}, got {text!r}")
+            raise PolicyError(f"{what} must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}")
         return choices[text]
     try:
         return SWITCHES[text.lower()] if hint is bool else hint(text)

@@ -137,6 +137,21 @@ def model_config_dict(server_args: Any) -> dict[str, Any]:
     return dict(config)
 
 
+def reads_no_images(config: dict[str, Any]) -> bool:
+    """Whether SGLang serves a model of this Hugging Face configuration as one of text alone; False when unknown."""
+    from sglang.srt.configs.model_config import is_multimodal_model
+
+    architectures = config.get("architectures")
+    return bool(architectures) and not is_multimodal_model(architectures)
+
+
+def is_health_poll(req: Any) -> bool:
+    """Whether a request is `GET /health_generate`'s own."""
+    from sglang.srt.managers.utils import is_health_check_generate_req
+
+    return bool(is_health_check_generate_req(req))
+
+
 def slot_writers(model: Any) -> list[str]:
     """Modules of the served model that would write keys by slot, past our pool: imported before our patch."""
     from sglang.srt.models import utils

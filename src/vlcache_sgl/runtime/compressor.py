@@ -42,7 +42,7 @@ class Compressor:
     """Compresses prompts of one model on one rank.
 
     Args:
-        model: what the policy is told of the model; `length`, `start` and `vision` are filled in per request.
+        model: what the policy is told of the model; `length`, `start`, `vision` and `grids` are filled in per request.
         heads: puts the ranks' KV heads together.
         counters: where figures are kept.
         sharing: what copies for everybody keep.
@@ -62,28 +62,67 @@ class Compressor:
         """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
         if job.reached is not None and begin != job.reached:
             job.restart()
-        if job.reached is None and job.vision and begin > job.vision[0].begin:
-            self.counters.prefix_hit(begin)
-            self.sharing.watch(job, begin)
+        if job.reached is None:
+            job.shared = begin
+            # Who was retracted while it decoded finds what it has published itself.
+            if job.outcome is None and job.vision and begin > job.vision[0].begin:
+                self._note_hit(job)
         job.reached = end
         if job.done:
             return
         if job.scoring is None:
-            owned = job.length - begin
-            if owned < job.min_tokens:
+            if job.reading is not None and job.reading.report:
+                self.take_over(job, job.reading.report)
+                return
+            start = job.first_evictable(begin)
+            if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
-            prompt = replace(self._model, length=job.length, start=begin, vision=job.vision)
+            if job.choice.policy.reads_twice and not job.repeated:
+                self.skip(job, "second_reading")
+                return
+            prompt = replace(
+                job.choice.of_model(self._model),
+                length=job.length,
+                start=start,
+                vision=job.vision,
+                grids=job.grids,
+                repeated=job.repeated,
+            )
             try:
-                job.scoring = Scoring(prompt, job.choice.policy.needs)
+                job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
             except Exception as error:
                 self.fail(job, error)
 
-    def skip(self, job: CompressionJob, reason: str) -> None:
-        """Leave this request alone."""
+    def _note_hit(self, job: CompressionJob) -> None:
+        """A prompt has found an image in the prefix cache."""
+        if not job.counted_hit:
+            self.counters.prefix_hit(job.shared)
+            job.counted_hit = True
+        self.sharing.watch(job, job.shared)
+
+    def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
+        """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
         job.done = True
+        job.report.update(report)
+        if "skipped" in report:
+            self._count_skipped(job, report["skipped"])
+
+    def skip(self, job: CompressionJob, reason: str) -> None:
+        """Leave the rest of a request alone; one that comes back from a retraction keeps the report of its prefill."""
+        job.done = True
+        if job.outcome is not None:
+            job.report.update(job.outcome)
+            return
         job.report.update(policy=job.choice.policy.spec, skipped=reason)
-        self.counters.skipped(reason)
+        if job.shared:
+            job.report.update(budget=str(job.choice.budget), prompt_tokens=job.length, shared_tokens=job.shared)
+        self._count_skipped(job, reason)
+
+    def _count_skipped(self, job: CompressionJob, reason: str) -> None:
+        if not job.counted:
+            self.counters.skipped(reason)
+            job.counted = True
 
     def fail(self, job: CompressionJob, error: Exception) -> None:
         """A policy does not keep its contract: the request keeps its full cache."""
@@ -123,9 +162,14 @@ class Compressor:
         started = time.perf_counter()
         try:
             earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
-            shared, shared_valid, own = _divide(prefix, valid, earlier)
+            shared, shared_valid, own = _divide(prefix, valid, max(0, earlier))
+            if earlier < 0:
+                # The chunk begins in front of the first image.  Keys that only enter the normaliser have no order.
+                front, keys = keys[:-earlier], keys[-earlier:]
+                shared = front if shared is None else torch.cat([front, shared])
+                shared_valid = None if shared_valid is None else shared_valid - earlier
             owned = keys if own is None else torch.cat([own, keys])
-            owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+            owned = owned[: scoring.end - scoring.prompt.start]  # a retracted request recomputes generated tokens too
             scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
             self._give_up([job], error)
@@ -218,11 +262,14 @@ class Compressor:
         if job.guard is not None:
             job.guard.close(self._heads.mean, row.device)
             self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+        if job.shared and job.outcome is None:
+            job.shared_kept = self._kept_of(row[: job.shared])
         scoring = job.scoring
         if job.done or scoring is None:
             return
         started = time.perf_counter()
         prompt = scoring.prompt
+        front = prompt.start - job.shared
         slots = row[prompt.start : prompt.length].to(torch.int64)
         try:
             plan = self._decide(job, scoring, slots)
@@ -231,18 +278,25 @@ class Compressor:
             return
         if job.measures_recall:
             job.recall = job.recall or Recall(plan.keep, prompt)  # a retracted request decides twice, and alike
-            self.counters.skipped("recall")
+            self._count_skipped(job, "recall")
         else:
             self._evict(job, prompt, slots, plan)
-        per_layer = [int(tokens) for tokens in plan.counts.tolist()]
+            job.compressed = True
+        per_layer = [front + tokens for tokens in plan.tokens_per_layer]
         job.report.update(
             policy=job.choice.policy.spec,
             budget=str(job.choice.budget),
             prompt_tokens=prompt.length,
-            shared_tokens=prompt.start,
+            shared_tokens=job.shared,
+            front_tokens=front,
             kept_tokens_per_layer=per_layer,
-            ratio=round(sum(per_layer) / (prompt.owned * len(per_layer)), 4),
+            ratio=round(sum(per_layer) / ((front + prompt.owned) * len(per_layer)), 4),
         )
+        if plan.differs_by_head:
+            job.report["kept_tokens_per_head"] = plan.counts.tolist()
+        if job.repeated:
+            job.report["second_reading"] = {"tokens": job.repeated}
+            self.counters.second_readings += 1
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
@@ -304,12 +358,37 @@ class Compressor:
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
         done = passed_event(slots.device)
         self.allocator.retire(eviction, done)
+        if job.counted:  # it was retracted: what was done before is what counts
+            return
+        job.counted = True
         # From the plan, not from the device: the host need not wait to know them.
-        kept = [int(tokens) * arena.groups for tokens in plan.counts.tolist()]
-        seen = slots.numel() * arena.groups
+        front = prompt.start - job.shared
+        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
+        kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
+        seen = (front + slots.numel()) * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
+
+    def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
+        """Share of `slots` that each layer has; see `CompressionJob.shared_kept`.  Nobody waits for it here."""
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
+        shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
+        if shares.device.type != "cpu":
+            shares = torch.empty(shares.shape, pin_memory=True).copy_(shares, non_blocking=True)
+        return shares, passed_event(slots.device)
+
+    def report_shared(self, job: CompressionJob) -> None:
+        """Add to the job's report what each layer has of the prefix that it was served."""
+        if job.shared_kept is None:
+            return
+        shares, copied = job.shared_kept
+        if copied is not None:
+            copied.synchronize()
+        job.report["shared_kept_per_layer"] = [round(share, 4) for share in shares.tolist()]
+        job.shared_kept = None
 
     @property
     def all_counted(self) -> bool:

@@ -6,34 +6,20 @@ format keeps the offsets of all pictures in one list beside the items, with the 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from vlcache_sgl.api import Span
+from vlcache_sgl.api import Grid, Span
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tokens of one look at a picture: row-major, top to bottom."""
-
-    rows: int
-    columns: int
-    newlines: bool = False
-    """Whether each row ends with a token that is no place of the picture (LLaVA's tiles)."""
-    fit: str = "stretch"
-    """``stretch``: the grid covers the whole picture; ``pad``: it covers the square around the centred picture."""
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * (self.columns + self.newlines)
 
 
 @dataclass(frozen=True)
@@ -55,13 +41,31 @@ class Run:
         return {**asdict(self), "grids": [asdict(grid) for grid in self.grids]}
 
 
+GEOMETRY = ("image_grid_thw", "video_grid_thw", "image_sizes")
+"""What SGLang's items say, beside patches, of how these lie on an image."""
+
+
+def name_by_geometry(original: Callable[[Any], None], item: Any) -> None:
+    """Around naming an image by a hash of its patches: the same patches in another arrangement are another image.
+
+    The name is that of its tokens in the prefix tree and of its embedding in SGLang's cache.
+    """
+    named = item.pad_value is not None
+    original(item)
+    said = [item.model_specific_data.get(key) for key in GEOMETRY]
+    geometry = [torch.as_tensor(value).tolist() for value in said if value is not None]
+    if geometry and not named:
+        digest = hashlib.blake2b(f"{item.hash} {geometry}".encode(), digest_size=8).digest()
+        item.set_hash(int.from_bytes(digest, "big"))
+
+
 def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
     """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
     return tuple(sorted(Span(begin, end) for begin, end, _, _ in _found(mm_inputs)))
 
 
 def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
-    """The same with all that is known of each, for reports; `model` is SGLang's, LLaVA's geometry is its attributes."""
+    """The same with all that is known of each; `model` is SGLang's, LLaVA's geometry is its attributes."""
     found = list(_found(mm_inputs))
     lengths: dict[int, int] = {}
     for begin, end, _, number in found:
@@ -71,11 +75,17 @@ def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
         try:
             grids = _patches(item, end - begin, lengths[number]) or _tiles(item, end - begin, model)
         except Exception as error:
-            # Layouts are for pictures only; a model that is built in another way must not end its scheduler.
-            logger.warning("the layout of vision tokens is not known: %s: %s", type(error).__name__, error)
+            # A layout is a bonus: a model that is built in another way must not end its scheduler.
+            _warn_once(f"the layout of vision tokens is not known: {type(error).__name__}: {error}")
             grids = ()
         runs.append(Run(begin, end, item.modality.name.lower(), number, grids))
     return tuple(sorted(runs, key=lambda run: run.begin))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Every request asks for its layout: the same complaint about each would fill the log."""
+    logger.warning(text)
 
 
 def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:

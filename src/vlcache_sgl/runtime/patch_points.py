@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
+from vlcache_sgl.runtime.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
+from vlcache_sgl.runtime.media import name_by_geometry
 from vlcache_sgl.runtime.patching import PatchPoint
-from vlcache_sgl.runtime.session import is_request_level, writes_through_pool
+from vlcache_sgl.runtime.session import REPORT_KEY
 
 if TYPE_CHECKING:
     from vlcache_sgl.runtime.session import Session
@@ -18,26 +20,78 @@ if TYPE_CHECKING:
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
+_ENTRYPOINTS = "sglang.srt.entrypoints"
+_PROCESSORS = "sglang.srt.multimodal.processors"
 _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
 
 UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
 """What opening a client's picture may raise besides SGLang's own list: no such file, cut off, absurdly large."""
 
 
+def is_request_level(result: bool, _: Any, key: str) -> bool:
+    """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
+    return result or key == REPORT_KEY
+
+
+def writes_through_pool(_: bool, __: Any) -> bool:
+    """After SGLang has said whether a model may write its keys itself: it would do so by slot, not by cell."""
+    return False
+
+
 def _client_errors(known: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
     return (*known, *UNREADABLE_MEDIA)
 
 
-TOKENIZER_POINTS = tuple(
+MEDIA_POINTS = (
+    *(
+        PatchPoint(
+            f"{_PROCESSORS}.{module}:CLIENT_MEDIA_EXCEPTIONS",
+            "replace",
+            _client_errors,
+            "answering unreadable pictures with a 400 instead of a 500",
+        )
+        for module in ("base_processor", "llava")
+    ),
     PatchPoint(
-        f"sglang.srt.multimodal.processors.{module}:CLIENT_MEDIA_EXCEPTIONS",
-        "replace",
-        _client_errors,
-        "answering unreadable pictures with a 400 instead of a 500",
-    )
-    for module in ("base_processor", "llava")
+        f"{_PROCESSORS}.base_processor:BaseMultimodalProcessor._process_and_collect_mm_items",
+        "around",
+        count_placeholders,
+        "answering placeholders without an image with a 400",
+    ),
+    PatchPoint(
+        "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_pad_value",
+        "around",
+        name_by_geometry,
+        "telling images apart that have the same patches in another arrangement",
+    ),
 )
-"""The patch points of the process that reads requests."""
+"""How the process that reads requests reads images."""
+
+_IGNORED = "a 400 for what endpoints would ignore"
+HTTP_POINTS = (
+    PatchPoint(f"{_ENTRYPOINTS}.http_server:serve_generate_request", "around", serve_generate, _IGNORED),
+    *(
+        PatchPoint(f"{_ENTRYPOINTS}.{target}", "around", refuse_misplaced, _IGNORED)
+        for target in (
+            "openai.serving_base:OpenAIServingBase.handle_request",
+            "openai.serving_responses:OpenAIServingResponses.create_responses",
+            "anthropic.serving:AnthropicServing.handle_messages",
+        )
+    ),
+)
+"""How it reads what is sent over HTTP; not in `sgl.Engine`."""
+
+
+def gate_points(gate: Gate) -> list[PatchPoint]:
+    """Where requests pass on their way to the scheduler."""
+    return [
+        PatchPoint(
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
+            "after",
+            gate.check,
+            "refusing what cannot be served before a stream begins",
+        )
+    ]
 
 
 def runtime_points(session: Session) -> list[PatchPoint]:
@@ -175,8 +229,8 @@ def runtime_points(session: Session) -> list[PatchPoint]:
         ),
         PatchPoint(
             f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.stream_output",
-            "before",
-            session.complete_reports,
-            "reporting what is known at the end of an answer",
+            "around",
+            session.send_answers,
+            "reporting what is known at the end of an answer, and nothing to nobody",
         ),
     ]

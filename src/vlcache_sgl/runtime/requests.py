@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlcache_sgl.api import Prompt, Span
-from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share, shown
+from vlcache_sgl.api import Grid, Prompt, Span
+from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
 from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.runtime.custom_params import LONGEST_SPEC, RequestParams
 from vlcache_sgl.runtime.sharing.tier import require_agnostic
+from vlcache_sgl.weights import ModelWeights
 
 if TYPE_CHECKING:
     from vlcache_sgl.policy import Policy
     from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.recall import Recall
     from vlcache_sgl.runtime.scoring import Scoring
+    from vlcache_sgl.runtime.second_reading import ReadingState
     from vlcache_sgl.runtime.sharing.guard import DecodeReading, GuardReading
     from vlcache_sgl.runtime.sharing.images import SharedImage
 
-REQUEST_KEYS = ("kv_policy", "kv_budget", "kv_share")
-"""What of `custom_params` chooses how a request is compressed."""
 Phase = Literal["prefill", "decode"]
 """Where a guard has seen what a request misses."""
-REPORTS = ("summary", "positions", "recall")
-"""What `custom_params["kv_report"]` may ask for; the first is the default."""
-LONGEST_SPEC = 512
-"""Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -42,11 +39,20 @@ class Choice:
     share: Share = "policy"
     copy_name: str = ""
     """With ``tiered``: fingerprint of the share policy and its budget."""
+    weights: ModelWeights | None = None
+    """What layers and heads of the model need, where that is known."""
 
     @property
     def fingerprint(self) -> str:
         """Distinguishes compressed prefixes in the radix tree."""
-        return f"{self.policy.fingerprint}@{self.budget}{self.copy_name and '+' + self.copy_name}"
+        weights = "" if self.weights is None else f"~{self.weights.digest}"
+        return f"{self.policy.fingerprint}@{self.budget}{weights}{self.copy_name and '+' + self.copy_name}"
+
+    def of_model(self, model: Prompt) -> Prompt:
+        """`model` with the weights that this choice stands for."""
+        if self.weights is None:
+            return model
+        return replace(model, layer_weights=self.weights.layers, head_weights=self.weights.heads)
 
 
 class Choices:
@@ -55,6 +61,7 @@ class Choices:
     def __init__(self, config: KVConfig) -> None:
         self._config = config
         self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
+        self._weights: ModelWeights | None = None
         self._model: Prompt | None = None
         self._ranks = 1
         try:
@@ -64,6 +71,27 @@ class Choices:
         except PolicyError as error:
             raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
+        if self.default.policy.reads_twice and config.guard != "off":
+            raise PolicyError(
+                f"policy {config.policy!r} makes one copy for all questions, which --kv-guard cannot replace"
+            )
+
+    def use_weights(self, weights: ModelWeights) -> None:
+        """Later choices give the model's layers and heads these weights; earlier ones keep theirs.
+
+        Raises:
+            ValueError: they are those of a model of another shape.
+        """
+        if self._model is not None:
+            weights.check(self._model.num_layers, self._model.num_kv_heads)
+        self._weights = weights
+        self._known.clear()
+        self.default = self._choice(self._config.policy, self._config.budget, self._config.share)
+
+    @property
+    def weights(self) -> ModelWeights | None:
+        """In use; None when not known."""
+        return self._weights
 
     def serve(self, model: Prompt, ranks: int) -> None:
         """From now on only choices that can serve this model over so many tensor-parallel ranks are made.
@@ -88,46 +116,34 @@ class Choices:
     def _choice(self, spec: str, budget: KVBudget, share: Share, from_request: bool = False) -> Choice:
         key = (spec, budget, share)
         if key not in self._known:
-            policy = resolve(spec, from_request=from_request)
+            policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
+            if policy.reads_twice and share == "tiered":
+                raise PolicyError(
+                    f"policy {spec!r} makes one copy for all questions: kv_share must be policy or off, not tiered"
+                )
             self._require(policy)
             if len(self._known) >= MOST_CHOICES:
                 del self._known[next(iter(self._known))]
             copy_name = f"{self.copies.fingerprint}@{self._config.share_budget:g}" if share == "tiered" else ""
-            self._known[key] = Choice(policy, budget, share, copy_name)
+            self._known[key] = Choice(policy, budget, share, copy_name, self._weights)
         return self._known[key]
 
-    def select(self, custom_params: object, length: int) -> Choice:
-        """The choice of one request.
-
-        Args:
-            custom_params: as the client sent them, which may be anything.
-            length: tokens of the prompt.
+    def select(self, params: RequestParams, length: int) -> Choice:
+        """What serves a request with a prompt of `length` tokens.
 
         Raises:
             ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
             PolicyError: for an unknown policy or parameter.
         """
-        if custom_params is None:
-            return self.default
-        if not isinstance(custom_params, Mapping):
-            raise ConfigError(f"custom_params must be an object with names and values, got {shown(custom_params)}")
-        asked = {key: custom_params[key] for key in REQUEST_KEYS if key in custom_params}
-        if not asked:
-            return self.default
-        spec = asked.get("kv_policy", self._config.policy)
-        if not isinstance(spec, str):
-            raise ConfigError(f"kv_policy must be a text, got {shown(spec)}")
+        spec = self._config.policy if params.policy is None else params.policy
         if len(spec) > LONGEST_SPEC and spec != self._config.policy:
             raise ConfigError(f"kv_policy must have at most {LONGEST_SPEC} characters, got {len(spec)}")
         self._check_allowed(spec)
-        budget = KVBudget.parse(asked["kv_budget"], "kv_budget") if "kv_budget" in asked else self._config.budget
+        budget = params.budget or self._config.budget
         self._check_bounds(budget, length)
-        share = asked.get("kv_share", self._config.share)
-        if share not in get_args(Share):
-            raise ConfigError(f"kv_share must be one of: {', '.join(get_args(Share))}, got {shown(share)}")
-        return self._choice(spec, budget, share, from_request=spec != self._config.policy)
+        return self._choice(spec, budget, params.share or self._config.share, from_request=spec != self._config.policy)
 
     def _check_allowed(self, spec: str) -> None:
         allowed = self._config.allow_policies
@@ -147,18 +163,6 @@ class Choices:
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
 
 
-def wanted_report(custom_params: object) -> str:
-    """Which of REPORTS a request asks for.
-
-    Raises:
-        ConfigError: for an unknown `kv_report`; the message is for the client.
-    """
-    asked = custom_params.get("kv_report", REPORTS[0]) if isinstance(custom_params, Mapping) else REPORTS[0]
-    if asked not in REPORTS:
-        raise ConfigError(f"kv_report must be one of: {', '.join(REPORTS)}, got {shown(asked)}")
-    return str(asked)
-
-
 @dataclass
 class CompressionJob:
     """One request's way to a compressed prompt; lives on SGLang's request object."""
@@ -170,7 +174,7 @@ class CompressionJob:
     """Tokens of the prompt, generated ones not counted."""
     min_tokens: int
     runs: tuple[Run, ...] = ()
-    """What the report says of the vision tokens; only with `positions`."""
+    """What is known of each span of `vision`: for the policy, and for a report with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
     measures_recall: bool = False
@@ -202,8 +206,24 @@ class CompressionJob:
     """The reading of the last time."""
     missed_in: Phase = "prefill"
     """Whose reading it was."""
+    shared: int = 0
+    """Tokens that the prefix cache served to the present prefill."""
+    shared_kept: tuple[torch.Tensor, Any | None] | None = None
+    """`[L]` float32 on the host, shares of these that each layer has, and the event after which it may be read."""
+    outcome: dict[str, Any] | None = None
+    """Report of a prefill that had ended when the request was retracted; None: it had not."""
+    counted: bool = False
+    """Whether this request is among those that were compressed or left alone."""
+    counted_hit: bool = False
+    """Whether it is among those that found an image."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
+    repeated: int = 0
+    """Tokens behind the prompt that read it again: of an internal request, which computes both and keeps the prompt."""
+    compressed: bool = False
+    """Whether something was evicted from the prompt."""
+    reading: ReadingState | None = None
+    """How far the second reading of this request's prompt has come, by another request; only where the policy asks."""
 
     @property
     def reads_decode(self) -> bool:
@@ -211,20 +231,53 @@ class CompressionJob:
         return self.recall is not None or (self.decode_guard is not None and not self.decode_guard.complete)
 
     @property
+    def grids(self) -> tuple[tuple[Grid, ...], ...]:
+        """`Prompt.grids`."""
+        return tuple(run.grids for run in self.runs)
+
+    @property
     def pictures_end(self) -> int:
         """Position behind the last picture."""
         return self.vision[-1].end if self.vision else 0
 
+    @property
+    def end(self) -> int:
+        """Where the decision falls: behind the prompt, or behind its second reading."""
+        return self.length + self.repeated
+
     def holds_back(self, up_to: int) -> bool:
         """Whether ``[0, up_to)`` must not be published yet."""
-        return not self.done and up_to < self.length
+        return not self.done and up_to < self.end
+
+    def publishes(self, up_to: int) -> int:
+        """How much of ``[0, up_to)`` the prefix tree may have: of a second reading nothing, and nothing of a prompt
+        whose compression failed in it."""
+        if not self.repeated:
+            return up_to
+        return min(up_to, self.length) if self.compressed else 0
+
+    def first_evictable(self, begin: int) -> int:
+        """Where the tokens begin that this request may evict, `begin` being where its own begin.
+
+        What lies in front of the first image, a system prompt for instance, is there for other images too.
+        """
+        return max(begin, self.vision[0].begin) if self.vision else begin
+
+    def send_back(self, missing: float, seen_in: Phase) -> None:
+        """The guard has tripped: what was done is undone, and does not count."""
+        self.trips += 1
+        self.missed, self.missed_in = round(missing, 4), seen_in
+        self.done = self.counted = False
 
     def restart(self) -> None:
         """Begin anew: the request was retracted and is prefilled again."""
+        if self.done:
+            self.outcome = dict(self.report)
         self.scoring = None
-        self.done = False
+        self.done = self.compressed = False
         self.reached = None
         self.guard = self.decode_guard = None
+        self.shared_kept = None
         self.report.clear()
         if self.trips:
             self.report.update(recomputed=self.trips, missed=self.missed, missed_in=self.missed_in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,23 +15,26 @@ from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.runtime.admission import reopen
-from vlcache_sgl.runtime.compat import attention_tp, slot_writers
+from vlcache_sgl.runtime.compat import attention_tp, is_health_poll, slot_writers
 from vlcache_sgl.runtime.compressor import Compressor
 from vlcache_sgl.runtime.counters import Counters
+from vlcache_sgl.runtime.gate import NAMESPACE, read_request
 from vlcache_sgl.runtime.media import vision_runs, vision_spans
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
     JOB_ATTRIBUTE,
+    Choice,
     Choices,
     CompressionJob,
     job_of,
-    wanted_report,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
+from vlcache_sgl.runtime.second_reading import ReadingState, SecondReadings, clients_of
 from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.status import Status
+from vlcache_sgl.weights import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,6 @@ REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
-NAMESPACE = "|kv:"
-"""Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
 UNEVICTED = "|recall"
 """Ends the radix key of a request that only measures: it finds no compressed prefix, and leaves nothing behind."""
 ROWS_ATTRIBUTE = "vlcache_rows"
@@ -58,6 +59,7 @@ class Session:
         self.counters = Counters()
         self.images = SharedImages()
         self._expansions: Expansions | None = None
+        self._readings: SecondReadings | None = None
         self._private = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
@@ -104,23 +106,27 @@ class Session:
         self._expansions = Expansions(
             scheduler, self.images, self.config.guard_threshold, self.config.guard == "enforce", self.counters
         )
+        self._readings = SecondReadings(scheduler)
+        if self.choices.default.policy.reads_twice and scheduler.tree_cache.disable:
+            raise ConfigError(f"--kv-policy {self.config.policy} needs the prefix cache: omit --disable-radix-cache")
         scheduler.tree_cache.row_listener = self._backend.invalidate
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self.images.clear
         reporter = scheduler.metrics_reporter
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         assert self.compressor is not None
-        self._status = Status(self.config, self.choices.default, self.compressor, self.images, labels)
+        self._status = Status(self.config, self.choices, self.compressor, self.images, labels)
         self._say_what_is_served()
 
     def _say_what_is_served(self) -> None:
         config = self.config
         logger.info(
-            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s",
+            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s, model weights: %s",
             config.policy,
             config.budget,
             config.share,
             config.guard,
+            "not known" if self.choices.weights is None else self.choices.weights.digest,
         )
         if config.guard == "off" and config.share == "policy" and not config.budget.keeps_all:
             logger.info(
@@ -230,6 +236,12 @@ class Session:
             rotary=model_rotary(model_runner.model),
         )
         self.choices.serve(prompt, size)
+        try:
+            weights = find_weights(self.config.weights, model_runner.server_args.model_path)
+            if weights is not None:
+                self.choices.use_weights(weights)
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights: {error}") from error
         arena_bytes = model_runner.token_to_kv_pool.arena.nbytes
         try:
             sharing = Sharing(self.config, self.choices.copies, prompt, self.images, arena_bytes)
@@ -275,21 +287,20 @@ class Session:
             known.restart()  # it was retracted
             Expansions.name(req, known)
             return
+        if REPORT_KEY in (req.customized_info or {}):
+            return  # the same: it is left alone
         if getattr(req, "to_finish", None) is not None:
             return
-        if (req.sampling_params.beam_width or 1) > 1:
-            req.set_finish_with_abort("beam search is not supported with --kv-policy: beams exchange their KV rows")
-            return
-        if NAMESPACE in (req.extra_key or ""):
-            # It would meet prefixes that are compressed in another way, or not at all.
-            req.set_finish_with_abort(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
-            return
         try:
-            params = getattr(req.sampling_params, "custom_params", None)
-            choice = self.choices.select(params, len(req.origin_input_ids))
-            report = wanted_report(params)
-            if report == "recall":
-                self._require_recall(req)
+            params, choice = read_request(
+                self.choices,
+                req.sampling_params,
+                extra_key=req.extra_key,
+                length=len(req.origin_input_ids),
+                stream=bool(req.stream),
+            )
+            if params.report == "recall":
+                self._require_recall(choice)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
@@ -303,19 +314,22 @@ class Session:
         elif len(req.origin_input_ids) < self.config.min_tokens:
             reason = "short"
         if reason is not None:
-            self.counters.skipped(reason)
+            if not is_health_poll(req):
+                self.counters.skipped(reason)
             _report(req, {"skipped": reason})
             return
-        positions, recall = report == "positions", report == "recall"
+        positions, recall = params.report == "positions", params.report == "recall"
         job = CompressionJob(
             choice,
             vision,
             len(req.origin_input_ids),
             self.config.min_tokens,
-            runs=vision_runs(req.multimodal_inputs, self._model) if positions else (),
+            runs=vision_runs(req.multimodal_inputs, self._model),
             positions=positions,
             measures_recall=recall,
         )
+        if choice.policy.reads_twice:
+            job.reading = ReadingState()
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         self._name_prefix(req, job)
@@ -334,12 +348,12 @@ class Session:
             self._private += 1
             req.extra_key = f"{job.base_key}#private{self._private}"
             req.skip_radix_cache_insert = True
-        elif choice.share == "tiered" or self.config.guard != "off":
+        elif job.reading is None and (choice.share == "tiered" or self.config.guard != "off"):
             job.tokens = req.origin_input_ids
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
 
-    def _require_recall(self, req: Any) -> None:
+    def _require_recall(self, choice: Choice) -> None:
         """
         Raises:
             ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
@@ -348,8 +362,8 @@ class Session:
             raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
         if self._ranks > 1:
             raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
-        if req.stream:
-            raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+        if choice.policy.reads_twice:
+            raise ConfigError(f"kv_report recall cannot be had with {choice.policy.spec}: its prompt is read elsewhere")
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
@@ -373,7 +387,7 @@ class Session:
                 if job.scoring is not None:
                     job.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            attends = job is not None and (job.positions or job.guard is not None or not job.done)
+            attends = job is not None and (job.positions or job.guard is not None or job.shared > 0 or not job.done)
             jobs.append(job if attends else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
@@ -402,12 +416,15 @@ class Session:
         complete = [
             (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
             for number, job in enumerate(jobs)
-            if job is not None and (job.reached or 0) >= job.length
+            if job is not None and (job.reached or 0) >= job.end
         ]
         for job, row in complete:
             self.compressor.finish(job, row)
+        elapsed = (time.perf_counter() - started) * 1e3
         if scored:
-            self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
+            self.counters.prefill_ms += elapsed
+        if any(job is not None and job.repeated for job in jobs):
+            self.counters.second_reading_ms += elapsed
         for job, row in complete:
             if job.positions:
                 self.compressor.report_positions(job, row)
@@ -432,16 +449,27 @@ class Session:
     def admit_prefills(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
         """Around the choice of prompts to start: some memory has come back, some prompts must wait for another."""
         reopen(scheduler, running_batch)
-        if self._expansions is None:
+        if self._expansions is None or self._readings is None:
             return original(scheduler, running_batch)
-        with self._expansions.holding_back():
+        with self._expansions.holding_back(), self._readings.holding_back():
             return original(scheduler, running_batch)
 
-    def complete_reports(self, _: Any, reqs: Iterable[Any], *__: Any, **___: Any) -> None:
-        """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
+    def send_answers(
+        self, original: Callable[..., Any], streamer: Any, reqs: Sequence[Any], *args: Any, **options: Any
+    ) -> Any:
+        """Around sending what `reqs` have said: only to clients, with what is known at the end of an answer only."""
+        answered = clients_of(reqs)
+        self._complete_reports(answered)
+        return original(streamer, answered, *args, **options)
+
+    def _complete_reports(self, reqs: Sequence[Any]) -> None:
         for req in reqs:
             job = job_of(req)
-            if job is None or not req.finished():
+            if job is None:
+                continue
+            if self.compressor is not None:
+                self.compressor.report_shared(job)
+            if not req.finished():
                 continue
             if job.recall is not None:
                 job.report["recall"] = job.recall.report(len(req.output_ids))
@@ -480,13 +508,3 @@ def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:
 def _report(req: Any, report: dict[str, Any]) -> None:
     """Let the response's `meta_info` carry `report`, which may still be filled in."""
     req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
-
-
-def is_request_level(result: bool, _: Any, key: str) -> bool:
-    """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
-    return result or key == REPORT_KEY
-
-
-def writes_through_pool(_: bool, __: Any) -> bool:
-    """After SGLang has said whether a model may write its keys itself: it would do so by slot, not by cell."""
-    return False

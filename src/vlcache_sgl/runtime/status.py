@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vlcache_sgl._version import __version__
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.runtime.metrics import Metrics
-from vlcache_sgl.runtime.requests import Choice
+from vlcache_sgl.runtime.requests import Choices
 from vlcache_sgl.runtime.sharing.images import SharedImages
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class Status:
     def __init__(
         self,
         config: KVConfig,
-        default: Choice,
+        choices: Choices,
         compressor: Compressor,
         images: SharedImages,
         labels: dict[str, Any] | None,
     ) -> None:
         assert compressor.allocator is not None
         self._config = config
-        self._default = default
+        self._choices = choices
         self._compressor = compressor
         self._allocator = compressor.allocator
         self._images = images
@@ -53,9 +53,10 @@ class Status:
         slots_used = residency.num_slots - allocator.available_size()
         return {
             "version": __version__,
-            "policy": self._default.policy.spec,
+            "policy": self._choices.default.policy.spec,
             "budget": str(self._config.budget),
-            "fingerprint": self._default.fingerprint,
+            "fingerprint": self._choices.default.fingerprint,
+            "weights": None if (weights := self._choices.weights) is None else weights.digest,
             "scope": self._config.scope,
             "min_tokens": self._config.min_tokens,
             "overcommit": self._config.overcommit_factor,

@@ -166,6 +166,10 @@ def extend_with_lse(
         mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
         mask = mask[:, None, None, :].expand(-1, group, tokens, -1)
     old, old_lse = _flash(q, _shared(prefix[:, 0], group), _shared(prefix[:, 1], group), scale, causal=False, mask=mask)
+    if prefix_valid is not None:
+        # Kernels disagree about rows that see nothing: torch's on a CPU says that their sum of exponentials is 1.
+        empty = (prefix_valid == 0)[:, None, None]
+        old, old_lse = old.masked_fill(empty.unsqueeze(-1), 0.0), old_lse.masked_fill(empty, -torch.inf)
     weight = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)
     merged = torch.lerp(own.float(), old.float(), weight).to(queries.dtype)
     return merged.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim), _by_token(torch.logaddexp(own_lse, old_lse))

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlcache_sgl.api import Budget, LayerView, Needs, Prompt
+from vlcache_sgl.api import Budget, BudgetSum, LayerView, Needs, Prompt
 from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import Policy, PolicyError
+from vlcache_sgl.policy.checks import needs_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class NeedsFirst:
 
     @property
     def needs(self) -> Needs:
-        inner: Needs = self.inner.needs
-        return inner
+        return needs_of(self.inner)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         scores: torch.Tensor = self.inner.score(layer, prompt)
@@ -100,7 +100,12 @@ class TextInAddition:
     inner: Any
     text: int
     """Tokens of text."""
-    needs: ClassVar[Needs] = Needs()
+
+    @property
+    def budget_sum(self) -> BudgetSum:
+        """That of the inner one."""
+        found: BudgetSum = getattr(self.inner, "budget_sum", "exact")
+        return found
 
     def allocate(self, layers: Any, prompt: Prompt, budget: Budget) -> torch.Tensor:
         rest = Budget(budget.total - self.text * budget.num_layers, budget.num_layers, 0, budget.hi - self.text)
@@ -116,4 +121,4 @@ def joined(copy: EvictionPlan, tail: torch.Tensor) -> EvictionPlan:
     """
     groups = max(copy.keep.shape[1], tail.shape[1])
     keep = torch.cat([copy.keep.expand(-1, groups, -1), tail.expand(-1, groups, -1)], -1)
-    return EvictionPlan(keep, keep[:, 0].sum(-1).cpu())
+    return EvictionPlan(keep, keep.sum(-1).cpu())

@@ -20,6 +20,15 @@ class Raises:
 
 
 @dataclass(frozen=True)
+class Exits:
+    needs = Needs()
+    query_aware = False
+
+    def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
+        raise SystemExit("broken on purpose")
+
+
+@dataclass(frozen=True)
 class SaysNaN:
     needs = Needs()
     query_aware = False
@@ -47,8 +56,17 @@ class KeepsTooMuch:
         return torch.full((budget.num_layers,), budget.total // budget.num_layers + 1, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class KeepsTooLittle:
+    needs = Needs()
+
+    def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
+        return torch.full((budget.num_layers,), budget.total // budget.num_layers // 2, dtype=torch.int64)
+
+
 @hookimpl
 def vlcache_scorers() -> Iterable[ScorerPlugin]:
+    yield ScorerPlugin("exits", Exits)
     yield ScorerPlugin("raises", Raises)
     yield ScorerPlugin("nan", SaysNaN)
     yield ScorerPlugin("too_few", SaysTooFew)
@@ -57,3 +75,4 @@ def vlcache_scorers() -> Iterable[ScorerPlugin]:
 @hookimpl
 def vlcache_allocators() -> Iterable[AllocatorPlugin]:
     yield AllocatorPlugin("too_much", KeepsTooMuch)
+    yield AllocatorPlugin("too_little", KeepsTooLittle)
