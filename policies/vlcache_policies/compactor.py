@@ -58,22 +58,23 @@ def gaussian_sketch(dim: int, sketch: int, seed: int) -> torch.Tensor:
     return torch.randn(dim, sketch, generator=generator).div(sketch**0.5)
 
 
-def look_ahead(queries: torch.Tensor, keys: torch.Tensor, chunk: int) -> torch.Tensor:
+def look_ahead(queries: torch.Tensor, keys: torch.Tensor, chunk: int, scale: float) -> torch.Tensor:
     """`[K, m]` attention without the causal mask inside chunks of `chunk` tokens: column sums, mean over the group.
 
-    kvpress leaves out the factor ``1 / sqrt(D)`` and gives padding in the last chunk a weight; neither is copied.
+    kvpress also gives padding in the last chunk a weight; that is not copied.
 
     Args:
         queries: `[H, m, D]`.
         keys: `[K, m, D]`.
         chunk: tokens.
+        scale: factor of the logits.
     """
     heads, tokens, dim = keys.shape
     pad = -tokens % chunk
     q = torch.nn.functional.pad(queries, (0, 0, 0, pad)).reshape(heads, -1, (tokens + pad) // chunk, chunk, dim)
     k = torch.nn.functional.pad(keys, (0, 0, 0, pad)).reshape(heads, 1, (tokens + pad) // chunk, chunk, dim)
     exists = (torch.arange(tokens + pad, device=keys.device) < tokens).reshape(-1, 1, chunk)
-    logits = (q @ k.transpose(-1, -2) / dim**0.5).masked_fill(~exists, torch.finfo(q.dtype).min)
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~exists, torch.finfo(q.dtype).min)
     weights = logits.softmax(-1) * exists.transpose(-1, -2)
     columns: torch.Tensor = weights.sum(-2).mean(1).flatten(1)
     return columns[:, :tokens]
@@ -119,6 +120,9 @@ class Compactor(Scorer):
     """Leading tokens of the prompt that stay and enter no statistics."""
     last: int = 4
     """Latest tokens that stay and enter no statistics."""
+    scaled: bool = False
+    """Divide the logits of the look-ahead attention by sqrt(D), as the model's own attention does.  The authors' code
+    does not, which lets each row vote for fewer tokens."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,7 +137,8 @@ class Compactor(Scorer):
         scores = torch.zeros(keys.shape[:2], device=keys.device)
         if middle.start < middle.stop:
             leverage = leverage_scores(unrotated(layer, prompt)[:, middle], self.sketch, self.seed)
-            attention = look_ahead(declared(layer.queries).float()[:, middle], keys[:, middle], self.chunk)
+            scale = prompt.head_dim**-0.5 if self.scaled else 1.0
+            attention = look_ahead(declared(layer.queries).float()[:, middle], keys[:, middle], self.chunk, scale)
             weighted = pool(attention * values[:, middle].norm(dim=-1), 3)
             scores[:, middle] = self.blending * zscore(leverage) + zscore(weighted)
         return keep_last(keep_first(scores, first), last)

@@ -1,0 +1,50 @@
+"""Our kept sets against those of kvpress on a layer of a real model, recorded by
+``tests/oracles/record_kvpress_smollm2.py``: real keys have directions and outliers that random ones lack.
+
+kvpress keeps a set per KV head, and so do ours here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlcache_policies import compactor
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.api.testing import Layer, PlainRotary, view_layers
+from vlcache_sgl.policy import resolve
+
+ORACLES = Path(__file__).parents[1] / "oracles"
+RECORDED = np.load(ORACLES / "kvpress_smollm2.npz")
+HEADS, TOKENS, DIM = RECORDED["q_pre"].shape
+KV_HEADS = RECORDED["k_pre"].shape[0]
+ROTARY = PlainRotary(theta=float(RECORDED["theta"]))
+TWINS = {
+    "keydiff": "keydiff:heads=split",
+    "snapkv": "snapkv:window=64,heads=split",
+    "expected_attention": "expected_attention:rows=0,heads=split",
+    "observed_attention": "h2o:mean,recent=0,heads=split",
+    "streaming_llm": "streaming:heads=split",
+    "tova": "tova:heads=split",
+    "knorm": "knorm:heads=split",
+    "compactor blending 0.35": "compactor:heads=split",
+}
+SHARES = (0.5, 0.3, 0.1)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("press", TWINS)
+def test_the_same_tokens_stay(press: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sketch = torch.from_numpy(np.load(ORACLES / "kvpress.npz")["sketch"])
+    monkeypatch.setattr(compactor, "gaussian_sketch", lambda dim, count, _: sketch / count**0.5)
+    positions = torch.arange(TOKENS)
+    q_pre, k_pre, values = (torch.from_numpy(RECORDED[name]).float() for name in ("q_pre", "k_pre", "values"))
+    layer = Layer(ROTARY.rotate(q_pre, positions), ROTARY.rotate(k_pre, positions), values)
+    prompt = Prompt(TOKENS, 0, (), 1, HEADS, KV_HEADS, DIM, rotary=ROTARY, positions=positions)
+    policy = resolve(TWINS[press])
+    recorded = torch.from_numpy(RECORDED[f"{press}@{share}"]).long()
+    views = (view_layers([layer], prompt, needs) for needs in policy.needs)
+    plan = policy.decide(*views, prompt, total=recorded.shape[1])
+    theirs = torch.zeros(KV_HEADS, TOKENS, dtype=torch.bool).scatter_(1, recorded, True)
+    assert torch.equal(plan.keep[0].expand(KV_HEADS, -1), theirs)
