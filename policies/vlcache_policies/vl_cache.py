@@ -118,6 +118,9 @@ def vlcache_allocators() -> Iterator[AllocatorPlugin]:
     yield AllocatorPlugin("vlcache", Density, PAPER, "layers in proportion to the density of post-vision attention")
 
 
+_AS_PUBLISHED = {"allocator": "vlcache", "votes": "sum", "smooth": 1, "sink": 0, "heads": "shared", "reduce": "mean"}
+
+
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
     # The recent window is inside the budget, and a tenth of it: at small budgets a longer one displaces the image.
@@ -129,16 +132,9 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
         params={"votes": "max", "smooth": 17, "unknown": "rank"},
         selection=Selection(sink=4, recent=0.1, heads="auto", reduce="max", floor=0.3),
         variants={
-            "paper": {
-                "allocator": "vlcache",
-                "votes": "sum",
-                "smooth": 1,
-                "paper": True,
-                "sink": 0,
-                "heads": "shared",
-                "reduce": "mean",
-                "floor": 0.0,
-            },
+            "paper": {**_AS_PUBLISHED, "paper": True, "floor": 0.0},
+            # With exact sums and a floor, what the flagship was before a pretrained model judged it.
+            "density": {**_AS_PUBLISHED, "floor": 0.5},
         },
         paper=PAPER,
         summary="strongest post-vision votes, smoothed; layer budgets from the model",
