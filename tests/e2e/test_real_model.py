@@ -55,6 +55,7 @@ def answers(url: str, judge: Judge, policy: str, budget: float) -> list[bool]:
         asked = judge.cases.make(case).first
         body: dict[str, Any] = {
             "input_ids": list(asked.prompt),
+            "extra_key": case.name,  # the template in front of all texts is not shared: the judge knows no other prompt
             "sampling_params": {
                 "temperature": 0,
                 "max_new_tokens": len(asked.answer),
