@@ -76,7 +76,7 @@ class Compressor:
             if owned < job.min_tokens:
                 self.skip(job, "short")
                 return
-            if job.choice.policy.reads_twice and not job.repeated:
+            if job.reading is not None:
                 self.skip(job, "second_reading")
                 return
             prompt = replace(self._model, length=job.length, start=begin, vision=job.vision, repeated=job.repeated)
