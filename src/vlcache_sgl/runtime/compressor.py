@@ -78,7 +78,7 @@ class Compressor:
             if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
-            if job.choice.policy.reads_twice and not job.repeated:
+            if job.reading is not None:
                 self.skip(job, "second_reading")
                 return
             prompt = replace(

@@ -459,11 +459,7 @@ class Session:
     ) -> Any:
         """Around sending what `reqs` have said: only to clients, with what is known at the end of an answer only."""
         answered = clients_of(reqs)
-        self._complete_reports(answered)
-        return original(streamer, answered, *args, **options)
-
-    def _complete_reports(self, reqs: Sequence[Any]) -> None:
-        for req in reqs:
+        for req in answered:
             job = job_of(req)
             if job is None:
                 continue
@@ -475,6 +471,7 @@ class Session:
                 job.report["recall"] = job.recall.report(len(req.output_ids))
             if self._expansions is not None:
                 self._expansions.note_decode(job)
+        return original(streamer, answered, *args, **options)
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
