@@ -17,9 +17,18 @@ FULL = "full"
 MEDIA: tuple[Medium, ...] = ("text", "image")
 TURNS: tuple[Turn, ...] = ("first", "later")
 BUDGETS = (0.7, 0.5, 0.3, 0.2, 0.1)
-VARIANTS = ("vlcache:paper", "snapkv:window=8", "scorer=vlcache,allocator=uniform,recent=0.1")
-"""Judged beside the recipes."""
-SHARED = ("vlcache", "snapkv", "chunkkv", "keydiff", "expected_attention")
+VARIANTS = (
+    "vlcache:heads=split",
+    "vlcache:allocator=global",
+    "vlcache:allocator=global,heads=split",
+    "vlcache:paper",
+    "kvzip:heads=split",
+    "snapkv:window=8",
+    *(f"{name}:allocator=uniform" for name in ("snapkv", "keydiff", "h2o", "expected_attention", "streaming")),
+)
+"""Judged beside the recipes: the flagship with sets per KV head and without the model's weights, the letter of its paper,
+and some methods with equal layers, as they were published."""
+SHARED = ("vlcache", "vlcache:heads=split", "kvzip:heads=split", "snapkv", "keydiff")
 """Policies whose copies are asked a later question: a question costs five times the rows of an answer."""
 
 

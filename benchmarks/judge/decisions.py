@@ -13,6 +13,7 @@ from vlcache_sgl.api.testing import Layer, view_layers
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.runtime.scoring import Scoring
+from vlcache_sgl.weights import ModelWeights
 
 Medium = Literal["text", "image"]
 """How a text reaches the model: as text, or as an image whose tokens have the text's embeddings and positions."""
@@ -51,6 +52,7 @@ class Decisions:
         lines: where the text's lines lie in it.
         medium: how they are declared to the policies.
         instruction: what a second reading begins with, in front of the prompt's own tokens.
+        weights: what the network's layers and heads need, for policies that ask; None: not known.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Decisions:
         lines: tuple[Span, ...],
         medium: Medium,
         instruction: tuple[int, ...],
+        weights: ModelWeights | None = None,
     ) -> None:
         self._network, self._tokens, self._states, self._instruction = network, tokens, states, instruction
         vision = lines if medium == "image" else ()
@@ -76,9 +79,11 @@ class Decisions:
             head_dim=shape.head_dim,
             rotary=network.rotary,
             positions=torch.arange(start, states.length),
+            layer_weights=() if weights is None else weights.layers,
+            head_weights=() if weights is None else weights.heads,
         )
+        self._scores: dict[tuple[str, int], tuple[torch.Tensor, list[LayerView]]] = {}
         self._views: dict[tuple[Needs, Needs], Views] = {}
-        self._scores: dict[str, torch.Tensor] = {}
 
     def keep(self, policy: Policy, budget: float) -> Kept:
         """What the policy keeps.
@@ -86,24 +91,33 @@ class Decisions:
         Raises:
             BudgetError: it kept more or less than the budget, without being one that may.
         """
-        prompt = self.prompt
-        views = self._views_for(policy.needs)
-        if policy.fingerprint not in self._scores:
-            self._scores[policy.fingerprint] = policy.score(views[0], prompt)
+        whole = self.prompt
+        reads_twice = any(need.rows.kind == REPEAT for need in policy.needs)
+        # A prefix that is read twice ends with the last image, or with all but the last token: the rest stays.
+        prompt = replace(whole, length=self._prefix_end()) if reads_twice else whole
+        key = (f"{policy.scorer_name} {policy.scorer} {policy.needs}", prompt.length)
+        if key not in self._scores:
+            scorer, allocator = self._views_for(policy.needs, prompt)
+            self._scores[key] = (policy.score(scorer, prompt), allocator)
+        scores, views = self._scores[key]
         total = KVBudget(fraction=budget).target(prompt.owned, prompt.length, prompt.num_layers)
-        plan = policy.plan(self._scores[policy.fingerprint], views[1], prompt, total)
-        cells = torch.ones(prompt.num_layers, prompt.num_kv_heads, prompt.length, dtype=torch.bool)
-        cells[..., prompt.start :] = plan.keep
-        owned = cells[..., prompt.start :]
+        plan = policy.plan(scores, views, prompt, total)
+        cells = torch.ones(whole.num_layers, whole.num_kv_heads, whole.length, dtype=torch.bool)
+        cells[..., prompt.start : prompt.length] = plan.keep
+        owned = cells[..., prompt.start : prompt.length]
         kept = int(owned.sum())
-        if kept != total * prompt.num_kv_heads and not getattr(policy.allocator, "quality_target", False):
+        exact = getattr(policy.allocator, "budget_sum", "exact") == "exact"
+        if exact and kept != total * prompt.num_kv_heads:
             raise BudgetError(f"{policy.spec} kept {kept} cells, {budget:g} is {total * prompt.num_kv_heads}")
         return Kept(cells, kept / owned.numel())
 
-    def _views_for(self, needs: tuple[Needs, Needs]) -> Views:
+    def _prefix_end(self) -> int:
+        return self.prompt.vision[-1].end if self.prompt.vision else self.prompt.length - 1
+
+    def _views_for(self, needs: tuple[Needs, Needs], prompt: Prompt) -> Views:
         if needs not in self._views:
             reads_twice = any(need.rows.kind == REPEAT for need in needs)
-            self._views[needs] = self._repeated(needs) if reads_twice else self._observed(needs)
+            self._views[needs] = self._repeated(needs, prompt) if reads_twice else self._observed(needs)
         return self._views[needs]
 
     def _observed(self, needs: tuple[Needs, Needs]) -> Views:
@@ -118,12 +132,13 @@ class Decisions:
                 scoring.observe(layer, 0, queries[layer], owned, prefix if start else None, None, scale)
         return scoring.views(lambda layer: torch.stack([keys[layer, start:], values[layer, start:]], dim=1))
 
-    def _repeated(self, needs: tuple[Needs, Needs]) -> Views:
-        """With the rows of a second reading, which is dropped afterwards."""
-        again = (*self._instruction, *self._tokens)
-        _, second = self._network.read(again, self._states)
-        both = (torch.cat(parts, 2) for parts in zip(self._states, second, strict=True))
+    def _repeated(self, needs: tuple[Needs, Needs], prompt: Prompt) -> Views:
+        """With the rows of a second reading of the prefix, which is dropped afterwards."""
+        again = (*self._instruction, *self._tokens[prompt.start : prompt.length])
+        prefix = self._states.first(prompt.length)
+        _, second = self._network.read(again, prefix)
+        both = (torch.cat(parts, 2) for parts in zip(prefix, second, strict=True))
         layers = [Layer(*parts) for parts in zip(*both, strict=True)]
-        prompt = replace(self.prompt, repeated=len(again))
+        prompt = replace(prompt, repeated=len(again))
         scorer, allocator = (view_layers(layers, prompt, need) for need in needs)
         return scorer, allocator

@@ -31,8 +31,10 @@ from judge.verdicts import Judge
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
+from vlcache_sgl.weights import ModelWeights, read_weights
 
 MODEL = "out/smollm2/text"
+WEIGHTS = ROOT / "models/smollm2/weights.json"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
 ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
 SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 200)
@@ -48,11 +50,11 @@ _judges: list[Judge] = []
 """The judge of this process; a model is loaded once."""
 
 
-def _begin(folder: Path, threads: int) -> None:
+def _begin(folder: Path, threads: int, weights: ModelWeights | None) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _judges.append(Judge(folder))
+    _judges.append(Judge(folder, weights))
 
 
 def _judge(case: CaseId, asked: Sequence[Condition]) -> Found:
@@ -100,7 +102,7 @@ def judge_all(
     if not waiting:
         return
     context = get_context("spawn")  # torch's threads do not survive a fork
-    model = (arguments.model, arguments.threads)
+    model = (arguments.model, arguments.threads, _model_weights(arguments.weights))
     jobs = min(arguments.jobs, len(waiting))
     with (
         _progress(console) as progress,
@@ -115,6 +117,10 @@ def judge_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _model_weights(path: Path | None) -> ModelWeights | None:
+    return None if path is None else read_weights(path)
 
 
 def _progress(console: Console) -> Progress:
@@ -145,6 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument(
         "--shared", nargs="*", metavar="POLICY", default=SHARED, help="ask their copies a later question"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="what `vlcache calibrate` found of the model's layers and heads"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2, one model each (1 GB)")
     parser.add_argument("--threads", type=int, default=1, help="of each process; default 1")
@@ -179,11 +188,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     seeds = read_seeds(arguments.seeds)
     cases = [CaseId(*read_task(task), seed) for seed in seeds for task in arguments.tasks]
     started, checksum = host_block(), digest(arguments.model)
-    records = Records(arguments.answers, checksum, policies)
+    known = _model_weights(arguments.weights)
+    ending = "" if known is None else f"~{known.digest}"
+    prints = {text: policy.fingerprint + ending for text, policy in policies.items()}
+    records = Records(arguments.answers, checksum, prints)
     judge_all(records, cases, asked, arguments, console)
     model = arguments.model.resolve()
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
-    prints = {text: policy.fingerprint for text, policy in policies.items()}
     settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
     result = result_of(records, cases, asked, **settings)
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}

@@ -29,6 +29,10 @@ class States(NamedTuple):
     def length(self) -> int:
         return self.keys.shape[2]
 
+    def first(self, count: int) -> States:
+        """Those of the first `count` tokens."""
+        return States(*(part[:, :, :count].contiguous() for part in self))
+
 
 class Past(NamedTuple):
     """Earlier tokens, of which every condition sees other cells."""

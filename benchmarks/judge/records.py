@@ -10,7 +10,6 @@ from pathlib import Path
 from judge.cases import CaseId
 from judge.conditions import FULL, Condition
 from judge.verdicts import Verdict
-from vlcache_sgl.policy.policy import Policy
 
 Found = dict[str, Verdict | None]
 """By the name of the condition."""
@@ -32,12 +31,12 @@ class Records:
     Args:
         path: JSON lines; the first says which weights answered.
         weights: `digest` of the checkpoint.
-        policies: the present ones, by their text.
+        prints: of each policy's text, a text that changes when it would decide otherwise.
     """
 
-    def __init__(self, path: Path, weights: str, policies: Mapping[str, Policy]) -> None:
+    def __init__(self, path: Path, weights: str, prints: Mapping[str, str]) -> None:
         self._path = path
-        self._prints = {text: policy.fingerprint for text, policy in policies.items()}
+        self._prints = dict(prints)
         self.found: dict[CaseId, Found] = {}
         lines = path.read_text().splitlines() if path.exists() else []
         if not lines:

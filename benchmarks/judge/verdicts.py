@@ -14,6 +14,7 @@ from judge.conditions import FULL, Condition
 from judge.decisions import Decisions, Kept
 from judge.network import Network, Past, States
 from vlcache_sgl.policy.policy import Policy
+from vlcache_sgl.weights import ModelWeights
 
 ROWS = 256
 """Token rows of one batch: beyond that matrix products gain nothing and a batch's logits leave the caches."""
@@ -31,11 +32,17 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """Answers cases with one checkpoint."""
+    """Answers cases with one checkpoint.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the checkpoint.
+        weights: what its layers and heads need, as `--kv-weights` would say; None: not known.
+    """
+
+    def __init__(self, folder: Path, weights: ModelWeights | None) -> None:
         self._network = Network(folder)
         self._cases = CaseMaker(folder)
+        self._weights = weights
 
     def verdicts(
         self, name: CaseId, conditions: Sequence[Condition], policies: Mapping[str, Policy]
@@ -65,7 +72,9 @@ class Judge:
         asked = case.first
         everything = torch.ones(*states.keys.shape[:3], dtype=torch.bool)
         media = {
-            medium: Decisions(self._network, asked.prompt, states, asked.lines, medium, self._cases.instruction)
+            medium: Decisions(
+                self._network, asked.prompt, states, asked.lines, medium, self._cases.instruction, self._weights
+            )
             for medium in {condition.medium for condition in conditions}
         }
         found = {}
@@ -88,7 +97,7 @@ class Judge:
         """The prefix cache serves the tokens that both prompts begin with; the others see what was kept of those."""
         same = [ours == theirs for ours, theirs in zip(first.prompt, later.prompt, strict=False)]
         shared = same.index(False)
-        common = States(*(part[:, :, :shared].contiguous() for part in states))
+        common = states.first(shared)
         left = [Kept(kept.cells[..., :shared], kept.share) for kept in choices]
         return self._follow(common, left, (*later.prompt[shared:], *later.answer[:-1]), later.answer)
 

@@ -19,7 +19,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "chunkkv",
         scorer="snapkv",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(span=20),
         paper="2502.00299",
         summary="SnapKV scores, whole runs of 20 tokens",

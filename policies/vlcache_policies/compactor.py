@@ -157,7 +157,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "compactor",
         scorer="compactor",
-        allocator="uniform",
+        allocator="model",
         paper=PAPER,
         summary="leverage scores blended with look-ahead attention times value length",
     )

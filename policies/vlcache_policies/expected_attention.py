@@ -112,7 +112,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "expected_attention",
         scorer="expected_attention",
-        allocator="uniform",
+        allocator="model",
         paper=PAPER,
         summary="expected attention of future queries times value length",
     )

@@ -60,7 +60,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "h2o",
         scorer="h2o",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(recent=0.5),
         variants={"mean": {"mean": True}},
         paper=PAPER,

@@ -44,7 +44,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "infinipot_v",
         scorer="infinipot_v",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(protect="text"),
         paper=PAPER,
         summary="vision tokens with long values, all text; without the temporal half",

@@ -40,4 +40,4 @@ def vlcache_scorers() -> Iterator[ScorerPlugin]:
 
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
-    yield RecipePlugin("keydiff", scorer="keydiff", allocator="uniform", paper=PAPER, summary="distinctive keys")
+    yield RecipePlugin("keydiff", scorer="keydiff", allocator="model", paper=PAPER, summary="distinctive keys")

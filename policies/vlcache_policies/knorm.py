@@ -38,4 +38,4 @@ def vlcache_scorers() -> Iterator[ScorerPlugin]:
 
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
-    yield RecipePlugin("knorm", scorer="knorm", allocator="uniform", paper=PAPER, summary="tokens with short keys")
+    yield RecipePlugin("knorm", scorer="knorm", allocator="model", paper=PAPER, summary="tokens with short keys")

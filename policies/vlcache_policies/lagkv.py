@@ -79,4 +79,4 @@ def vlcache_scorers() -> Iterator[ScorerPlugin]:
 
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
-    yield RecipePlugin("lagkv", scorer="lagkv", allocator="uniform", paper=PAPER, summary="outliers of their partition")
+    yield RecipePlugin("lagkv", scorer="lagkv", allocator="model", paper=PAPER, summary="outliers of their partition")

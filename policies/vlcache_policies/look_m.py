@@ -57,7 +57,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "lookm",
         scorer="lookm",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(recent=0.5),
         paper=PAPER,
         summary="heavy hitters with text first, half recent tokens; without the merging",

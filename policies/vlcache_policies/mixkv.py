@@ -90,7 +90,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "mixkv",
         scorer="mixkv",
-        allocator="uniform",
+        allocator="model",
         variants={"mean": {"mix": "mean"}},
         paper=PAPER,
         summary="importance and diversity, weighted by the redundancy of the head",

@@ -39,7 +39,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "random",
         scorer="random",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(recent=0.1),
         summary="random tokens and a 10 % recent window",
     )

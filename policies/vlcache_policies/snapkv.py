@@ -73,9 +73,9 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "snapkv",
         scorer="snapkv",
-        allocator="uniform",
+        allocator="model",
         # Max pooling with kernel 7 is what AdaKV, HeadKV and SparseMM made of it.
         variants={"max": {"pool": "max", "kernel": 7}},
         paper=PAPER,
-        summary="pooled attention from the last 32 rows, the same budget for all layers",
+        summary="pooled attention from the last 32 rows",
     )

@@ -43,7 +43,7 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
     yield RecipePlugin(
         "streaming",
         scorer="streaming",
-        allocator="uniform",
+        allocator="model",
         selection=Selection(sink=4),
         paper=PAPER,
         summary="four sinks and the most recent tokens",

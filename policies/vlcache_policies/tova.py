@@ -50,4 +50,4 @@ def vlcache_scorers() -> Iterator[ScorerPlugin]:
 
 @hookimpl
 def vlcache_recipes() -> Iterator[RecipePlugin]:
-    yield RecipePlugin("tova", scorer="tova", allocator="uniform", paper=PAPER, summary="what the last row looks at")
+    yield RecipePlugin("tova", scorer="tova", allocator="model", paper=PAPER, summary="what the last row looks at")
