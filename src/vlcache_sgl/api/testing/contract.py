@@ -52,6 +52,8 @@ Property = Literal[
 """
 PROPERTIES: tuple[Property, ...] = get_args(Property)
 
+_REPEATED = 24
+"""Rows of the second reading, for policies that ask for one."""
 _GIVEN = {
     "one image": synthetic_prompt(300, [(10, 260)]),
     "two images": synthetic_prompt(300, [(10, 100), (120, 260)]),
@@ -63,8 +65,7 @@ _GIVEN = {
     "video": replace(synthetic_prompt(150, [(10, 130)]), grids=((Grid(5, 8), Grid(5, 8), Grid(5, 8)),)),
     "unknown grid": replace(synthetic_prompt(150, [(10, 130)]), grids=((),)),
 }
-PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=24) for name, prompt in _GIVEN.items()}
-"""With a second reading, for policies that ask for one."""
+PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=_REPEATED) for name, prompt in _GIVEN.items()}
 SHARES = (0.01, 0.1, 0.5, 1.0)
 """Budgets that are tried, of the owned tokens."""
 CHUNK = 64
@@ -314,7 +315,7 @@ def _deterministic(policy: Policy) -> str | None:
 def _stateless(policy: Policy) -> str | None:
     first = _answer(policy, "one image")
     for length in (211, 97):  # like no other prompt of this file
-        other = _as_declared(synthetic_prompt(length, [(7, 90)]), policy)
+        other = _as_declared(synthetic_prompt(length, [(7, 90)], repeated=_REPEATED), policy)
         layers = synthetic_layers(other)
         scorer, allocator = (view_layers(layers, other, needs) for needs in policy.needs)
         _decide(policy, (scorer, allocator), other)
