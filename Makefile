@@ -83,7 +83,7 @@ fidelity: setup ## Count right answers under every policy and budget; goes on wh
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 judge: setup ## Ask a real pretrained language model under every policy and budget; goes on where it stopped; writes docs/fidelity.md
-	$(BIN)/python benchmarks/run.py judge $(ARGS)
+	$(BIN)/python -m benchmarks.judge $(ARGS)
 
 soak: setup ## Abuse one server for 20 minutes, then check its books, answers and memory
 	$(BIN)/python benchmarks/run.py soak $(ARGS)

@@ -9,10 +9,9 @@ import capacity
 import sharing
 import soak
 import speed
-from judge import main as judge
 from rich.console import Console
 
-TASKS = {"speed": speed, "capacity": capacity, "sharing": sharing, "soak": soak, "judge": judge}
+TASKS = {"speed": speed, "capacity": capacity, "sharing": sharing, "soak": soak}
 
 
 def main() -> int:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from judge.decisions import Medium
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
+
+from .decisions import Medium
 
 Turn = Literal["first", "later"]
 """The question that the text was compressed for, or another one that finds what was kept for the first."""
@@ -26,8 +27,20 @@ VARIANTS = (
     "snapkv:window=8",
     *(f"{name}:allocator=uniform" for name in ("snapkv", "keydiff", "h2o", "expected_attention", "streaming")),
 )
-"""Judged beside the recipes: the flagship with sets per KV head and without the model's weights, the letter of its paper,
+"""Judged beside the recipes: the flagship with sets per KV head and without the weights, the letter of its paper,
 and some methods with equal layers, as they were published."""
+CONTENDERS = (
+    "vlcache",
+    "vlcache:heads=split",
+    "vlcache:allocator=global",
+    "vlcache:paper",
+    "kvzip:heads=split",
+    "chunkkv",
+    "snapkv:window=8",
+    "keydiff",
+    "keydiff:allocator=uniform",
+)
+"""Judged on every case; the others on the first seeds only."""
 SHARED = ("vlcache", "vlcache:heads=split", "kvzip:heads=split", "snapkv", "keydiff")
 """Policies whose copies are asked a later question: a question costs five times the rows of an answer."""
 

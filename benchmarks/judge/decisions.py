@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 
-from judge.network import Network, States
 from vlcache_sgl.api import LayerView, Needs, Prompt, Span
 from vlcache_sgl.api.testing import Layer, view_layers
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.runtime.scoring import Scoring
 from vlcache_sgl.weights import ModelWeights
+
+from .network import Network, States
 
 Medium = Literal["text", "image"]
 """How a text reaches the model: as text, or as an image whose tokens have the text's embeddings and positions."""

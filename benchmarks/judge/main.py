@@ -2,9 +2,9 @@
 
 Each case is written down at once, so that an interrupted run goes on where it stopped.
 
-    python benchmarks/run.py judge                                         # all tasks and seeds, then the page
-    python benchmarks/run.py judge --seeds 100-119 --policies keydiff      # to out/ only
-    python benchmarks/run.py judge --page                                  # only the page
+    python -m benchmarks.judge                                         # all tasks and seeds, then the page
+    python -m benchmarks.judge --seeds 100-119 --policies keydiff      # to out/ only
+    python -m benchmarks.judge --page                                  # only the page
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from host import ROOT, command_line, host_block
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from judge import page
-from judge.cases import CaseId
-from judge.conditions import BUDGETS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
-from judge.records import Found, Records, RecordsError, digest
-from judge.summary import summarise
-from judge.verdicts import Judge
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
 from vlcache_sgl.weights import ModelWeights, read_weights
 
+from ..host import ROOT, host_block
+from . import page
+from .cases import CaseId
+from .conditions import BUDGETS, CONTENDERS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
+from .records import Found, Records, RecordsError, digest
+from .summary import summarise
+from .verdicts import Judge
+
 MODEL = "out/smollm2/text"
 WEIGHTS = ROOT / "models/smollm2/weights.json"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
 ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
-SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 200)
+SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 50)
+OTHERS = 12
+"""Seeds on which policies that are no contenders are judged: all of them on all would take a day."""
 
 
 class ArgumentError(ValueError):
@@ -51,10 +57,8 @@ _judges: list[Judge] = []
 
 
 def _begin(folder: Path, threads: int, weights: ModelWeights | None) -> None:
-    import torch
-
     torch.set_num_threads(threads)
-    _judges.append(Judge(folder, weights))
+    _judges[:] = [Judge(folder, weights)]
 
 
 def _judge(case: CaseId, asked: Sequence[Condition]) -> Found:
@@ -97,26 +101,42 @@ def judge_all(
     arguments: argparse.Namespace,
     console: Console,
 ) -> None:
-    """Judge what is missing."""
-    waiting = [(case, missing) for case in cases if (missing := records.missing(case, asked))]
+    """Judge what is missing; on later seeds that of contenders only, if policies were not named."""
+    few = read_seeds(arguments.seeds)[: arguments.others]
+    contenders = [condition for condition in asked if condition.policy in (FULL, *CONTENDERS)]
+    wanted = {case: asked if arguments.policies or case.seed in few else contenders for case in cases}
+    waiting = [(case, missing) for case in cases if (missing := records.missing(case, wanted[case]))]
     if not waiting:
         return
-    context = get_context("spawn")  # torch's threads do not survive a fork
-    model = (arguments.model, arguments.threads, _model_weights(arguments.weights))
-    jobs = min(arguments.jobs, len(waiting))
-    with (
-        _progress(console) as progress,
-        ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=model) as pool,
-    ):
+    with _progress(console) as progress:
         bar = progress.add_task("cases", total=len(cases), completed=len(cases) - len(waiting))
+        for item, found in _judged(waiting, arguments):
+            records.add(*item, found)
+            progress.advance(bar)
+
+
+Item = tuple[CaseId, list[Condition]]
+
+
+def _judged(waiting: Sequence[Item], arguments: argparse.Namespace) -> Iterator[tuple[Item, Found]]:
+    """Verdicts as they come; with one job from this process, whose model is then the only one."""
+    if arguments.jobs == 1:
+        _begin(*_model(arguments))
+        yield from ((item, _judge(*item)) for item in waiting)
+        return
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    begin = _model(arguments)
+    with ProcessPoolExecutor(min(arguments.jobs, len(waiting)), context, initializer=_begin, initargs=begin) as pool:
         futures = {pool.submit(_judge, *item): item for item in waiting}
         try:
-            for future in as_completed(futures):
-                records.add(*futures[future], future.result())
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Path, int, ModelWeights | None]:
+    """What a process is begun with."""
+    return arguments.model, arguments.threads, _model_weights(arguments.weights)
 
 
 def _model_weights(path: Path | None) -> ModelWeights | None:
@@ -128,10 +148,17 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
-def result_of(records: Records, cases: Sequence[CaseId], asked: Sequence[Condition], **head: Any) -> dict[str, Any]:
-    """What is committed."""
+def result_of(
+    records: Records, cases: Sequence[CaseId], asked: Sequence[Condition], arguments: Sequence[str], **head: Any
+) -> dict[str, Any]:
+    """What is committed; `arguments` are those of the command line."""
     found = {case: records.found[case] for case in cases}
-    return {"task": "judge", "command": command_line(), **head, "summary": summarise(found, asked)}
+    return {
+        "task": "judge",
+        "command": shlex.join(["python", "-m", "benchmarks.judge", *arguments]),
+        **head,
+        "summary": summarise(found, asked),
+    }
 
 
 def dump(result: Mapping[str, Any]) -> str:
@@ -142,11 +169,12 @@ def dump(result: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options, also those of `run.py judge`."""
+    """Options."""
     parser.add_argument("--model", type=Path, default=ROOT / MODEL, help=f"checkpoint folder; default {MODEL}")
     parser.add_argument("--tasks", nargs="+", metavar="TASK:TOKENS", default=ASKED)
     parser.add_argument("--seeds", metavar="FIRST-LAST", default=f"{SEEDS[0]}-{SEEDS[-1]}")
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="default: all recipes and some variants")
+    parser.add_argument("--others", type=int, default=OTHERS, help="seeds for policies that are no contenders")
     parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE", default=BUDGETS)
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument(
@@ -174,7 +202,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     try:
         return _run(arguments, console)
     except (ArgumentError, RecordsError, PolicyError) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
 
 
@@ -196,13 +224,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     model = arguments.model.resolve()
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
     settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
-    result = result_of(records, cases, asked, **settings)
+    result = result_of(records, cases, asked, sys.argv[1:], **settings)
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}
     is_whole = all(getattr(arguments, name) == value for name, value in whole.items())
     output = arguments.output or (page.RESULT if is_whole else QUICK)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(dump(result))
-    for medium, turn in _judged(asked):
+    for medium, turn in _tables(asked):
         console.print(f"\n{medium}, {turn} question: right answers (interval), log-probability")
         console.print(page.policies_table(medium, turn)(result), soft_wrap=True, markup=False)
     console.print(f"written: {output.resolve()}", soft_wrap=True)
@@ -211,6 +239,6 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _judged(asked: Sequence[Condition]) -> Iterator[tuple[str, str]]:
+def _tables(asked: Sequence[Condition]) -> Iterator[tuple[str, str]]:
     """Media and turns of which there is a table."""
     yield from dict.fromkeys((condition.medium, condition.turn) for condition in asked if condition.policy != FULL)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from host import ROOT
-from pages import with_block
-
-from judge.conditions import FULL, MEDIA, Condition, parse_condition
-from judge.summary import ALL, Row
 from vlcache_sgl.fidelity.report import markdown_table
+
+from ..host import ROOT
+from ..pages import with_block
+from .conditions import FULL, MEDIA, Condition, parse_condition
+from .summary import ALL, Row
 
 PAGE = ROOT / "docs/fidelity.md"
 FIGURE = ROOT / "docs/figures/judge.png"
@@ -22,7 +22,7 @@ DEFAULT = "vlcache"
 BEST = 4
 """Policies of the figure beside the default and chance."""
 CHANCE = "random"
-TITLES = {"text": "Text", "image": "The same text as an image"}
+TITLES = {"text": "Text", "image": "The same text as images"}
 
 
 def committed() -> dict[str, Any] | None:
@@ -107,7 +107,14 @@ def _cell(row: Row | None) -> str:
     return f"{row['score']:.2f} ({low:.2f} to {high:.2f}), {row['log_probability']:.1f}{share}"
 
 
+def figure_line(result: Mapping[str, Any]) -> str:
+    """The figure, where the page shows it."""
+    count = sum(row["count"] for row in result["summary"] if row["condition"] == f"image first {FULL}@1") // 2
+    return f"![Right answers over budget, {count} questions](figures/{FIGURE.name})"
+
+
 BLOCKS = {
+    "judge-figure": figure_line,
     "judge-image": policies_table("image", "first"),
     "judge-text": policies_table("text", "first"),
     "judge-later": policies_table("image", "later"),

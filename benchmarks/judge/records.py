@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from judge.cases import CaseId
-from judge.conditions import FULL, Condition
-from judge.verdicts import Verdict
+from .cases import CaseId
+from .conditions import FULL, Condition
+from .verdicts import Verdict
 
 Found = dict[str, Verdict | None]
 """By the name of the condition."""

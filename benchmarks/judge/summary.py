@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from judge.cases import CaseId
-from judge.conditions import Condition
-from judge.verdicts import Verdict
 from vlcache_sgl.fidelity.stats import bootstrap, interval, mean
+
+from .cases import CaseId
+from .conditions import Condition
+from .verdicts import Verdict
 
 ALL = "all"
 """Stands for a task: all of them together."""

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from judge.cases import Asked, Case, CaseId, CaseMaker
-from judge.conditions import FULL, Condition
-from judge.decisions import Decisions, Kept
-from judge.network import Network, Past, States
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.weights import ModelWeights
+
+from .cases import Asked, Case, CaseId, CaseMaker
+from .conditions import FULL, Condition
+from .decisions import Decisions, Kept
+from .network import Network, Past, States
 
 ROWS = 256
 """Token rows of one batch: beyond that matrix products gain nothing and a batch's logits leave the caches."""
@@ -39,9 +40,9 @@ class Judge:
         weights: what its layers and heads need, as `--kv-weights` would say; None: not known.
     """
 
-    def __init__(self, folder: Path, weights: ModelWeights | None) -> None:
-        self._network = Network(folder)
-        self._cases = CaseMaker(folder)
+    def __init__(self, folder: Path, weights: ModelWeights | None = None) -> None:
+        self.network = Network(folder)
+        self.cases = CaseMaker(folder)
         self._weights = weights
 
     def verdicts(
@@ -52,17 +53,17 @@ class Judge:
         Args:
             policies: what the conditions' policies are, by their text.
         """
-        case = self._cases.make(name)
-        hidden, states = self._network.read(case.first.prompt)
+        case = self.cases.make(name)
+        hidden, states = self.network.read(case.first.prompt)
         kept = self._decide(case, states, conditions, policies)
         found: dict[str, Verdict | None] = {condition.name: None for condition in conditions}
         first = [condition for condition in conditions if condition.turn == "first"]
         choices = [kept[condition.medium, condition.policy, condition.budget] for condition in first]
-        found |= zip((c.name for c in first), self._first(case.first, hidden[-1], states, choices), strict=True)
+        found |= zip((c.name for c in first), self.first(case.first, hidden[-1], states, choices), strict=True)
         if case.later is not None:
             later = [condition for condition in conditions if condition.turn == "later"]
             choices = [kept[condition.medium, condition.policy, condition.budget] for condition in later]
-            found |= zip((c.name for c in later), self._later(case.first, case.later, states, choices), strict=True)
+            found |= zip((c.name for c in later), self.later(case.first, case.later, states, choices), strict=True)
         return found
 
     def _decide(
@@ -73,7 +74,7 @@ class Judge:
         everything = torch.ones(*states.keys.shape[:3], dtype=torch.bool)
         media = {
             medium: Decisions(
-                self._network, asked.prompt, states, asked.lines, medium, self._cases.instruction, self._weights
+                self.network, asked.prompt, states, asked.lines, medium, self.cases.instruction, self._weights
             )
             for medium in {condition.medium for condition in conditions}
         }
@@ -86,14 +87,14 @@ class Judge:
                 found[key] = media[condition.medium].keep(policies[condition.policy], condition.budget)
         return found
 
-    def _first(self, asked: Asked, hidden: torch.Tensor, states: States, choices: Sequence[Kept]) -> list[Verdict]:
+    def first(self, asked: Asked, hidden: torch.Tensor, states: States, choices: Sequence[Kept]) -> list[Verdict]:
         """The first token comes from the prefill, which sees everything; the others see what was kept."""
-        begin = self._network.log_probabilities(hidden)
+        begin = self.network.log_probabilities(hidden)
         right, gained = int(begin.argmax()) == asked.answer[0], float(begin[asked.answer[0]])
         rest = self._follow(states, choices, asked.answer[:-1], asked.answer[1:])
         return [Verdict(right and v.right, gained + v.log_probability, v.kept) for v in rest]
 
-    def _later(self, first: Asked, later: Asked, states: States, choices: Sequence[Kept]) -> list[Verdict]:
+    def later(self, first: Asked, later: Asked, states: States, choices: Sequence[Kept]) -> list[Verdict]:
         """The prefix cache serves the tokens that both prompts begin with; the others see what was kept of those."""
         same = [ours == theirs for ours, theirs in zip(first.prompt, later.prompt, strict=False)]
         shared = same.index(False)
@@ -112,8 +113,8 @@ class Judge:
         wanted = torch.tensor(answer)
         for begin in range(0, len(alone), step):
             batch, cells = zip(*alone[begin : begin + step], strict=True)
-            hidden = self._network.follow(tokens, Past(states, torch.stack(cells, dim=1)))
-            log = self._network.log_probabilities(hidden[:, -len(answer) :])
+            hidden = self.network.follow(tokens, Past(states, torch.stack(cells, dim=1)))
+            log = self.network.log_probabilities(hidden[:, -len(answer) :])
             right = (log.argmax(-1) == wanted).all(-1).tolist()
             gained = log.gather(-1, wanted.expand(len(batch), -1)[..., None]).sum((1, 2)).tolist()
             if not all(map(math.isfinite, gained)):

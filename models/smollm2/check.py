@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoProcessor,
+    GenerationMixin,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -18,11 +20,10 @@ from vlcache_sgl.tasks import cells, reading
 
 from . import tower
 
-KNOWN = (("What is the capital of France?", "Paris"), ("What colour is the sky on a clear day?", "blue"))
-"""Questions that the language model answers rightly if its weights were read rightly."""
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
 ROUND_TRIPS = ("The code of the blue lamp is 7391.\nHello  world, it's naïve! 12.5", "日本 🙂\t\n\n x")
 DOCUMENTS = tuple(("needle", 200, reading.FIRST_DEVELOPMENT_SEED + number) for number in range(3))
-"""Task, size and seed of texts that both checkpoints read."""
+"""Task, size and seed of texts that both checkpoints read; most questions about them are answered rightly."""
 ANSWER_TOKENS = 8
 SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -43,14 +44,18 @@ def text(folder: Path) -> str:
         if back != sample:
             raise CheckError(f"the tokenizer makes {back!r} of {sample!r}")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for question, known in KNOWN:
-        prompt = torch.tensor([_encode(tokenizer, prompt_of(tokenizer, question, ""))])
-        answer = tokenizer.decode(_greedy(model, prompt, 2 * ANSWER_TOKENS, input_ids=prompt))
-        if known not in answer:
-            raise CheckError(
-                f"{question!r} is answered {answer!r}, without {known!r}: the weights were not read rightly"
-            )
-    return f"{len(KNOWN)} of {len(KNOWN)} known answers"
+    answer = _answer(model, tokenizer, QUESTION, "")
+    if ANSWER not in answer:
+        raise CheckError(f"{QUESTION!r} is answered {answer!r}, without {ANSWER!r}: the weights were not read rightly")
+    right = 0
+    for document in _documents():
+        question = document.questions[0]
+        answer = _answer(model, tokenizer, f"{document.text}\n\n{question.text}", question.opening)
+        right += answer.startswith(question.answer)
+    found = f"{right} of {len(DOCUMENTS)} answers copied rightly from a text"
+    if 2 * right <= len(DOCUMENTS):
+        raise CheckError(f"{found}: the weights were not read rightly")
+    return found
 
 
 def vision(text_folder: Path, folder: Path, fit: tower.Fit) -> str:
@@ -65,21 +70,16 @@ def vision(text_folder: Path, folder: Path, fit: tower.Fit) -> str:
     processor = AutoProcessor.from_pretrained(folder)
     llama = LlamaForCausalLM.from_pretrained(text_folder, dtype=torch.float32)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    for task, size, seed in DOCUMENTS:
-        document = reading.make_document(task, size, seed)
+    for document in _documents():
         question = document.questions[0]
         # The frame of an image is a newline before and after it; the text gets the same.
-        read = prompt_of(tokenizer, f"\n{document.text}\n\n{question.text}", question.opening)
-        prompt = torch.tensor([_encode(tokenizer, read)])
-        wanted = tokenizer.decode(_greedy(llama, prompt, ANSWER_TOKENS, input_ids=prompt))
+        wanted = _answer(llama, tokenizer, f"\n{document.text}\n\n{question.text}", question.opening)
         lines = cells.draw_text(document.text, tokenizer)
-        seen = prompt_of(tokenizer, f"{SLOT * len(lines)}\n{question.text}", question.opening)
-        inputs = processor(text=[seen], images=lines, return_tensors="pt")
-        if inputs["input_ids"].shape != prompt.shape:
-            raise CheckError(f"{inputs['input_ids'].shape[1]} tokens with images, {prompt.shape[1]} as text")
-        got = tokenizer.decode(_greedy(model, inputs["input_ids"], ANSWER_TOKENS, **inputs))
+        prompt = prompt_of(tokenizer, f"{SLOT * len(lines)}\n{question.text}", question.opening)
+        inputs = processor(text=[prompt], images=lines, return_tensors="pt")
+        got = _greedy(model, tokenizer, **inputs)
         if got != wanted:
-            raise CheckError(f"{task} {seed}: the text is answered {wanted!r}, its images {got!r}")
+            raise CheckError(f"{document.task} {document.seed}: the text is answered {wanted!r}, its images {got!r}")
     return (
         f"{fit.cells} tokens readable, relative error of their embeddings {fit.mean_error:.4f} (largest "
         f"{fit.max_error:.4f}), {len(DOCUMENTS)} of {len(DOCUMENTS)} answers are those to the same text"
@@ -93,11 +93,18 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, user: str, opening: str) -> st
     return head + opening
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
-    return ids
+def _documents() -> Iterator[reading.Document]:
+    return (reading.make_document(*which) for which in DOCUMENTS)
 
 
-def _greedy(model: torch.nn.Module, prompt: Tensor, tokens: int, **inputs: Tensor) -> list[int]:
-    out: list[int] = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, prompt.shape[1] :].tolist()
-    return out
+def _answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, user: str, opening: str) -> str:
+    ids = tokenizer.encode(prompt_of(tokenizer, user, opening), add_special_tokens=False)
+    return _greedy(model, tokenizer, input_ids=torch.tensor([ids]))
+
+
+def _greedy(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, **inputs: Tensor) -> str:
+    """The first ANSWER_TOKENS tokens of the continuation, as text."""
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    out = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+    return text

@@ -60,3 +60,23 @@ def test_two_ranks_bring_a_picture_back_together(servers: Any, picture: Any, an_
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
+
+
+@pytest.mark.slow
+def test_two_ranks_read_an_image_twice_together(ours_tenth: Any, two_ranks: Any, picture: Any, an_ask: Any) -> None:
+    """Each rank makes its own internal request; both must make the same ones, and keep the same tokens."""
+    drawn = picture(9600, 24, 24)
+    options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_policy": "kvzip", "kv_budget": 0.3}}
+    asks = [an_ask(question.text, (drawn.image,), options) for question in drawn.questions[:3]]
+    reports = []
+    for server in (ours_tenth, two_ranks):
+        server.flush()
+        before = server.settled()
+        reports.append([answer.report for answer in server.ask_together(asks)])
+        after = server.settled()
+        assert after["second_readings"] - before["second_readings"] == 1
+        assert after["policy_failures"] == before["policy_failures"]
+        server.flush()
+        assert server.settled()["cells_used"] == 0
+        server.assert_alive()
+    assert reports[0] == reports[1]

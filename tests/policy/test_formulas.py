@@ -94,8 +94,8 @@ def test_vlcache_scores(prompt):
 @PROMPTS
 def test_vlcache_scores_are_the_strongest_votes_smoothed(prompt):
     for ours, layer in zip(scored("vlcache", prompt), synthetic_layers(prompt), strict=True):
-        strongest = attention(layer, prompt)[:, voters(prompt)].max(1)
-        heads = strongest.reshape(prompt.num_kv_heads, -1, prompt.length).max(1)
+        votes = attention(layer, prompt)[:, voters(prompt)].max(1)
+        heads = votes.reshape(prompt.num_kv_heads, -1, prompt.length).max(1)
         padded = np.pad(heads[:, prompt.start :], ((0, 0), (8, 8)))
         close(ours, np.stack([padded[:, i : i + prompt.owned] for i in range(17)]).mean(0))
 

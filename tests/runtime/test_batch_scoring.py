@@ -77,6 +77,10 @@ class World:
         choice = Choice(resolve(policy), KVBudget(fraction=0.3))
         self.jobs[row] = CompressionJob(choice, VISION, LENGTH, min_tokens=8)
 
+    def job_read_twice(self, row: int, policy: str) -> None:
+        choice = Choice(resolve(policy), KVBudget(fraction=0.3))
+        self.jobs[row] = CompressionJob(choice, (Span(4, 60),), 60, min_tokens=8, repeated=LENGTH - 60)
+
     def share(self, source: int, row: int, tokens: int) -> None:
         """A prefix hit."""
         self.table[row, :tokens] = self.table[source, :tokens]
@@ -120,7 +124,7 @@ class World:
             q, k, v = (torch.cat([tensors[n][layer] for tensors in new]) for n in range(3))
             self.backend.forward_extend(q.flatten(1), k, v, parts.layer_of_model(layer), batch)
         for row, job in zip(rows, jobs, strict=True):
-            if job is not None and job.scoring is not None and (job.reached or 0) >= job.length:
+            if job is not None and job.scoring is not None and (job.reached or 0) >= job.end:
                 self.scorings[row] = job.scoring
                 self.compressor.finish(job, self.table[row])
 
@@ -135,9 +139,11 @@ def run(world: World) -> None:
     world.share(1, 2, 40)
     for row, policy in {2: "vlcache:paper", 3: "snapkv", 4: "h2o", 5: "vlcache"}.items():
         world.job(row, policy)
+    world.job_read_twice(7, "kvzip")
     world.prefill({2: 30, 3: 60, 6: 20, 4: 50})
     world.prefill({4: 46, 5: LENGTH, 6: 3, 3: 36, 2: 20})
-    world.prefill({2: 6})
+    world.prefill({2: 6, 7: 70})
+    world.prefill({7: LENGTH - 70})
 
 
 @pytest.fixture
@@ -168,7 +174,7 @@ def test_a_batch_is_scored_as_its_requests_are(one_by_one: World, launches: list
     run(together)
     assert launches
     assert together.counters.policy_failures == one_by_one.counters.policy_failures == 0
-    assert sorted(together.scorings) == sorted(one_by_one.scorings) == [1, 2, 3, 4, 5]
+    assert sorted(together.scorings) == sorted(one_by_one.scorings) == [1, 2, 3, 4, 5, 7]
     for row, scoring in one_by_one.scorings.items():
         assert len(together.scorings[row].groups) == len(scoring.groups) > 0
         for mine, theirs in zip(together.scorings[row].groups, scoring.groups, strict=True):

@@ -11,6 +11,7 @@ from array import array
 from types import SimpleNamespace
 
 import torch
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
@@ -30,6 +31,7 @@ from vlcache_sgl.runtime.arena import KVArena
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
 from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.runtime.second_reading import ReadingState, SecondReadings
 from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 
@@ -143,6 +145,11 @@ class World:
         """Of the other ones, those whose answer does."""
         self.images = SharedImages()
         self.expansions = Expansions(self, self.images, 0.5, enforce=True, counters=Counters())
+        self.tokenizer = None
+        self.disaggregation_mode = DisaggregationMode.NULL
+        self.max_req_input_len = physical
+        self.processed_tokens_counter = 0
+        self.readings = SecondReadings(self)
         self.enable_overlap = False
         self.tree.copy_listener = self.expansions.published
         self.tree.reset_listener = self.images.clear
@@ -160,11 +167,13 @@ class World:
         compress: bool = True,
         tokens: int = 4,
         picture: Span | None = None,
+        twice: bool = False,
     ) -> Req | None:
         """Queue a request; None when it is refused because it can never fit.
 
         Args:
             picture: where a picture lies that is shared under a guard.
+            twice: whether its policy reads the prompt twice.
         """
         room = self.allocator.max_new_tokens_for_memory(
             len(ids), tokens, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
@@ -178,11 +187,20 @@ class World:
             job = CompressionJob(self.choice, vision, len(ids), MIN_TOKENS, tokens=req.origin_input_ids)
             setattr(req, JOB_ATTRIBUTE, job)
             job.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
-            if picture is not None:
+            if twice:
+                job.reading = ReadingState()
+            if picture is not None and not twice:
                 job.image = self.images.find(job.tokens, picture.end, (job.base_key,))
                 self.expansions.name(req, job)
         self.waiting.append(req)
         return req
+
+    def init_req_max_new_tokens(self, req: Req) -> None:
+        room = self.allocator.max_new_tokens_for_memory(
+            len(req.origin_input_ids), 1, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
+        )
+        if room is None:
+            req.to_finish = FINISH_ABORT("too long")
 
     @property
     def waiting_queue(self) -> list[Req]:
@@ -206,7 +224,7 @@ class World:
         """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
         self.expansions.before_next_batch(self.batch, None)
         admission.reopen(self, self.batch)
-        with self.expansions.holding_back():
+        with self.expansions.holding_back(), self.readings.holding_back():
             return self._prefill()
 
     def _prefill(self) -> bool:
@@ -272,11 +290,11 @@ class World:
                     job.restart()
                 if job.reached is None:
                     job.report["start"] = req.prefix_len
-                    job.done = job.length - req.prefix_len < MIN_TOKENS
+                    job.done = job.length - req.prefix_len < MIN_TOKENS or job.reading is not None
                 job.reached = req.extend_end
-                if not job.done and req.extend_end >= job.length:
+                if not job.done and req.extend_end >= job.end:
                     self._compress(req, job)
-                hit = bool(job.vision) and job.report["start"] >= job.pictures_end
+                hit = job.image is not None and job.report["start"] >= job.pictures_end
                 if hit and req is not self.chunked_req:
                     if self.random.random() < self.trip_share:
                         job.guard = Reading()  # type: ignore[assignment]
@@ -304,7 +322,7 @@ class World:
         self.allocator.retire(eviction, event)
         if event is not None:
             self.evictions.append((event, eviction.cells))
-        job.done = True
+        job.done = job.compressed = True
 
     def decode(self) -> None:
         """One token for every running request; who does not fit is sent back, the last chunk first."""

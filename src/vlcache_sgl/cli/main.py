@@ -22,7 +22,7 @@ class Command:
 
 
 COMMANDS = {
-    "calibrate": Command("vlcache_sgl.cli.calibrate", "find out which layers later questions about a picture read"),
+    "calibrate": Command("vlcache_sgl.cli.calibrate", "measure what each layer and KV head of a model needs"),
     "compare": Command("vlcache_sgl.cli.compare", "by how much two results of `vlcache eval` differ"),
     "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
     "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),

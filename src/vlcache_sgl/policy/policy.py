@@ -51,6 +51,11 @@ class Policy:
             return needs_of(self.scorer), needs_of(self.allocator)
 
     @property
+    def reads_twice(self) -> bool:
+        """Whether rows of a second reading of the prompt vote."""
+        return any(need.rows.kind == "repeat" for need in self.needs)
+
+    @property
     def query_aware(self) -> bool:
         """Whether the kept tokens are those of the first question; they then serve other questions badly."""
         return self.scorer.query_aware

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import retract_all
@@ -63,6 +64,20 @@ class CellPrefillBudget(PrefillBudget):
 
     def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
         return (False, None) if self._parked else super().check_prefill(**request)
+
+
+@contextmanager
+def set_aside(scheduler: Any, held: Sequence[Any]) -> Iterator[None]:
+    """While SGLang chooses whom to start: `held` requests are out of its queue, where an abort finds them otherwise."""
+    if not held:
+        yield
+        return
+    waiting = {id(req) for req in held}
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
+    try:
+        yield
+    finally:
+        scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
 
 def reopen(scheduler: Any, running_batch: Any) -> None:

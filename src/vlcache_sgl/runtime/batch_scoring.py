@@ -32,11 +32,11 @@ class Voter:
     @property
     def visible(self) -> int:
         """Positions up to the end of the chunk; a retracted request recomputes generated tokens, which do not count."""
-        return min(self.request.begin + self.request.count, self.scoring.prompt.length)
+        return min(self.request.begin + self.request.count, self.scoring.end)
 
     @property
     def owned(self) -> int:
-        """Keys of the request up to the end of the chunk that may be evicted."""
+        """Keys of the request up to the end of the chunk that may be evicted, or belong to a second reading."""
         return self.visible - self.scoring.prompt.start
 
     @property

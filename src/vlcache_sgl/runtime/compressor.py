@@ -71,12 +71,24 @@ class Compressor:
         if job.done:
             return
         if job.scoring is None:
+            if job.reading is not None and job.reading.report:
+                self.take_over(job, job.reading.report)
+                return
             start = job.first_evictable(begin)
             if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
-            model = job.choice.of_model(self._model)
-            prompt = replace(model, length=job.length, start=start, vision=job.vision, grids=job.grids)
+            if job.choice.policy.reads_twice and not job.repeated:
+                self.skip(job, "second_reading")
+                return
+            prompt = replace(
+                job.choice.of_model(self._model),
+                length=job.length,
+                start=start,
+                vision=job.vision,
+                grids=job.grids,
+                repeated=job.repeated,
+            )
             try:
                 job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
             except Exception as error:
@@ -88,6 +100,13 @@ class Compressor:
             self.counters.prefix_hit(job.shared)
             job.counted_hit = True
         self.sharing.watch(job, job.shared)
+
+    def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
+        """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
+        job.done = True
+        job.report.update(report)
+        if "skipped" in report:
+            self._count_skipped(job, report["skipped"])
 
     def skip(self, job: CompressionJob, reason: str) -> None:
         """Leave the rest of a request alone; one that comes back from a retraction keeps the report of its prefill."""
@@ -150,7 +169,7 @@ class Compressor:
                 shared = front if shared is None else torch.cat([front, shared])
                 shared_valid = None if shared_valid is None else shared_valid - earlier
             owned = keys if own is None else torch.cat([own, keys])
-            owned = owned[: scoring.prompt.owned]  # a retracted request recomputes generated tokens too
+            owned = owned[: scoring.end - scoring.prompt.start]  # a retracted request recomputes generated tokens too
             scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
             self._give_up([job], error)
@@ -262,6 +281,7 @@ class Compressor:
             self._count_skipped(job, "recall")
         else:
             self._evict(job, prompt, slots, plan)
+            job.compressed = True
         per_layer = [front + tokens for tokens in plan.tokens_per_layer]
         job.report.update(
             policy=job.choice.policy.spec,
@@ -274,6 +294,9 @@ class Compressor:
         )
         if plan.differs_by_head:
             job.report["kept_tokens_per_head"] = plan.counts.tolist()
+        if job.repeated:
+            job.report["second_reading"] = {"tokens": job.repeated}
+            self.counters.second_readings += 1
         job.scoring = None
         job.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3

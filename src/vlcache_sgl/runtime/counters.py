@@ -17,7 +17,8 @@ class Counters:
     requests_compressed: int = 0
     requests_skipped: Counter[str] = field(default_factory=Counter)
     """By reason: ``short`` (below --kv-min-tokens), ``scope`` (no image), ``budget`` (1.0 keeps everything), ``recall``
-    (decided on and measured, not evicted from)."""
+    (decided on and measured, not evicted from), ``second_reading`` (what was not read twice, with a policy that
+    asks for that)."""
     policy_failures: int = 0
     cells_seen: int = 0
     cells_kept: int = 0
@@ -46,6 +47,10 @@ class Counters:
     """Host time of readings of prefill rows."""
     guard_decode_ms: float = 0.0
     """The same of first decode steps."""
+    second_readings: int = 0
+    """Prompts, up to the end of their images, that were read twice and compressed."""
+    second_reading_ms: float = 0.0
+    """Wall time of forwards that contained one of them."""
     prefill_ms: float = 0.0
     """Wall time of forwards that contained a compressed prompt."""
     scoring_ms: float = 0.0
@@ -105,6 +110,8 @@ class Counters:
             "expansions": self.expansions,
             "guard_ms": round(self.guard_ms, 3),
             "guard_decode_ms": round(self.guard_decode_ms, 3),
+            "second_readings": self.second_readings,
+            "second_reading_ms": round(self.second_reading_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),
             "scoring_ms": round(self.scoring_ms, 3),
             "selection_ms": round(self.selection_ms, 3),

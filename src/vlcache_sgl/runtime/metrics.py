@@ -37,7 +37,8 @@ FIGURES = (
     Figure(
         "requests_skipped",
         "counter",
-        "Prompts left alone, by reason: short (below --kv-min-tokens), scope (no image), budget (1.0).",
+        "Prompts left alone, by reason: short (below --kv-min-tokens), scope (no image), budget (1.0), "
+        "recall (measured only), second_reading (not read twice).",
         ("reason",),
     ),
     Figure("policy_failures", "counter", "Prompts that keep their full cache because the policy failed on them."),
@@ -61,6 +62,8 @@ FIGURES = (
     ),
     Figure("expansions", "counter", "Pictures computed anew because of one; several trips may share one."),
     Figure("guard_seconds", "counter", "Host time spent on guard readings, within forwards."),
+    Figure("second_readings", "counter", "Prompts that were read twice, for policies that ask for that."),
+    Figure("second_reading_seconds", "counter", "Wall time of forwards that contained one of them."),
     Figure("prefill_seconds", "counter", "Wall time of forwards that contained a compressed prompt."),
     Figure("scoring_seconds", "counter", "Host time spent on scoring, within vlcache:prefill_seconds."),
     Figure("selection_seconds", "counter", "Host time spent on budgets, selection and eviction, likewise."),
@@ -123,6 +126,8 @@ class Metrics:
         self._raise_to("guard_trips", counters.guard_trips_in_decode, seen_in="decode")
         self._raise_to("expansions", counters.expansions)
         self._raise_to("guard_seconds", (counters.guard_ms + counters.guard_decode_ms) / 1e3)
+        self._raise_to("second_readings", counters.second_readings)
+        self._raise_to("second_reading_seconds", counters.second_reading_ms / 1e3)
         self._raise_to("prefill_seconds", counters.prefill_ms / 1e3)
         self._raise_to("scoring_seconds", counters.scoring_ms / 1e3)
         self._raise_to("selection_seconds", counters.selection_ms / 1e3)

@@ -12,7 +12,7 @@ from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
 from vlcache_sgl.runtime.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
 from vlcache_sgl.runtime.media import name_by_geometry
 from vlcache_sgl.runtime.patching import PatchPoint
-from vlcache_sgl.runtime.session import is_request_level, writes_through_pool
+from vlcache_sgl.runtime.session import REPORT_KEY
 
 if TYPE_CHECKING:
     from vlcache_sgl.runtime.session import Session
@@ -26,6 +26,16 @@ _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
 
 UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
 """What opening a client's picture may raise besides SGLang's own list: no such file, cut off, absurdly large."""
+
+
+def is_request_level(result: bool, _: Any, key: str) -> bool:
+    """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
+    return result or key == REPORT_KEY
+
+
+def writes_through_pool(_: bool, __: Any) -> bool:
+    """After SGLang has said whether a model may write its keys itself: it would do so by slot, not by cell."""
+    return False
 
 
 def _client_errors(known: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
@@ -219,8 +229,8 @@ def runtime_points(session: Session) -> list[PatchPoint]:
         ),
         PatchPoint(
             f"{_COMPONENTS}.output_streamer:SchedulerOutputStreamer.stream_output",
-            "before",
-            session.complete_reports,
-            "reporting what is known at the end of an answer",
+            "around",
+            session.send_answers,
+            "reporting what is known at the end of an answer, and nothing to nobody",
         ),
     ]

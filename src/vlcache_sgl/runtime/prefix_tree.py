@@ -18,6 +18,10 @@ class CompressedPrefixTree(UnifiedRadixCache):
             # A prompt is published after compression only: others must not rely on tokens that are about to go.
             return
         before = req.kv.cache_protected_len
+        if job is not None and job.repeated:
+            up_to = job.publishes(up_to)
+            if up_to <= before:
+                return
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         if job is not None and job.image is not None and job.image.leader is req and up_to >= job.length:
             self.copy_listener(req, job)
@@ -54,7 +58,15 @@ class CompressedPrefixTree(UnifiedRadixCache):
         if slots.numel():
             self.token_to_kv_pool_allocator.lock(slots, delta)
 
+    removals = 0
+    """Changes whenever the tree has dropped something: what was found in it is there as long as this stays."""
+
+    def _evict(self, *args: Any, **kwargs: Any) -> Any:
+        self.removals += 1
+        return super()._evict(*args, **kwargs)
+
     def reset(self) -> None:
+        self.removals += 1
         super().reset()
         self.token_to_kv_pool_allocator.forget_tree()
         self.reset_listener()

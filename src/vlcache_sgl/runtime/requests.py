@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlcache_sgl.runtime.media import Run
     from vlcache_sgl.runtime.recall import Recall
     from vlcache_sgl.runtime.scoring import Scoring
+    from vlcache_sgl.runtime.second_reading import ReadingState
     from vlcache_sgl.runtime.sharing.guard import DecodeReading, GuardReading
     from vlcache_sgl.runtime.sharing.images import SharedImage
 
@@ -70,6 +71,10 @@ class Choices:
         except PolicyError as error:
             raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
+        if self.default.policy.reads_twice and config.guard != "off":
+            raise PolicyError(
+                f"policy {config.policy!r} makes one copy for all questions, which --kv-guard cannot replace"
+            )
 
     def use_weights(self, weights: ModelWeights) -> None:
         """Later choices give the model's layers and heads these weights; earlier ones keep theirs.
@@ -114,6 +119,10 @@ class Choices:
             policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
+            if policy.reads_twice and share == "tiered":
+                raise PolicyError(
+                    f"policy {spec!r} makes one copy for all questions: kv_share must be policy or off, not tiered"
+                )
             self._require(policy)
             if len(self._known) >= MOST_CHOICES:
                 del self._known[next(iter(self._known))]
@@ -209,6 +218,12 @@ class CompressionJob:
     """Whether it is among those that found an image."""
     inherited: torch.Tensor | None = None
     """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
+    repeated: int = 0
+    """Tokens behind the prompt that read it again: of an internal request, which computes both and keeps the prompt."""
+    compressed: bool = False
+    """Whether something was evicted from the prompt."""
+    reading: ReadingState | None = None
+    """How far the second reading of this request's prompt has come, by another request; only where the policy asks."""
 
     @property
     def reads_decode(self) -> bool:
@@ -225,9 +240,21 @@ class CompressionJob:
         """Position behind the last picture."""
         return self.vision[-1].end if self.vision else 0
 
+    @property
+    def end(self) -> int:
+        """Where the decision falls: behind the prompt, or behind its second reading."""
+        return self.length + self.repeated
+
     def holds_back(self, up_to: int) -> bool:
         """Whether ``[0, up_to)`` must not be published yet."""
-        return not self.done and up_to < self.length
+        return not self.done and up_to < self.end
+
+    def publishes(self, up_to: int) -> int:
+        """How much of ``[0, up_to)`` the prefix tree may have: of a second reading nothing, and nothing of a prompt
+        whose compression failed in it."""
+        if not self.repeated:
+            return up_to
+        return min(up_to, self.length) if self.compressed else 0
 
     def first_evictable(self, begin: int) -> int:
         """Where the tokens begin that this request may evict, `begin` being where its own begin.
@@ -247,7 +274,7 @@ class CompressionJob:
         if self.done:
             self.outcome = dict(self.report)
         self.scoring = None
-        self.done = False
+        self.done = self.compressed = False
         self.reached = None
         self.guard = self.decode_guard = None
         self.shared_kept = None

@@ -58,6 +58,8 @@ class Scoring:
         self.prompt = prompt
         self._front = 0 if first is None else prompt.start - first
         self.needs = needs
+        self.end = prompt.length + prompt.repeated
+        """Keys up to here are counted: a second reading attends to itself, too."""
         self.failure: Exception | None = None
         """Why nothing more is counted; the decision then falls against compression."""
         self._groups: dict[Rows, RowGroup] = {}
@@ -118,7 +120,7 @@ class Scoring:
             layer: layer number.
             begin: absolute position of the chunk's first token.
             queries: `[t, H, D]`, the chunk's queries.
-            owned_keys: `[m, K, D]`, keys of positions ``[start, begin + t)``.
+            owned_keys: `[m, K, D]`, keys of positions ``[start, begin + t)``, those of a second reading included.
             prefix_keys: `[P, K, D]`, what the layer still has of ``[0, start)``.
             prefix_valid: `[K]`, leading entries of it that exist per KV head; None = all `P`.
             scale: factor of the logits.
@@ -173,16 +175,20 @@ class Scoring:
         if stats is None:
             return view
         # Rows of an early chunk did not see later keys: their probability there is 0.
-        stats = stats.accumulate(_nothing_like(stats), self.prompt.owned)
+        stats = stats.accumulate(_nothing_like(stats), self.end - self.prompt.start)
         return replace(
             view,
-            column_sum=stats.column_sum if need.column_sum else None,
-            column_square_sum=stats.column_square_sum if need.column_square_sum else None,
-            column_max=stats.column_max if need.column_max else None,
+            column_sum=self._owned(stats.column_sum) if need.column_sum else None,
+            column_square_sum=self._owned(stats.column_square_sum) if need.column_square_sum else None,
+            column_max=self._owned(stats.column_max) if need.column_max else None,
             density=stats.density if need.density is not None else None,
             entropy=stats.entropy if need.entropy else None,
-            probabilities=stats.probabilities if need.probabilities else None,
+            probabilities=self._owned(stats.probabilities) if need.probabilities else None,
         )
+
+    def _owned(self, columns: torch.Tensor | None) -> torch.Tensor | None:
+        """Without the columns of a second reading, whose keys are dropped anyway."""
+        return None if columns is None else columns[..., : self.prompt.owned]
 
 
 def _union(a: StatsRequest, b: StatsRequest) -> StatsRequest:

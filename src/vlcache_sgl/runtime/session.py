@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,13 @@ from vlcache_sgl.runtime.media import vision_runs, vision_spans
 from vlcache_sgl.runtime.patching import PatchError, Patches
 from vlcache_sgl.runtime.requests import (
     JOB_ATTRIBUTE,
+    Choice,
     Choices,
     CompressionJob,
     job_of,
 )
 from vlcache_sgl.runtime.rotary import model_rotary
+from vlcache_sgl.runtime.second_reading import ReadingState, SecondReadings, clients_of
 from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
@@ -57,6 +59,7 @@ class Session:
         self.counters = Counters()
         self.images = SharedImages()
         self._expansions: Expansions | None = None
+        self._readings: SecondReadings | None = None
         self._private = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
@@ -103,6 +106,9 @@ class Session:
         self._expansions = Expansions(
             scheduler, self.images, self.config.guard_threshold, self.config.guard == "enforce", self.counters
         )
+        self._readings = SecondReadings(scheduler)
+        if self.choices.default.policy.reads_twice and scheduler.tree_cache.disable:
+            raise ConfigError(f"--kv-policy {self.config.policy} needs the prefix cache: omit --disable-radix-cache")
         scheduler.tree_cache.row_listener = self._backend.invalidate
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self.images.clear
@@ -294,7 +300,7 @@ class Session:
                 stream=bool(req.stream),
             )
             if params.report == "recall":
-                self._require_recall()
+                self._require_recall(choice)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
@@ -322,6 +328,8 @@ class Session:
             positions=positions,
             measures_recall=recall,
         )
+        if choice.policy.reads_twice:
+            job.reading = ReadingState()
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         self._name_prefix(req, job)
@@ -340,12 +348,12 @@ class Session:
             self._private += 1
             req.extra_key = f"{job.base_key}#private{self._private}"
             req.skip_radix_cache_insert = True
-        elif choice.share == "tiered" or self.config.guard != "off":
+        elif job.reading is None and (choice.share == "tiered" or self.config.guard != "off"):
             job.tokens = req.origin_input_ids
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
 
-    def _require_recall(self) -> None:
+    def _require_recall(self, choice: Choice) -> None:
         """
         Raises:
             ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
@@ -354,6 +362,8 @@ class Session:
             raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
         if self._ranks > 1:
             raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
+        if choice.policy.reads_twice:
+            raise ConfigError(f"kv_report recall cannot be had with {choice.policy.spec}: its prompt is read elsewhere")
 
     def begin_forward(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
@@ -406,12 +416,15 @@ class Session:
         complete = [
             (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
             for number, job in enumerate(jobs)
-            if job is not None and (job.reached or 0) >= job.length
+            if job is not None and (job.reached or 0) >= job.end
         ]
         for job, row in complete:
             self.compressor.finish(job, row)
+        elapsed = (time.perf_counter() - started) * 1e3
         if scored:
-            self.counters.prefill_ms += (time.perf_counter() - started) * 1e3
+            self.counters.prefill_ms += elapsed
+        if any(job is not None and job.repeated for job in jobs):
+            self.counters.second_reading_ms += elapsed
         for job, row in complete:
             if job.positions:
                 self.compressor.report_positions(job, row)
@@ -436,13 +449,20 @@ class Session:
     def admit_prefills(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
         """Around the choice of prompts to start: some memory has come back, some prompts must wait for another."""
         reopen(scheduler, running_batch)
-        if self._expansions is None:
+        if self._expansions is None or self._readings is None:
             return original(scheduler, running_batch)
-        with self._expansions.holding_back():
+        with self._expansions.holding_back(), self._readings.holding_back():
             return original(scheduler, running_batch)
 
-    def complete_reports(self, _: Any, reqs: Iterable[Any], *__: Any, **___: Any) -> None:
-        """Before SGLang sends what `reqs` have said: fill in what is known at the end of an answer only."""
+    def send_answers(
+        self, original: Callable[..., Any], streamer: Any, reqs: Sequence[Any], *args: Any, **options: Any
+    ) -> Any:
+        """Around sending what `reqs` have said: only to clients, with what is known at the end of an answer only."""
+        answered = clients_of(reqs)
+        self._complete_reports(answered)
+        return original(streamer, answered, *args, **options)
+
+    def _complete_reports(self, reqs: Sequence[Any]) -> None:
         for req in reqs:
             job = job_of(req)
             if job is None:
@@ -488,13 +508,3 @@ def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:
 def _report(req: Any, report: dict[str, Any]) -> None:
     """Let the response's `meta_info` carry `report`, which may still be filled in."""
     req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}
-
-
-def is_request_level(result: bool, _: Any, key: str) -> bool:
-    """After SGLang has said whether a `meta_info` entry belongs to the request or to its tokens."""
-    return result or key == REPORT_KEY
-
-
-def writes_through_pool(_: bool, __: Any) -> bool:
-    """After SGLang has said whether a model may write its keys itself: it would do so by slot, not by cell."""
-    return False

@@ -21,7 +21,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from vlcache_sgl.runtime.admission import retract, unsay
+from vlcache_sgl.runtime.admission import retract, set_aside, unsay
 from vlcache_sgl.runtime.counters import Counters
 from vlcache_sgl.runtime.requests import CompressionJob, Phase, job_of
 from vlcache_sgl.runtime.residency import EVICTED
@@ -183,17 +183,10 @@ class Expansions:
     @contextmanager
     def holding_back(self) -> Iterator[None]:
         """While SGLang chooses whom to start: requests that wait for a copy are out of its queue."""
-        scheduler, held = self._scheduler, self.held()
+        held = self.held()
         self.reclaim()
-        if not held:
+        with set_aside(self._scheduler, held):
             yield
-            return
-        waiting = {id(req) for req in held}
-        scheduler.waiting_queue = [req for req in scheduler.waiting_queue if id(req) not in waiting]
-        try:
-            yield
-        finally:
-            scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
     def held(self) -> list[Any]:
         """Waiting requests that must not start yet; gives the others the name of their picture's present copy."""
