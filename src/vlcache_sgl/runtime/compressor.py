@@ -78,9 +78,6 @@ class Compressor:
             if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
-            if job.choice.policy.reads_twice and not job.repeated:
-                self.skip(job, "second_reading")
-                return
             prompt = replace(
                 job.choice.of_model(self._model),
                 length=job.length,
@@ -90,6 +87,9 @@ class Compressor:
                 repeated=job.repeated,
             )
             try:
+                if job.choice.policy.reads_twice and not job.repeated:
+                    self.skip(job, "second_reading")
+                    return
                 job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
             except Exception as error:
                 self.fail(job, error)
