@@ -1,6 +1,9 @@
 """Weights of a model: what a file holds, which model it belongs to, what `--kv-weights` means."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -72,8 +75,21 @@ def test_a_model_is_known_by_its_content(tmp_path):
     assert key != model_key(checkpoint(tmp_path / "d", tensors=b"abd"))
 
 
-def test_what_the_flag_means(tmp_path, monkeypatch):
+def test_tests_and_their_servers_keep_out_of_the_users_cache(tmp_path, monkeypatch):
+    """A folder of its own, not `XDG_CACHE_HOME`: other packages keep there what is slow to make again."""
+    code = "from vlcache_sgl.weights import cache_file; print(cache_file('key'))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert seen == str(cache_file("key")) == os.path.join(os.environ["VLCACHE_CACHE"], "weights", "key.json")
+    monkeypatch.delenv("VLCACHE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_file("key") == tmp_path / ".cache/vlcache-sgl/weights/key.json"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_file("key") == tmp_path / "cache/vlcache-sgl/weights/key.json"
+
+
+def test_what_the_flag_means(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLCACHE_CACHE", str(tmp_path / "cache"))
     folder = checkpoint(tmp_path / "model")
     assert find_weights("auto", str(folder)) is None
     assert find_weights("auto", "nobody/knows-this-model") is None

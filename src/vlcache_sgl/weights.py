@@ -111,9 +111,11 @@ def model_key(folder: Path) -> str:
 
 
 def cache_file(key: str) -> Path:
-    """Where the weights of a model are kept for the next start, in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "vlcache-sgl" / "weights" / f"{key}.json"
+    """Where the weights of a model are kept for the next start: in the folder that the environment names by
+    ``VLCACHE_CACHE``, else in the user's cache folder."""
+    own = os.environ.get("VLCACHE_CACHE")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache-sgl"
+    return folder / "weights" / f"{key}.json"
 
 
 def checkpoint_folder(model: str) -> Path | None:

@@ -48,6 +48,22 @@ def test_each_head_keeps_its_own(server: Any, picture: Any) -> None:
     assert answer.text.strip() == drawn.questions[0].answer
 
 
+def test_each_head_keeps_as_many_as_it_wins(server: Any, picture: Any) -> None:
+    """The default policy ranks all heads of all layers where the model's weights are not known; the sum is exact."""
+    drawn = picture(7912, 24, 24)
+    before = server.settled()
+    params = {"kv_policy": "vlcache", "kv_report": "positions"}
+    answer = server.ask(drawn.questions[0].text, drawn.image, max_tokens=8, return_meta_info=True, custom_params=params)
+    after, kept = server.settled(), answer.report["kept_tokens_per_layer"]
+    front = answer.report["front_tokens"]
+    total = len(kept) * front + round(BUDGET * len(kept) * (answer.prompt_tokens - front))
+    assert after["cells_kept"] - before["cells_kept"] == total * KV_HEADS
+    assert sum(kept) == pytest.approx(total, abs=0.001 * len(kept))
+    assert max(kept) > 1.1 * min(kept)
+    assert any(count != int(count) for count in kept), "the heads of no layer differ"
+    assert answer.text.strip() == drawn.questions[0].answer
+
+
 def test_a_second_question_shares_and_is_read(server: Any, picture: Any) -> None:
     drawn = picture(7911, 24, 24)
     options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_share": "tiered"}}

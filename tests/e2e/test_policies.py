@@ -21,8 +21,9 @@ TOKENS = 128
 """Long enough that requests which arrive together also decode together."""
 ROUNDS = 5
 
-FIVE: dict[str, dict[str, Any]] = {
-    "post-vision rows, density": {},  # the server's own
+TOGETHER: dict[str, dict[str, Any]] = {
+    "post-vision rows, maxima": {},  # the server's own
+    "post-vision rows, sums and density": {"kv_policy": "scorer=vlcache,allocator=vlcache"},
     "last rows, entropy": {"kv_policy": "cake", "kv_budget": 0.2},
     "all rows": {"kv_policy": "h2o", "kv_budget": 0.3},
     "keys, values and rotary positions": {"kv_policy": "expected_attention", "kv_budget": 0.15},
@@ -31,7 +32,7 @@ FIVE: dict[str, dict[str, Any]] = {
         "kv_budget": 64,
     },
 }
-"""Five requests' choices that need different statistics, as `custom_params`."""
+"""Choices of requests that need different statistics, as `custom_params`."""
 
 
 def body(drawn: Any, question: int = 0, params: Any = None, tokens: int = 8, **sampling: Any) -> dict[str, Any]:
@@ -91,31 +92,31 @@ def chat(server: Any, drawn: Any, question: int = 0, **fields: Any) -> Any:
 # -- one batch --------------------------------------------------------------------------------------------------------
 
 
-def test_five_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: Any) -> None:
+def test_many_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: Any) -> None:
     """The same tokens, and in every layer the same number of tokens kept."""
     server = ours_tenth
     requests = [
         body(picture(7500 + i, 16, 16 + 2 * i), params=params, tokens=TOKENS, ignore_eos=True)
-        for i, params in enumerate(FIVE.values())
+        for i, params in enumerate(TOGETHER.values())
     ]
     server.flush()
     alone = [generate(server, request) for request in requests]
     specs = [report_of(answer)["policy"] for answer in alone]
-    assert len(set(specs)) == len(FIVE)
+    assert len(set(specs)) == len(TOGETHER)
     before = server.settled()
     met = []
-    while len(met) < 2 or max(met) < len(FIVE):  # a busy machine may let the first one end before the last begins
+    while len(met) < 2 or max(met) < len(TOGETHER):  # a busy machine may let the first one end before the last begins
         assert len(met) < ROUNDS, f"they never met in one batch: {met}"
         server.flush()
         seen = len(server.log)
         together = generate_together(server, requests)
         met.append(most_running(server.log[seen:]))
-        for name, one, other in zip(FIVE, alone, together, strict=True):
+        for name, one, other in zip(TOGETHER, alone, together, strict=True):
             assert len(one["output_ids"]) == TOKENS
             assert other["output_ids"] == one["output_ids"], name
             assert report_of(other) == report_of(one), name
     after = server.settled()
-    assert after["requests_compressed"] - before["requests_compressed"] == len(met) * len(FIVE)
+    assert after["requests_compressed"] - before["requests_compressed"] == len(met) * len(TOGETHER)
     assert after["policy_failures"] == before["policy_failures"]
     server.flush()
     assert server.settled()["cells_used"] == 0
@@ -223,12 +224,13 @@ def test_only_equal_choices_share(ours_tenth: Any, picture: Any) -> None:
         {"kv_policy": "snapkv:window=64"},
         {"kv_policy": "snapkv:sink=4"},
         {"kv_policy": "scorer=snapkv,allocator=pyramid"},
+        {"kv_policy": "scorer=snapkv,allocator=uniform"},
         {"kv_policy": "knorm"},
     ]
     spellings: list[dict[str, Any]] = [
         {"kv_policy": "vlcache"},
         {"kv_budget": "0.1"},
-        {"kv_policy": "scorer=snapkv,allocator=uniform"},
+        {"kv_policy": "scorer=snapkv,allocator=model"},
         {"kv_policy": " snapkv:pool=avg, window=32 "},
         {"kv_policy": "pyramidkv"},
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -34,7 +34,23 @@ class Fair:
         return budget.distribute(torch.stack([layer.scores.float().std() for layer in layers]))
 
 
-@pytest.mark.parametrize("policy", [Sound(), Fair(), "vlcache", resolve("vlcache:paper")], ids=str)
+@dataclass(frozen=True)
+class ReadsAgain(Sound):
+    """A scorer that has the prompt read a second time."""
+
+    needs: ClassVar[Needs] = replace(Sound.needs, rows=Rows.repeat())
+
+
+SOUND = {
+    "scorer": Sound(),
+    "reads again": ReadsAgain(),
+    "allocator": Fair(),
+    "by name": "vlcache",
+    "resolved": resolve("vlcache:paper"),
+}
+
+
+@pytest.mark.parametrize("policy", SOUND.values(), ids=SOUND)
 def test_a_sound_policy_passes(policy):
     check_policy(policy)
 

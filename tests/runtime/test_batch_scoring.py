@@ -13,6 +13,7 @@ import pytest
 import torch
 from sharing_parts import make_sharing
 
+from vlcache_kernels.attention_stats import StatsRequest
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import resolve
@@ -136,7 +137,7 @@ def run(world: World) -> None:
     world.job(1, "vlcache:heads=split" if world.groups > 1 else "vlcache")
     world.prefill({1: LENGTH})
     world.share(1, 2, 40)
-    for row, policy in {2: "vlcache", 3: "snapkv", 4: "h2o", 5: "vlcache"}.items():
+    for row, policy in {2: "vlcache:paper", 3: "snapkv", 4: "h2o", 5: "vlcache"}.items():
         world.job(row, policy)
     world.job_read_twice(7, "kvzip")
     world.prefill({2: 30, 3: 60, 6: 20, 4: 50})
@@ -192,17 +193,18 @@ def test_a_batch_is_scored_as_its_requests_are(one_by_one: World, launches: list
 @pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)
 def test_one_launch_per_layer_and_kind_of_statistics(launches: list[Any]) -> None:
     world = World("flashinfer", 1)
-    for row, policy in {1: "vlcache", 2: "vlcache", 3: "snapkv", 4: "knorm"}.items():
+    for row, policy in {1: "vlcache:paper", 2: "vlcache:paper", 3: "snapkv", 4: "knorm", 5: "vlcache"}.items():
         world.job(row, policy)
-    world.prefill({1: LENGTH, 6: 9, 2: LENGTH, 3: LENGTH, 4: LENGTH})
-    assert len(launches) == 2 * LAYERS
-    by_want = {want: (lse, rows) for want, lse, rows in launches}
-    densities = {want.density is not None: value for want, value in by_want.items()}
-    assert densities[True] == (False, (16, 16)), "the density needs the row maximum, a known sum saves nothing"
-    lse, rows = densities[False]
-    assert lse, "sums alone need one pass when attention leaves its log-sum-exp"
-    assert len(rows) == 1
-    assert [row for row in (1, 2, 3, 4, 6) if bool(world.kept(row).all())] == [6]
+    world.prefill({1: LENGTH, 6: 9, 2: LENGTH, 3: LENGTH, 4: LENGTH, 5: LENGTH})
+    assert len(launches) == 3 * LAYERS
+    assert {want: (lse, rows) for want, lse, rows in launches} == {
+        # The density needs the row maximum, a known sum saves nothing.
+        StatsRequest(column_sum=True, density=0.01): (False, (16, 16)),
+        # Sums and maxima of columns alone need one pass when attention leaves its log-sum-exp.
+        StatsRequest(column_sum=True): (True, (32,)),
+        StatsRequest(column_max=True): (True, (16,)),
+    }
+    assert [row for row in (1, 2, 3, 4, 5, 6) if bool(world.kept(row).all())] == [6]
 
 
 @pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)

@@ -160,7 +160,7 @@ def test_heads_may_have_kept_different_parts_of_a_shared_prefix(chunks: list[int
     shared = bench.prefill(bench.job("vlcache:heads=split"), [LENGTH])[:50]
     there = bench.kept(shared).view(LAYERS, KV_HEADS, 50)
     assert bool((there.sum(-1).amin(1) < there.sum(-1).amax(1)).any()), "ragged, or there is nothing to see"
-    job = bench.job("vlcache")
+    job = bench.job("vlcache:paper")
     bench.prefill(job, chunks, row=shared, finish=False)
     assert job.scoring is not None
     views, _ = job.scoring.views(lambda layer: torch.empty(0))
@@ -264,12 +264,18 @@ def test_retraction_starts_over() -> None:
     assert torch.equal(bench.kept(bench.prefill(job, [LENGTH])), again)
 
 
-def test_heads_may_keep_different_tokens() -> None:
+@pytest.mark.parametrize("allocator", ["model", "vlcache"])
+def test_heads_may_keep_different_tokens(allocator: str) -> None:
+    """Equally many where the allocator divides between layers, each as many as it wins where it ranks heads."""
     bench = Bench(groups=KV_HEADS)
-    row = bench.prefill(bench.job("vlcache:heads=split"), [LENGTH])
-    kept = bench.kept(row).view(LAYERS, KV_HEADS, LENGTH)
-    assert torch.equal(kept[:, 0].sum(-1), kept[:, 1].sum(-1))
+    policy = {"model": "vlcache:heads=split", "vlcache": "scorer=vlcache,allocator=vlcache,heads=split"}[allocator]
+    job = bench.job(policy)
+    kept = bench.kept(bench.prefill(job, [LENGTH])).view(LAYERS, KV_HEADS, LENGTH)
+    counts = kept.sum(-1)
+    assert torch.equal(counts[:, 0], counts[:, 1]) == (allocator == "vlcache")
     assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert int(counts.sum()) == kept_of(0.25) * KV_HEADS == bench.arena.residency.used_cells
+    assert job.report["kept_tokens_per_layer"] == counts.float().mean(1).tolist()
     assert bench.allocator.verify_byte_accounting() == []
 
 

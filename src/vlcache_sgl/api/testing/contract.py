@@ -52,6 +52,8 @@ Property = Literal[
 """
 PROPERTIES: tuple[Property, ...] = get_args(Property)
 
+_REPEATED = 24
+"""Rows of the second reading, for policies that ask for one."""
 _GIVEN = {
     "one image": synthetic_prompt(300, [(10, 260)]),
     "two images": synthetic_prompt(300, [(10, 100), (120, 260)]),
@@ -63,7 +65,6 @@ _GIVEN = {
     "video": replace(synthetic_prompt(150, [(10, 130)]), grids=((Grid(5, 8), Grid(5, 8), Grid(5, 8)),)),
     "unknown grid": replace(synthetic_prompt(150, [(10, 130)]), grids=((),)),
 }
-_REPEATED = 24
 PROMPTS: Mapping[str, Prompt] = {name: replace(prompt, repeated=_REPEATED) for name, prompt in _GIVEN.items()}
 """With a second reading, for policies that ask for one."""
 SHARES = (0.01, 0.1, 0.5, 1.0)
