@@ -32,10 +32,17 @@ class Kept:
     """`[L, K, n]` bool, of the whole prompt."""
     share: float
     """Kept cells of those that could go, in [0, 1]."""
+    end: int
+    """Tokens from here on were computed over what was kept, those before it over everything."""
 
 
 class BudgetError(AssertionError):
     """A policy kept other than its budget: its answers would be compared with those of another budget."""
+
+
+def reads_twice(policy: Policy) -> bool:
+    """Whether the prompt's prefix is read a second time and compressed before the rest of the prompt is computed."""
+    return any(need.rows.kind == REPEAT for need in policy.needs)
 
 
 def first_owned(vision: tuple[Span, ...]) -> int:
@@ -93,9 +100,9 @@ class Decisions:
             BudgetError: it kept more or less than the budget, without being one that may.
         """
         whole = self.prompt
-        reads_twice = any(need.rows.kind == REPEAT for need in policy.needs)
-        # A prefix that is read twice ends with the last image, or with all but the last token: the rest stays.
-        prompt = replace(whole, length=self._prefix_end()) if reads_twice else whole
+        # A prefix that is read twice ends with the last image, or with all but the last token.  It is compressed before
+        # the request goes on with the rest, which stays.
+        prompt = replace(whole, length=self._prefix_end()) if reads_twice(policy) else whole
         key = (f"{policy.scorer_name} {policy.scorer} {policy.needs}", prompt.length)
         if key not in self._scores:
             scorer, allocator = self._views_for(policy.needs, prompt)
@@ -110,15 +117,15 @@ class Decisions:
         exact = getattr(policy.allocator, "budget_sum", "exact") == "exact"
         if exact and kept != total * prompt.num_kv_heads:
             raise BudgetError(f"{policy.spec} kept {kept} cells, {budget:g} is {total * prompt.num_kv_heads}")
-        return Kept(cells, kept / owned.numel())
+        return Kept(cells, kept / owned.numel(), prompt.length)
 
     def _prefix_end(self) -> int:
         return self.prompt.vision[-1].end if self.prompt.vision else self.prompt.length - 1
 
     def _views_for(self, needs: tuple[Needs, Needs], prompt: Prompt) -> Views:
         if needs not in self._views:
-            reads_twice = any(need.rows.kind == REPEAT for need in needs)
-            self._views[needs] = self._repeated(needs, prompt) if reads_twice else self._observed(needs)
+            again = any(need.rows.kind == REPEAT for need in needs)
+            self._views[needs] = self._repeated(needs, prompt) if again else self._observed(needs)
         return self._views[needs]
 
     def _observed(self, needs: tuple[Needs, Needs]) -> Views:

@@ -33,6 +33,7 @@ from ..host import ROOT, host_block
 from . import page
 from .cases import CaseId
 from .conditions import BUDGETS, CONTENDERS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
+from .decisions import reads_twice
 from .records import Found, Records, RecordsError, digest
 from .summary import summarise
 from .verdicts import Judge
@@ -42,6 +43,8 @@ WEIGHTS = ROOT / "models/smollm2/weights.json"
 ANSWERS, QUICK = ROOT / "out/judge/verdicts.jsonl", ROOT / "out/judge/judge.json"
 ASKED = ("needle:400", "list:250", "reworded:400", "sentence:400")
 SEEDS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 50)
+JUDGED = {False: "", True: " over the compressed prefix"}
+"""How a policy's answers are judged, by whether it reads twice: part of what makes a recorded verdict count."""
 OTHERS = 12
 """Seeds on which policies that are no contenders are judged: all of them on all would take a day."""
 
@@ -136,11 +139,26 @@ def _judged(waiting: Sequence[Item], arguments: argparse.Namespace) -> Iterator[
 
 def _model(arguments: argparse.Namespace) -> tuple[Path, int, ModelWeights | None]:
     """What a process is begun with."""
-    return arguments.model, arguments.threads, _model_weights(arguments.weights)
+    return arguments.model, arguments.threads, _model_weights(arguments)
 
 
-def _model_weights(path: Path | None) -> ModelWeights | None:
-    return None if path is None else read_weights(path)
+def _model_weights(arguments: argparse.Namespace) -> ModelWeights | None:
+    """
+    Raises:
+        ArgumentError: not readable, or those of another model.
+    """
+    if arguments.weights == "off":
+        return None
+    config = json.loads((arguments.model / "config.json").read_text())
+    try:
+        weights = read_weights(Path(arguments.weights))
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    try:
+        weights.check(config["num_hidden_layers"], config["num_key_value_heads"])
+    except ValueError as error:
+        raise ArgumentError(f"{arguments.weights} {error}") from error
+    return weights
 
 
 def _progress(console: Console) -> Progress:
@@ -181,7 +199,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared", nargs="*", metavar="POLICY", default=SHARED, help="ask their copies a later question"
     )
     parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, help="what `vlcache calibrate` found of the model's layers and heads"
+        "--weights",
+        metavar="FILE",
+        default=str(WEIGHTS),
+        help="what `vlcache calibrate` found of the model's layers and heads, or off",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2, one model each (1 GB)")
     parser.add_argument("--threads", type=int, default=1, help="of each process; default 1")
@@ -216,9 +237,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     seeds = read_seeds(arguments.seeds)
     cases = [CaseId(*read_task(task), seed) for seed in seeds for task in arguments.tasks]
     started, checksum = host_block(), digest(arguments.model)
-    known = _model_weights(arguments.weights)
+    known = _model_weights(arguments)
     ending = "" if known is None else f"~{known.digest}"
-    prints = {text: policy.fingerprint + ending for text, policy in policies.items()}
+    prints = {text: f"{policy.fingerprint}{ending}{JUDGED[reads_twice(policy)]}" for text, policy in policies.items()}
     records = Records(arguments.answers, checksum, prints)
     judge_all(records, cases, asked, arguments, console)
     model = arguments.model.resolve()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,32 +82,53 @@ class Judge:
         for condition in conditions:
             key = (condition.medium, condition.policy, condition.budget)
             if condition.policy == FULL:
-                found[key] = Kept(everything, 1.0)
+                found[key] = Kept(everything, 1.0, states.length)
             elif key not in found:
                 found[key] = media[condition.medium].keep(policies[condition.policy], condition.budget)
         return found
 
     def first(self, asked: Asked, hidden: torch.Tensor, states: States, choices: Sequence[Kept]) -> list[Verdict]:
-        """The first token comes from the prefill, which sees everything; the others see what was kept."""
+        """Where the whole prompt was computed over everything the first token is the prefill's; the others, and all
+        after a prefix that was compressed before the rest was computed, see what was kept.
+
+        Args:
+            hidden: `[hidden]`, behind the prompt's last token.
+            states: of the prompt.
+        """
         begin = self.network.log_probabilities(hidden)
         right, gained = int(begin.argmax()) == asked.answer[0], float(begin[asked.answer[0]])
-        rest = self._follow(states, choices, asked.answer[:-1], asked.answer[1:])
-        return [Verdict(right and v.right, gained + v.log_probability, v.kept) for v in rest]
+
+        def run(end: int, mine: Sequence[Kept]) -> list[Verdict]:
+            if end < states.length:
+                return self._follow(states.first(end), mine, (*asked.prompt[end:], *asked.answer[:-1]), asked.answer)
+            rest = self._follow(states, mine, asked.answer[:-1], asked.answer[1:])
+            return [Verdict(right and v.right, gained + v.log_probability, v.kept) for v in rest]
+
+        return _by_end(choices, run)
 
     def later(self, first: Asked, later: Asked, states: States, choices: Sequence[Kept]) -> list[Verdict]:
-        """The prefix cache serves the tokens that both prompts begin with; the others see what was kept of those."""
+        """The prefix cache serves the tokens that both prompts begin with; the others see what was kept of those.
+
+        Args:
+            states: of the first prompt.
+        """
         same = [ours == theirs for ours, theirs in zip(first.prompt, later.prompt, strict=False)]
         shared = same.index(False)
-        common = states.first(shared)
-        left = [Kept(kept.cells[..., :shared], kept.share) for kept in choices]
-        return self._follow(common, left, (*later.prompt[shared:], *later.answer[:-1]), later.answer)
+
+        def run(end: int, mine: Sequence[Kept]) -> list[Verdict]:
+            common = min(end, shared)
+            rest = (*later.prompt[common:], *later.answer[:-1])
+            return self._follow(states.first(common), mine, rest, later.answer)
+
+        return _by_end(choices, run)
 
     def _follow(
         self, states: States, choices: Sequence[Kept], tokens: Sequence[int], answer: Sequence[int]
     ) -> list[Verdict]:
         """`tokens` over what was kept of `states`; the last of them predict `answer`.  Equal choices are run once."""
-        kinds = [kept.cells.numpy().tobytes() for kept in choices]
-        alone = list(dict(zip(kinds, (kept.cells for kept in choices), strict=True)).items())
+        left = [kept.cells[..., : states.length] for kept in choices]
+        kinds = [cells.numpy().tobytes() for cells in left]
+        alone = list(dict(zip(kinds, left, strict=True)).items())
         found: dict[bytes, tuple[bool, float]] = {}
         step = max(1, ROWS // len(tokens))
         wanted = torch.tensor(answer)
@@ -121,3 +142,11 @@ class Judge:
                 raise ArithmeticError("a log-probability is not finite")
             found |= zip(batch, zip(right, gained, strict=True), strict=True)
         return [Verdict(*found[kind], kept.share) for kind, kept in zip(kinds, choices, strict=True)]
+
+
+def _by_end(choices: Sequence[Kept], run: Callable[[int, list[Kept]], list[Verdict]]) -> list[Verdict]:
+    """Verdicts in the order of `choices`, those with the same end in one call of `run`."""
+    found: dict[int, Iterator[Verdict]] = {}
+    for end in {kept.end for kept in choices}:
+        found[end] = iter(run(end, [kept for kept in choices if kept.end == end]))
+    return [next(found[kept.end]) for kept in choices]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from benchmarks.judge.network import Network, Past, States
 from benchmarks.judge.records import Records, RecordsError
 from benchmarks.judge.summary import ALL, summarise
 from benchmarks.judge.verdicts import Judge, Verdict
-from vlcache_sgl.api import Span
+from vlcache_sgl.api import LayerView, Prompt, Span
 from vlcache_sgl.api.testing import Layer, view_layers
+from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import resolve
 from vlcache_sgl.policy.policy import Policy
 
@@ -107,7 +110,9 @@ def decisions(network: Network, medium: Medium) -> Decisions:
 
 
 @pytest.mark.parametrize("medium", MEDIA)
-@pytest.mark.parametrize("text", [*recipes(), "vlcache:paper", "keydiff:heads=split"])
+@pytest.mark.parametrize(
+    "text", [*(name for name in recipes() if name != "kvzip"), "vlcache:paper", "keydiff:heads=split"]
+)
 def test_decisions_are_those_of_the_policy(network: Network, medium: Medium, text: str) -> None:
     """Against views computed the plain way; what stands in front of the first image token stays."""
     made = decisions(network, medium)
@@ -125,10 +130,33 @@ def test_decisions_are_those_of_the_policy(network: Network, medium: Medium, tex
         assert kept.share == pytest.approx(plan.total / (prompt.owned * prompt.num_layers))
 
 
+@pytest.mark.parametrize(("medium", "start", "end"), [("text", 0, 59), ("image", 7, 50)])
+def test_a_second_reading_is_of_the_prefix(network: Network, medium: Medium, start: int, end: int) -> None:
+    """Against all tokens read at once, those of the second reading behind those of the first."""
+    policy = resolve("kvzip:heads=split")
+    again = (*TOKENS[:5], *TOKENS[start:end])
+    _, states = network.read((*TOKENS[:end], *again))
+    made = decisions(network, medium)
+    prompt = replace(made.prompt, length=end, repeated=len(again))
+    layers = [Layer(*parts) for parts in zip(*states, strict=True)]
+    views = [view_layers(layers, prompt, needs) for needs in policy.needs]
+    plan = policy.decide(*views, prompt, round(0.3 * (end - start) * 3))
+    kept = made.keep(policy, 0.3)
+    assert kept.end == end
+    assert torch.equal(kept.cells[..., start:end], plan.keep)
+    assert bool(kept.cells[..., :start].all())
+    assert bool(kept.cells[..., end:].all())
+
+
 def test_a_policy_that_keeps_less_than_its_budget_is_not_judged(network: Network) -> None:
-    few = resolve("scorer=random,allocator=table,basis=vision,weights=0/0/0.1")
-    with pytest.raises(BudgetError, match=r"weights=0/0/0.1 kept 82 cells, 0.5 is 160"):
-        decisions(network, "image").keep(few, 0.5)
+    @dataclass(frozen=True)
+    class Few(Policy):
+        def plan(self, scores: torch.Tensor, layers: Sequence[LayerView], prompt: Prompt, total: int) -> EvictionPlan:
+            return super().plan(scores, layers, prompt, total - 3)
+
+    few = Few(**vars(resolve("keydiff")))
+    with pytest.raises(BudgetError, match=r"keydiff kept 174 cells, 0.5 is 180"):
+        decisions(network, "text").keep(few, 0.5)
 
 
 def test_policies_with_the_same_needs_share_their_views(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +224,28 @@ def test_a_later_question_finds_what_the_first_one_left(judge: Judge, checkpoint
     assert abs(whole.log_probability - verdict.log_probability) > 0.01
 
 
+@pytest.mark.parametrize("turn", ["first", "later"])
+def test_what_follows_a_prefix_that_was_read_twice_sees_what_was_kept(
+    judge: Judge, checkpoint: Path, turn: str
+) -> None:
+    """The question too: the server computes it when the prefix is compressed."""
+    policy = resolve("kvzip:heads=split")
+    condition = parse_condition(f"image {turn} kvzip:heads=split@0.3")
+    verdict = judge.verdicts(CASE, [condition], {policy.spec: policy})[condition.name]
+    case = CaseMaker(checkpoint).make(CASE)
+    asked = case.first if turn == "first" else case.later
+    assert asked is not None
+    assert verdict is not None
+    _, states = judge.network.read(case.first.prompt)
+    first, end = case.first, case.first.lines[-1].end
+    made = Decisions(judge.network, first.prompt, states, first.lines, "image", judge.cases.instruction)
+    cells = made.keep(policy, 0.3).cells[:, None, :, :end]
+    rest = (*asked.prompt[end:], *asked.answer)
+    log = judge.network.log_probabilities(judge.network.follow(rest, Past(cut(states, end), cells))[0])
+    gained = log[range(-len(asked.answer) - 1, -1), asked.answer].sum()
+    assert verdict.log_probability == pytest.approx(float(gained), abs=1e-3)
+
+
 def test_a_text_with_one_question_has_no_later_one(judge: Judge) -> None:
     asked = conditions([], [], ["text"], [])
     found = judge.verdicts(CaseId("both", 60, 100), asked, {})
@@ -224,7 +274,7 @@ def test_names_of_conditions_can_be_read() -> None:
 
 def test_records_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     path, asked = tmp_path / "verdicts.jsonl", conditions(["keydiff", "knorm"], [0.5], ["text"], ["keydiff"])
-    policies = {text: resolve(text) for text in ("keydiff", "knorm")}
+    policies = {text: resolve(text).fingerprint for text in ("keydiff", "knorm")}
     records = Records(path, "weights", policies)
     assert records.missing(CASE, asked) == asked
     found = {condition.name: Verdict(True, -0.5, 0.5) for condition in asked} | {"text later full@1": None}
@@ -239,7 +289,7 @@ def test_records_go_on_where_a_run_stopped(tmp_path: Path) -> None:
     assert again.missing(other, asked) == asked[1:]
     assert Records(path, "weights", policies).found == again.found
 
-    changed: dict[str, Policy] = {**policies, "keydiff": resolve("keydiff:sink=4")}
+    changed = {**policies, "keydiff": resolve("keydiff:sink=4").fingerprint}
     gone = Records(path, "weights", changed).missing(CASE, asked)
     assert {condition.policy for condition in gone} == {"keydiff"}
     with pytest.raises(RecordsError, match="another model"):
@@ -303,7 +353,18 @@ def test_the_command_judges_and_goes_on(
     checkpoint: Path, tmp_path: Path, jobs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers, output = tmp_path / "verdicts.jsonl", tmp_path / "judge.json"
-    given = ["--model", str(checkpoint), "--answers", str(answers), "--output", str(output), "--jobs", jobs]
+    given = [
+        "--model",
+        str(checkpoint),
+        "--weights",
+        "off",
+        "--answers",
+        str(answers),
+        "--output",
+        str(output),
+        "--jobs",
+        jobs,
+    ]
     given += ["--tasks", "needle:60", "--seeds", "100-101", "--budgets", "0.5", "--media", "text"]
     assert run(*given, "--policies", "keydiff") == 0
     first = answers.read_text()
@@ -326,6 +387,7 @@ def test_the_command_judges_and_goes_on(
     ("argv", "message"),
     [
         (["--model", "nowhere"], "make real-model"),
+        (["--seeds", "100"], "weights.json has 30 layers, the model has 3"),
         (["--tasks", "needle"], "--tasks takes TASK:TOKENS"),
         (["--tasks", "noodle:400"], "tasks: needle, list"),
         (["--seeds", "9-1"], "--seeds takes FIRST-LAST"),
