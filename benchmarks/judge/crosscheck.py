@@ -25,8 +25,10 @@ from vlcache_sgl.fidelity.stats import bootstrap, mean
 from vlcache_sgl.policy import resolve
 
 from ..host import ROOT, host_block
+from ..pages import with_block
 from .cases import Asked, CaseId, CaseMaker
-from .decisions import Decisions
+from .decisions import Decisions, Medium, reads_twice
+from .page import PAGE
 from .records import digest
 from .verdicts import Judge, Verdict
 
@@ -35,16 +37,17 @@ PROMPTS = ROOT / "out/judge/prompts.json"
 RECORDED = ROOT / "tests/oracles/kvpress_smollm2.json"
 RESULT = ROOT / "benchmarks/results/judge-crosscheck.json"
 ASKED = ("needle:500", "list:250")
-SEEDS = range(100, 112)
+SEEDS = range(100, 110)
 TWINS = {
-    "keydiff": "keydiff:heads=split",
-    "snapkv": "snapkv:window=64,heads=split",
-    "expected_attention": "expected_attention:rows=0,heads=split",
-    "observed_attention": "h2o:mean,recent=0,heads=split",
-    "streaming_llm": "streaming:heads=split",
-    "tova": "tova:heads=split",
-    "knorm": "knorm:heads=split",
-    "compactor": "compactor:heads=split",
+    "keydiff": "keydiff:allocator=uniform,heads=split",
+    "snapkv": "snapkv:allocator=uniform,window=64,heads=split",
+    "expected_attention": "expected_attention:allocator=uniform,rows=0,heads=split",
+    "observed_attention": "h2o:allocator=uniform,mean=true,recent=0,heads=split",
+    "streaming_llm": "streaming:allocator=uniform,heads=split",
+    "tova": "tova:allocator=uniform,heads=split",
+    "knorm": "knorm:allocator=uniform,heads=split",
+    "compactor": "compactor:allocator=uniform,heads=split",
+    "kvzip": "kvzip:heads=split",
 }
 """A press of kvpress, and the policy that should keep the same."""
 
@@ -71,7 +74,7 @@ def write_prompts(model: Path, path: Path) -> None:
 def ours(
     judge: Judge, prompt: Mapping[str, Any], twins: Mapping[str, str], shares: Sequence[float]
 ) -> dict[str, Verdict]:
-    """Verdicts of one prompt by press and share, each keeping as many tokens per head as kvpress.
+    """Verdicts of one prompt by press and share, each keeping as many cells as kvpress.
 
     Raises:
         ValueError: the recorded prompt is not the one that the case gives today.
@@ -80,16 +83,29 @@ def ours(
     if digest_of(asked) != prompt["digest"]:
         raise ValueError(f"{prompt['case']} is another prompt by now: record anew")
     hidden, states = judge.network.read(asked.prompt)
-    made = Decisions(judge.network, asked.prompt, states, asked.lines, "text", judge.cases.instruction)
-    names = [(press, share) for press in twins for share in shares]
-    length = len(asked.prompt)
-    # kvpress rounds down, and n (1 - (1 - share)) may be just below a whole number.
-    kept = [made.keep(resolve(twins[press]), int(length * (1 - (1 - share))) / length) for press, share in names]
+    media: tuple[Medium, ...] = ("text", "image")
+    made = {
+        medium: Decisions(judge.network, asked.prompt, states, asked.lines, medium, judge.cases.instruction)
+        for medium in media
+    }
+    names, kept = [(press, share) for press in twins for share in shares], []
+    for press, share in names:
+        policy = resolve(twins[press])
+        if reads_twice(
+            policy
+        ):  # the text without the question; what is in front of it stays here, but for sinks not there
+            kept.append(made["image"].keep(policy, share))
+        else:
+            # kvpress rounds down, and n (1 - (1 - share)) may be just below a whole number.
+            length = len(asked.prompt)
+            kept.append(made["text"].keep(policy, int(length * (1 - (1 - share))) / length))
     verdicts = judge.first(asked, hidden[-1], states, kept)
     return {f"{press}@{share}": verdict for (press, share), verdict in zip(names, verdicts, strict=True)}
 
 
-def compare(recorded: Mapping[str, Any], found: Sequence[Mapping[str, Verdict]]) -> list[dict[str, Any]]:
+def compare(
+    recorded: Mapping[str, Any], found: Sequence[Mapping[str, Verdict]], twins: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """One row per press and share: right answers and mean log-probability of both, and the difference of the latter."""
     rows = []
     for name in found[0]:
@@ -103,7 +119,7 @@ def compare(recorded: Mapping[str, Any], found: Sequence[Mapping[str, Verdict]])
         rows.append(
             {
                 "press": press,
-                "policy": TWINS[press],
+                "policy": twins[press],
                 "share": float(share),
                 "prompts": len(mine),
                 "right": [sum(int(right) for right, _ in theirs), sum(verdict.right for verdict in mine)],
@@ -117,6 +133,21 @@ def compare(recorded: Mapping[str, Any], found: Sequence[Mapping[str, Verdict]])
             }
         )
     return rows
+
+
+def committed() -> dict[str, Any] | None:
+    """The result, if there is one."""
+    return json.loads(RESULT.read_text()) if RESULT.exists() else None
+
+
+def rendered(page: str, result: Mapping[str, Any] | None) -> str:
+    """`page` with the table made anew."""
+    block = "Not measured yet."
+    if result is not None:
+        where = f"kvpress {result['kvpress']['kvpress']}, {result['host']['date'][:10]}, float32"
+        count = f"{result['summary'][0]['prompts']} prompts of {' and '.join(f'`{task}`' for task in ASKED)}"
+        block = f"{table(result['summary'])}\n\n`{result['command']}`, {where}, {count}."
+    return with_block(page, "judge-crosscheck", block)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -156,7 +187,7 @@ def main() -> int:
     twins = dict(item.split("=", 1) for item in arguments.twins) if arguments.twins else TWINS
     started, judge = host_block(), Judge(arguments.model)
     prompts = track(recorded["prompts"], "prompts", console=console)
-    rows = compare(recorded, [ours(judge, prompt, twins, recorded["shares"]) for prompt in prompts])
+    rows = compare(recorded, [ours(judge, prompt, twins, recorded["shares"]) for prompt in prompts], twins)
     console.print(table(rows), soft_wrap=True, markup=False)
     if not arguments.twins:
         head = {
@@ -165,8 +196,10 @@ def main() -> int:
             "host": started,
             "kvpress": recorded["versions"],
         }
-        RESULT.write_text(json.dumps({**head, "summary": rows}, indent=1) + "\n")
-        console.print(f"written: {RESULT.relative_to(ROOT)}")
+        result = {**head, "summary": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        PAGE.write_text(rendered(PAGE.read_text(), result))
+        console.print(f"written: {RESULT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return 0
 
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.judge import crosscheck, page
 from benchmarks.judge import main as program
-from benchmarks.judge import page
 from benchmarks.judge.cases import CaseId, CaseMaker
 from benchmarks.judge.conditions import BUDGETS, FULL, MEDIA, Condition, conditions, parse_condition, recipes
 from benchmarks.judge.decisions import BudgetError, Decisions, Medium
@@ -337,6 +337,12 @@ def test_the_page_is_current() -> None:
     """After a new result: `python -m benchmarks.judge --page`."""
     text = page.PAGE.read_text()
     assert text == page.rendered(text, page.committed())
+
+
+def test_the_cross_check_on_the_page_is_current() -> None:
+    """After a new result the command writes it itself."""
+    text = page.PAGE.read_text()
+    assert text == crosscheck.rendered(text, crosscheck.committed())
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

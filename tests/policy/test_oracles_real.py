@@ -21,14 +21,14 @@ HEADS, TOKENS, DIM = RECORDED["q_pre"].shape
 KV_HEADS = RECORDED["k_pre"].shape[0]
 ROTARY = PlainRotary(theta=float(RECORDED["theta"]))
 TWINS = {
-    "keydiff": "keydiff:heads=split",
-    "snapkv": "snapkv:window=64,heads=split",
-    "expected_attention": "expected_attention:rows=0,heads=split",
-    "observed_attention": "h2o:mean,recent=0,heads=split",
-    "streaming_llm": "streaming:heads=split",
-    "tova": "tova:heads=split",
-    "knorm": "knorm:heads=split",
-    "compactor blending 0.35": "compactor:heads=split",
+    "keydiff": "keydiff:allocator=uniform,heads=split",
+    "snapkv": "snapkv:allocator=uniform,window=64,heads=split",
+    "expected_attention": "expected_attention:allocator=uniform,rows=0,heads=split",
+    "observed_attention": "h2o:allocator=uniform,mean=true,recent=0,heads=split",
+    "streaming_llm": "streaming:allocator=uniform,heads=split",
+    "tova": "tova:allocator=uniform,heads=split",
+    "knorm": "knorm:allocator=uniform,heads=split",
+    "compactor blending 0.35": "compactor:allocator=uniform,heads=split",
 }
 SHARES = (0.5, 0.3, 0.1)
 
