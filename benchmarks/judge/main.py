@@ -104,9 +104,9 @@ def judge_all(
     arguments: argparse.Namespace,
     console: Console,
 ) -> None:
-    """Judge what is missing; on later seeds that of contenders only, if policies were not named."""
+    """Judge what is missing; if policies were not named, on later seeds only contenders, and no later questions."""
     few = read_seeds(arguments.seeds)[: arguments.others]
-    contenders = [condition for condition in asked if condition.policy in (FULL, *CONTENDERS)]
+    contenders = [one for one in asked if one.policy in (FULL, *CONTENDERS) and one.turn == "first"]
     wanted = {case: asked if arguments.policies or case.seed in few else contenders for case in cases}
     waiting = [(case, missing) for case in cases if (missing := records.missing(case, wanted[case]))]
     if not waiting:
