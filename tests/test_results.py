@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 
-from vlcache_sgl.fidelity.data import FIRST_SEED
 from vlcache_sgl.fidelity.report import summarise
 from vlcache_sgl.fidelity.run import parse_condition
 
@@ -224,37 +223,3 @@ def test_intervals_are_those_of_wilson(policies: ModuleType) -> None:
             assert (share - bound) ** 2 == pytest.approx(policies.Z**2 * bound * (1 - bound) / count, abs=2e-3)
     assert policies.wilson(0, 10)[0] == 0.0
     assert policies.wilson(20, 20)[1] == 1.0
-
-
-@pytest.fixture
-def profiles(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import profiles
-
-    return profiles
-
-
-def test_the_page_of_calibration_is_current(profiles: ModuleType) -> None:
-    """After a new result: `python benchmarks/profiles.py --page`."""
-    page = profiles.PAGE.read_text()
-    assert page == profiles.rendered(page, profiles.committed())
-
-
-def test_profiles_were_checked_on_other_pictures(profiles: ModuleType) -> None:
-    results = profiles.committed()
-    assert "grounded" in results
-    for name, result in results.items():
-        profile = json.loads((BENCHMARKS.parent / profiles.profile_path(name)).read_text())
-        assert result["weights"] == profile["weights"], f"{name} was calibrated again and not checked"
-        assert result["rows"] == {
-            row: f"{policy}@{budget}" for row, (policy, budget) in profiles.conditions(name, profile).items()
-        }
-        assert result["summary"] == json.loads(json.dumps(summarise(result["records"])))
-        assert {row["condition"] for row in result["summary"]} == {"full", *result["rows"].values()}
-        assert {(row["samples"], row["failed"]) for row in result["summary"]} == {(profiles.PICTURES, 0)}
-        seeds = [int(sample.removeprefix("receipt-").split()[0]) for sample in profile["samples"]]
-        assert not set(seeds) & set(range(FIRST_SEED, FIRST_SEED + 10_000)), (
-            f"{name} was calibrated on held-out pictures"
-        )
-        best = next((trial for trial in profile["trials"] if trial["weights"] == profile["weights"]), None)
-        assert best is None or best["score"] == profile["score"] >= profile["full_score"] - profile["tolerance"]

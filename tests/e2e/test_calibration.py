@@ -1,4 +1,4 @@
-"""Weights of a model on real servers: measured in the background of the first start, found by the second, by command."""
+"""Weights of a model on real servers: measured beside users on the first start, found by the second, or by command."""
 
 from __future__ import annotations
 
