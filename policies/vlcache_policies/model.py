@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from vlcache_sgl.api import Allocator, AllocatorPlugin, Budget, LayerView, Promp
 @dataclass(frozen=True)
 class Model(Allocator):
     """Layers, and with ``heads=split`` KV heads, in proportion to the weights of ``--kv-weights``."""
+
+    reads_weights: ClassVar[bool] = True
 
     unknown: Literal["equal", "rank"] = "equal"
     """What to do where the weights are not known: all layers alike, or one ranking over all layers (`global`)."""

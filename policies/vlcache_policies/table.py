@@ -2,7 +2,7 @@
 
 Carries every method whose layer budgets come from offline calibration, for instance CompressKV
 (https://arxiv.org/abs/2508.02401), EpiCache (https://arxiv.org/abs/2509.17396) and PrefixKV in its published form
-(https://arxiv.org/abs/2412.03409), and the profiles of `vlcache calibrate`.
+(https://arxiv.org/abs/2412.03409).
 """
 
 from __future__ import annotations

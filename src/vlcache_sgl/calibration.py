@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import openai
 from PIL import Image, ImageDraw, ImageFont
 
+from vlcache_sgl.cli.client import Client, said
 from vlcache_sgl.tasks import reading
 from vlcache_sgl.weights import ModelWeights
 
@@ -28,6 +30,8 @@ TOKENS = 400
 PAGE_PIXELS, PAGE_LINE, PAGE_COLUMNS = 448, 14, 70
 """Side of an image of a text, height of its lines and their characters."""
 DECIMALS = 4
+KINDS = ("text", "image")
+"""Of prompts."""
 
 Ask = Callable[[str, Sequence[Image.Image], Mapping[str, Any]], Mapping[str, Any]]
 """Sends a prompt of a text and images with fields for the request's body; the report of its compression."""
@@ -60,18 +64,47 @@ class Shares:
     """`[L, K]` float64; None where the server keeps one set for all heads."""
 
 
-def samples(count: int, *, texts: bool, images: bool) -> Iterator[Sample]:
+def kinds(scope: str, reads_images: bool) -> tuple[str, ...]:
+    """Those of `KINDS` that a server compresses.
+
+    Args:
+        scope: its ``--kv-scope``.
+        reads_images: whether the model does.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    found = tuple(kind for kind, used in zip(KINDS, (scope == "all", reads_images), strict=True) if used)
+    if not found:
+        raise CalibrationError("the model reads no images, and the server compresses no texts (--kv-scope all)")
+    return found
+
+
+def asker(client: Client) -> Ask:
+    """How a server is asked over its public API."""
+
+    def ask(text: str, images: Sequence[Image.Image], body: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            answer = client.ask(text, *images, max_tokens=1, return_meta_info=True, **body)
+        except openai.OpenAIError as error:
+            raise CalibrationError(f"the server did not answer a prompt: {said(error)}") from error
+        return answer.report
+
+    return ask
+
+
+def samples(count: int, asked: Sequence[str]) -> Iterator[Sample]:
     """The bundled prompts, the same on every machine: everyday prose with a few facts, as texts and as pages.
 
     Args:
         count: of each kind.
-        texts, images: which kinds.
+        asked: which of `KINDS`.
     """
     for seed in range(count):
         text = reading.make_document("several", TOKENS, seed).text
-        if texts:
+        if "text" in asked:
             yield Sample(f"{text}\n\nWhat is this text about?")
-        if images:
+        if "image" in asked:
             yield Sample("What does this page say?", (page(text),))
 
 
@@ -107,7 +140,8 @@ def calibrate(
     for sample in prompts:
         began = time.monotonic()
         body = {
-            "custom_params": {"kv_policy": POLICY, "kv_budget": BUDGET},
+            # Not shared: a server that makes copies for all questions would refuse the policy.
+            "custom_params": {"kv_policy": POLICY, "kv_budget": BUDGET, "kv_share": "off"},
             "cache_salt": uuid.uuid4().hex,  # what an earlier calibration has left must not be found
         }
         found.append(shares_of(ask(sample.text, sample.images, body), sample.kind))

@@ -94,7 +94,8 @@ class KVConfig:
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
     weights: str = "auto"
-    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model before) or ``off``."""
+    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this start)
+    or ``off``."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
     everybody (``tiered``), or nothing (``off``)."""
@@ -103,7 +104,7 @@ class KVConfig:
     share_scorer: str = "keydiff"
     """The query-agnostic scorer of such a copy, with parameters."""
     profile: str | None = None
-    """File of layer weights (`vlcache calibrate`): what each layer is worth to later questions."""
+    """File of layer weights: what each layer is worth to later questions."""
     guard: Guard = "off"
     """Whether questions about a shared picture are watched (``observe``), what they lack fetched (``enforce``)."""
     guard_threshold: float = 0.2
@@ -329,7 +330,7 @@ FLAGS: tuple[Flag, ...] = (
         "--kv-weights",
         Values("`auto`, `off` or the path of a file", _read_text, "auto|off|FILE"),
         "What each layer and KV head of the model needs, measured by `vlcache calibrate`; `auto` takes what was "
-        "measured of this model before",
+        "measured of this model before, and measures on its first start",
     ),
     Flag(
         "--kv-share",
@@ -343,7 +344,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-profile",
         FILE,
-        "Layer weights for such a copy and for the guard, made by `vlcache calibrate`",
+        "Layer weights for such a copy and for the guard, a JSON list with a number per layer",
         "all layers alike",
     ),
     Flag(
@@ -377,7 +378,7 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
         return None
     parsed = {flag.field: flag.read(value) for flag, value in given.items()}
     if "profile" in parsed:
-        parsed.setdefault("share", "tiered")  # who has calibrated expects later questions
+        parsed.setdefault("share", "tiered")  # who has a profile expects later questions
     config = KVConfig(**parsed)
     for flag, value in given.items():
         if objection := flag.objection(config):

@@ -130,6 +130,18 @@ def checkpoint_folder(model: str) -> Path | None:
         return None
 
 
+def measured_file(model: str) -> Path | None:
+    """What was measured of a model before; None where nothing was, or its files are not on this machine.
+
+    Args:
+        model: path or name of the checkpoint.
+    """
+    folder = checkpoint_folder(model)
+    if folder is None or not (path := cache_file(model_key(folder))).exists():
+        return None
+    return path
+
+
 def find_weights(setting: str, model: str) -> ModelWeights | None:
     """The weights that `--kv-weights` means for a model; None where it means none, or nothing was measured yet.
 
@@ -144,7 +156,5 @@ def find_weights(setting: str, model: str) -> ModelWeights | None:
         return None
     if setting != "auto":
         return read_weights(Path(setting))
-    folder = checkpoint_folder(model)
-    if folder is None or not (path := cache_file(model_key(folder))).exists():
-        return None
-    return read_weights(path)
+    path = measured_file(model)
+    return None if path is None else read_weights(path)

@@ -17,6 +17,7 @@ from vlcache_sgl.runtime.compat import reads_no_images
 from vlcache_sgl.runtime.flags import _our_flags, _serve_arguments
 
 MODEL = Path(__file__).parents[2] / "models/tinyvlm/grounded"
+OTHER_WEIGHTS = Path(__file__).parents[2] / "models/smollm2/weights.json"
 POLICY = ("--kv-policy", "vlcache")
 CONSOLE_SCRIPT = str(Path(sys.executable).with_name("sglang"))
 
@@ -61,6 +62,11 @@ WRONG = {
     "head cells that nothing uses": (
         (*POLICY, "--kv-head-cells", "--kv-allow-policies", "none"),
         ["--kv-head-cells", "--kv-allow-policies"],
+    ),
+    "no such weights": ((*POLICY, "--kv-weights", "/nowhere.json"), ["--kv-weights", "/nowhere.json"]),
+    "weights of another model": (
+        (*POLICY, "--kv-weights", str(OTHER_WEIGHTS)),
+        ["--kv-weights", OTHER_WEIGHTS.name, "has 30 layers, the model has 6"],
     ),
     "budget without policy": (("--kv-budget", "0.1"), ["--kv-budget", "--kv-policy"]),
 }

@@ -51,6 +51,8 @@ class Allocator(Protocol):
     * ``needs``: ``Needs()``, nothing but the scores | as for scorers;
     * ``budget_sum``: "exact" | "at_most" | "free", see `BudgetSum`; a property where it depends on the fields;
     * ``compares_layers``: False | True, scores are ranked across layers: only with a ``comparable`` scorer;
+    * ``reads_weights``: False | True, budgets follow `Prompt.layer_weights` or `Prompt.head_weights` where they are
+      known: a server then measures them when it first serves a model;
     * ``prefix_hit`` and ``check(model)``: as for scorers.
     """
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
-import openai
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from vlcache_sgl._version import __version__
-from vlcache_sgl.calibration import BUDGET, POLICY, PROMPTS, CalibrationError, Shares, calibrate, samples
-from vlcache_sgl.cli.client import Client, said
+from vlcache_sgl.calibration import (
+    BUDGET,
+    KINDS,
+    POLICY,
+    PROMPTS,
+    CalibrationError,
+    Shares,
+    asker,
+    calibrate,
+    kinds,
+    samples,
+)
+from vlcache_sgl.cli.client import Client
 from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.cli.target import add_target_arguments, target
@@ -26,7 +34,6 @@ from vlcache_sgl.weights import ModelWeights, cache_file, checkpoint_folder, mod
 
 FLAGS = ("--kv-policy", POLICY, "--kv-budget", f"{BUDGET:g}", "--kv-scope", "all", "--kv-head-cells")
 """Of a server that is started here."""
-KINDS = ("text", "image")
 _WIDTH = 100
 _BAR = 40
 """Columns of a weight of 1 in the table."""
@@ -65,9 +72,9 @@ def _measure(server: RunningServer, arguments: argparse.Namespace, console: Cons
     if folder is None and arguments.output is None:
         raise CalibrationError(f"the files of {served} are not on this machine; name a file with --output")
     key = "" if folder is None else model_key(folder)
-    kinds = arguments.kind or _kinds(server)
-    prompts = list(samples(arguments.prompts, texts="text" in kinds, images="image" in kinds))
-    console.print(f"{len(prompts)} prompts ({' and '.join(kinds)}), each read twice")
+    asked = arguments.kind or _kinds(server)
+    prompts = list(samples(arguments.prompts, asked))
+    console.print(f"{len(prompts)} prompts ({' and '.join(asked)}), each read twice")
     taken: list[float] = []
 
     def note(_: Shares, seconds: float) -> None:
@@ -75,36 +82,16 @@ def _measure(server: RunningServer, arguments: argparse.Namespace, console: Cons
         if len(taken) == 1:
             console.print(f"one takes {seconds:.1f} s: about {seconds * len(prompts) / 60:.1f} min")
 
-    return calibrate(asker(server.openai_url), prompts, key, note), arguments.output or cache_file(key)
+    return calibrate(asker(Client(server.openai_url)), prompts, key, note), arguments.output or cache_file(key)
 
 
 def _kinds(server: RunningServer) -> Sequence[str]:
     """What the model reads and the server compresses."""
     try:
         info = httpx.get(f"{server.url}/model_info", timeout=30).raise_for_status().json()
-        scope = server.kv_policy()["scope"]
+        return kinds(server.kv_policy()["scope"], bool(info.get("has_image_understanding")))
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise CalibrationError(f"{server.url} does not say what it serves: {error}") from error
-    kinds = [
-        kind for kind, used in zip(KINDS, (scope == "all", info.get("has_image_understanding")), strict=True) if used
-    ]
-    if not kinds:
-        raise CalibrationError("the model reads no images, and the server compresses no texts (--kv-scope all)")
-    return kinds
-
-
-def asker(openai_url: str) -> Any:
-    """How `vlcache_sgl.calibration` asks a server at this URL."""
-    client = Client(openai_url)
-
-    def ask(text: str, images: Sequence[Image.Image], body: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            answer = client.ask(text, *images, max_tokens=1, return_meta_info=True, **body)
-        except openai.OpenAIError as error:
-            raise CalibrationError(f"the server refused a prompt: {said(error)}") from error
-        return answer.report
-
-    return ask
 
 
 def layer_table(weights: ModelWeights) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import httpx
 import openai
 from PIL import Image
 
@@ -81,11 +82,19 @@ def said(error: Exception) -> str:
 
 
 class Client:
-    """Greedy questions to one server.  Threads may share it."""
+    """Greedy questions to one server.  Threads may share it.
 
-    def __init__(self, openai_url: str, timeout_s: float = 300.0) -> None:
+    Args:
+        http: sends them; where the server's certificate is not everybody's.
+    """
+
+    def __init__(
+        self, openai_url: str, timeout_s: float = 300.0, *, key: str | None = None, http: httpx.Client | None = None
+    ) -> None:
         # No retries: a request that fails must be seen to fail.
-        self.openai = openai.OpenAI(base_url=openai_url, api_key="none", timeout=timeout_s, max_retries=0)
+        self.openai = openai.OpenAI(
+            base_url=openai_url, api_key=key or "none", timeout=timeout_s, max_retries=0, http_client=http
+        )
 
     def ask(
         self,

@@ -107,7 +107,7 @@ class ServerProcess(RunningServer):
 
         Args:
             model: path or name, given to `--model-path`.
-            flags: further flags of `sglang serve`.
+            flags: further flags of `sglang serve`; a policy's weights are off unless ``--kv-weights`` is among them.
             title: how progress and errors call it.
             env: variables added to this process's environment.
             timeout_s: seconds from launch to ready.
@@ -118,6 +118,10 @@ class ServerProcess(RunningServer):
         super().__init__(f"http://{LOOPBACK}:{self.port}")
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", os.fspath(model)]
         self.command += ["--host", LOOPBACK, "--port", str(self.port), *flags]
+        names = {flag.partition("=")[0] for flag in flags}
+        if "--kv-policy" in names and "--kv-weights" not in names:
+            # Who measures answers or times must not meet a server that measures its model meanwhile.
+            self.command += ["--kv-weights", "off"]
         self._env = {**os.environ, **(env or {})}
         self._timeout_s = timeout_s
         self._console = console

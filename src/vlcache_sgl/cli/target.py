@@ -18,6 +18,7 @@ from vlcache_sgl.cli.server import (
     ServerProcess,
     bundled_model,
 )
+from vlcache_sgl.weights import measured_file
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,8 @@ def target(arguments: argparse.Namespace, flags: Sequence[str], console: Console
     if arguments.model is not None and (problem := _model_problem(arguments.model)):
         raise ServerError(f"--model {arguments.model}: {problem}")
     common = BUNDLED_FLAGS if arguments.model is None else ("--enable-cache-report",)
-    given = [*common, *flags, *arguments.server_flags.split()]
+    known = measured_file(str(model))
+    weights = () if known is None else ("--kv-weights", str(known))
+    given = [*common, *flags, *weights, *arguments.server_flags.split()]
     with ServerProcess(model, given, title="server", console=console) as process:
         yield process

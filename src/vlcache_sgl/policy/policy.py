@@ -56,6 +56,11 @@ class Policy:
         return any(need.rows.kind == "repeat" for need in self.needs)
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether layer budgets follow what was measured of the model."""
+        return bool(getattr(self.allocator, "reads_weights", False))
+
+    @property
     def query_aware(self) -> bool:
         """Whether the kept tokens are those of the first question; they then serve other questions badly."""
         return self.scorer.query_aware

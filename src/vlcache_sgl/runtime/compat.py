@@ -137,6 +137,13 @@ def model_config_dict(server_args: Any) -> dict[str, Any]:
     return dict(config)
 
 
+def kv_shape(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Layers and KV heads of a Hugging Face model configuration; None when it does not say."""
+    text = _text_config(config)
+    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    return (int(layers), int(text.get("num_key_value_heads") or heads)) if layers and heads else None
+
+
 def reads_no_images(config: dict[str, Any]) -> bool:
     """Whether SGLang serves a model of this Hugging Face configuration as one of text alone; False when unknown."""
     from sglang.srt.configs.model_config import is_multimodal_model

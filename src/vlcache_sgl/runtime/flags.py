@@ -14,6 +14,7 @@ from vlcache_sgl.config import FLAGS, ConfigError, KVConfig, config_from
 from vlcache_sgl.policy import PolicyError, registry
 from vlcache_sgl.runtime.compat import (
     choose_defaults,
+    kv_shape,
     model_config_dict,
     reads_no_images,
     unsupported_arguments,
@@ -164,6 +165,11 @@ def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
         raise ConfigError(problems[0])
     if config.scope == "vision" and reads_no_images(model):
         raise ConfigError(f"--kv-scope vision: {server_args.model_path} reads no images, use --kv-scope all")
+    if config.weights not in ("auto", "off") and (shape := kv_shape(model)) is not None:
+        try:
+            read_weights(Path(config.weights)).check(*shape)
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights {config.weights} {error}") from error
     choose_defaults(server_args, model)
     setattr(server_args, CONFIG_ATTRIBUTE, config)
 

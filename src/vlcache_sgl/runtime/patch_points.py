@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vlcache_sgl.runtime import background_calibration
 from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
 from vlcache_sgl.runtime.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
 from vlcache_sgl.runtime.media import name_by_geometry
@@ -70,6 +71,12 @@ MEDIA_POINTS = (
 _IGNORED = "a 400 for what endpoints would ignore"
 HTTP_POINTS = (
     PatchPoint(f"{_ENTRYPOINTS}.http_server:serve_generate_request", "around", serve_generate, _IGNORED),
+    PatchPoint(
+        f"{_ENTRYPOINTS}.http_server:_wait_and_warmup",
+        "after",
+        background_calibration.start,
+        "measuring what layers and heads of a model need on its first start",
+    ),
     *(
         PatchPoint(f"{_ENTRYPOINTS}.{target}", "around", refuse_misplaced, _IGNORED)
         for target in (
@@ -79,7 +86,7 @@ HTTP_POINTS = (
         )
     ),
 )
-"""How it reads what is sent over HTTP; not in `sgl.Engine`."""
+"""What it does as an HTTP server; not in `sgl.Engine`."""
 
 
 def gate_points(gate: Gate) -> list[PatchPoint]:
@@ -208,6 +215,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "after",
             session.add_state,
             "showing the state in /server_info",
+        ),
+        PatchPoint(
+            f"{_COMPONENTS}.internal_state:SchedulerInternalStateController.set_internal_state",
+            "around",
+            session.set_internal_state,
+            "weights of the model that were measured while it serves",
         ),
         PatchPoint(
             "sglang.srt.observability.metrics_collector:SchedulerMetricsCollector.log_stats",

@@ -34,6 +34,7 @@ from vlcache_sgl.runtime.sharing.expansion import Expansions
 from vlcache_sgl.runtime.sharing.images import SharedImages
 from vlcache_sgl.runtime.sharing.sharing import Sharing
 from vlcache_sgl.runtime.status import Status
+from vlcache_sgl.runtime.weight_knobs import are_knobs, weights_of
 from vlcache_sgl.weights import find_weights
 
 logger = logging.getLogger(__name__)
@@ -237,7 +238,9 @@ class Session:
         )
         self.choices.serve(prompt, size)
         try:
-            weights = find_weights(self.config.weights, model_runner.server_args.model_path)
+            # One rank looks: a file may be written while the others start, and all must decide alike.
+            weights = find_weights(self.config.weights, model_runner.server_args.model_path) if rank == 0 else None
+            weights = weights if group is None else group.broadcast_object(weights, src=0)
             if weights is not None:
                 self.choices.use_weights(weights)
         except ValueError as error:
@@ -352,6 +355,25 @@ class Session:
             job.tokens = req.origin_input_ids
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
+
+    def set_internal_state(self, original: Callable[..., Any], controller: Any, request: Any) -> Any:
+        """Around the change of SGLang's settings while it serves: weights of the model may be among them.
+
+        Requests that were admitted before keep what they were admitted with, and the prefixes that they leave.
+        """
+        if not are_knobs(request.server_args):
+            return original(controller, request)
+        from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+        try:
+            weights = weights_of(request.server_args)
+            self.choices.use_weights(weights)
+        except ValueError as error:
+            logger.warning("KV cache: model weights that cannot be used: %s", error)
+            return SetInternalStateReqOutput(updated=False)
+        self._note_change()
+        logger.info("KV cache: model weights from now on: %s", weights.digest)
+        return SetInternalStateReqOutput(updated=True)
 
     def _require_recall(self, choice: Choice) -> None:
         """
