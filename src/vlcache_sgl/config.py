@@ -79,7 +79,8 @@ class KVConfig:
     """Everything the command line says about KV compression."""
 
     policy: str
-    budget: KVBudget = field(default_factory=lambda: KVBudget(fraction=0.1))
+    budget: KVBudget = field(default_factory=lambda: KVBudget(fraction=0.2))
+    """The smallest share at which the flagship loses no answers of the pretrained judge (docs/fidelity.md)."""
     scope: Scope = "vision"
     """``vision``: only prompts with images or videos are compressed."""
     min_tokens: int = 128
@@ -94,8 +95,8 @@ class KVConfig:
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
     weights: str = "auto"
-    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this start)
-    or ``off``."""
+    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this
+    start) or ``off``."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
     everybody (``tiered``), or nothing (``off``)."""
