@@ -94,7 +94,7 @@ class KVConfig:
     allow_policies: tuple[str, ...] = ("*",)
     """Policies a request may ask for, by name; ``*`` is every installed one."""
     weights: str = "auto"
-    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this start)
+    """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be now)
     or ``off``."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
