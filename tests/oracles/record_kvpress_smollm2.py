@@ -60,6 +60,8 @@ LAYER = 18
 """Of the recorded states: the one that retrieves."""
 TOKENS = 128
 """Of the recorded states."""
+CHUNK = 58
+"""Of Compactor's look-ahead there: two whole chunks between its ends, because padding of the last one has weight."""
 
 
 class Seen:
@@ -204,8 +206,10 @@ def kept_of(config: Any, q_pre: torch.Tensor, k_pre: torch.Tensor, values: torch
     given = (stand_in, hidden, keys, values, attention, {"position_embeddings": embeddings})
     sketch = torch.from_numpy(np.load(HERE / "kvpress.npz")["sketch"])  # one for all heads, as ours is
     found = {}
+    presses = {name: make for name, make in PRESSES.items() if "compactor" not in name}
+    presses["compactor"] = partial(CompactorPress, blending=0.35, chunk_size=CHUNK)
     with mock.patch("torch.randn", lambda *shape, **_: sketch.expand(shape)):
-        for name, make in PRESSES.items():
+        for name, make in presses.items():
             for share in SHARES:
                 kept, _ = make(1 - share).compress(*given)
                 same = (kept[0][:, :, None] == keys[0][:, None]).all(-1)  # keys tell which tokens are left
