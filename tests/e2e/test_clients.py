@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("source", ["base64", "file"])
 def test_openai_client(ours_tenth: Any, picture: Any, tmp_path: Path, source: str, stream: bool) -> None:
     """Nothing but the client's own calls; the answer is right and the picture was compressed."""
-    server, drawn = ours_tenth, picture(8200 + 2 * (source == "file") + stream, 24, 24)
+    server, drawn = ours_tenth, picture(8300 + 2 * (source == "file") + stream, 24, 24)
     server.flush()
     drawn.image.save(tmp_path / "picture.png")
     url = data_url(drawn.image) if source == "base64" else f"file://{tmp_path}/picture.png"

@@ -13,7 +13,6 @@ import pytest
 from vlcache_sgl.cli import compare, inspect, top
 from vlcache_sgl.cli import eval as evaluation
 
-
 TENTH_AND_FRONT = (4 + 0.1 * 592) / 596
 """Kept share of a prompt of the bundled task at budget 0.1: the four tokens in front of its image stay whole."""
 
