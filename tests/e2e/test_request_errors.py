@@ -14,7 +14,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"kv_budgt": 0.2}, "did you mean kv_budget"),
     "unknown policy": ({"kv_policy": "nosuch"}, "nosuch"),
     "unknown parameter": ({"kv_policy": "snapkv:windw=3"}, "windw"),
-    "budget": ({"kv_budget": 2}, "kv_budget 2, "),
+    "budget": ({"kv_budget": 0.001}, "kv_budget 0.001 is out of"),
     "weights for another model": ({"kv_policy": "scorer=snapkv,allocator=table,weights=1/2"}, "layers"),
     "report": ({"kv_report": "all"}, "kv_report must be one of"),
 }
@@ -46,7 +46,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "red K?"}], "max_tokens": 1}),
     "completions": ("/v1/completions", {"prompt": "red K?", "max_tokens": 1}),
     "generate": ("/generate", {"text": "red K?", "sampling_params": {"max_new_tokens": 1}}),
-    "responses": ("/v1/responses", {"input": "red K?", "max_output_tokens": 1}),
+    "responses": ("/v1/responses", {"input": "red K?", "max_output_tokens": 8}),
     "messages": ("/v1/messages", {"messages": [{"role": "user", "content": "red K?"}], "max_tokens": 1}),
 }
 
@@ -78,7 +78,7 @@ def test_a_stream_that_is_right_is_unchanged(ours_tenth: Any) -> None:
     with httpx.stream("POST", f"{ours_tenth.url}/generate", json={**body, "stream": True}, timeout=60) as reply:
         lines = [line for line in reply.iter_lines() if line]
     assert reply.status_code == 200
-    assert len(lines) == 5
+    assert 2 < len(lines) <= 5  # a token that comes while the one before is on its way shares its line
     assert lines[-1] == "data: [DONE]"
     assert httpx.Response(200, content=lines[-2].removeprefix("data: ")).json()["text"] == whole["text"]
 

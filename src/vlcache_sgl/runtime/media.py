@@ -45,18 +45,18 @@ GEOMETRY = ("image_grid_thw", "video_grid_thw", "image_sizes")
 """What SGLang's items say, beside patches, of how these lie on an image."""
 
 
-def name_by_geometry(original: Callable[[Any], None], item: Any) -> None:
+def name_by_geometry(original: Callable[[Any, int], None], item: Any, patches: int) -> None:
     """Around naming an image by a hash of its patches: the same patches in another arrangement are another image.
 
-    The name is that of its tokens in the prefix tree and of its embedding in SGLang's cache.
+    The name is that of its tokens in the prefix tree and of its embedding in SGLang's cache.  It is given once: where
+    an item has one, SGLang asks for no other.
     """
-    named = item.pad_value is not None
-    original(item)
     said = [item.model_specific_data.get(key) for key in GEOMETRY]
     geometry = [torch.as_tensor(value).tolist() for value in said if value is not None]
-    if geometry and not named:
-        digest = hashlib.blake2b(f"{item.hash} {geometry}".encode(), digest_size=8).digest()
-        item.set_hash(int.from_bytes(digest, "big"))
+    if geometry:
+        digest = hashlib.blake2b(f"{patches} {geometry}".encode(), digest_size=8).digest()
+        patches = int.from_bytes(digest, "big")
+    original(item, patches)
 
 
 def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:

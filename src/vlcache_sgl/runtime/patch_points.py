@@ -60,7 +60,7 @@ MEDIA_POINTS = (
         "answering placeholders without an image with a 400",
     ),
     PatchPoint(
-        "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_pad_value",
+        "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_hash",
         "around",
         name_by_geometry,
         "telling images apart that have the same patches in another arrangement",
