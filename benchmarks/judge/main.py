@@ -84,17 +84,20 @@ def read_task(text: str) -> tuple[str, int]:
     return task, int(tokens)
 
 
-def read_seeds(text: str) -> range:
-    """The seeds of ``100-199``, both ends included, or of ``100``.
+def read_seeds(text: str) -> tuple[int, ...]:
+    """The seeds of ``100-199``, both ends included, of ``100``, or of several of these with commas between them.
 
     Raises:
         ArgumentError: not one of these.
     """
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    seeds = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not seeds:
-        raise ArgumentError(f"--seeds takes FIRST-LAST, got {text!r}")
-    return seeds
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        one = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+        if not one:
+            raise ArgumentError(f"--seeds takes FIRST-LAST, several with commas between them, got {text!r}")
+        seeds += one
+    return tuple(seeds)
 
 
 def judge_all(
@@ -244,7 +247,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     judge_all(records, cases, asked, arguments, console)
     model = arguments.model.resolve()
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
-    settings = {**where, "host": started, "seeds": [seeds[0], seeds[-1]], "policies": prints}
+    settings = {**where, "host": started, "seeds": arguments.seeds, "policies": prints}
     result = result_of(records, cases, asked, sys.argv[1:], **settings)
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}
     is_whole = all(getattr(arguments, name) == value for name, value in whole.items())

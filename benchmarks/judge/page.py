@@ -41,7 +41,7 @@ def rendered(page: str, result: Mapping[str, Any] | None) -> str:
 def origin(result: Mapping[str, Any]) -> str:
     """Where the numbers come from."""
     host = result["host"]
-    seeds = f"{result['seeds'][0]} to {result['seeds'][1]}"
+    seeds = result["seeds"]
     return (
         f"`{result['command']}`, model `{result['model']}`, seeds {seeds}, {host['date'][:10]}, "
         f"{host['cores']} CPU cores, float32."

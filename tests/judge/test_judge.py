@@ -306,7 +306,7 @@ def result() -> dict[str, object]:
         }
     found[CaseId("both", 400, 0)] = {c.name: Verdict(True, 0.0, c.budget) if c.turn == "first" else None for c in asked}
     host = {"date": "2026-01-02T03:04:05", "cores": 2}
-    return {"command": "x", "model": "m", "host": host, "seeds": [0, 9], "summary": summarise(found, asked)}
+    return {"command": "x", "model": "m", "host": host, "seeds": "0-9", "summary": summarise(found, asked)}
 
 
 def test_a_summary_counts_tasks_and_all_of_them() -> None:
