@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -53,27 +52,6 @@ def test_the_text_in_front_of_an_image_is_whole_for_the_next_image(ours_tenth: A
         assert shared["meta_info"]["output_token_logprobs"][0][0] == pytest.approx(
             alone["meta_info"]["output_token_logprobs"][0][0], abs=1e-3
         )
-
-
-def rearranged(image: Image.Image, rows: int, cols: int) -> Image.Image:
-    """The same cells of 28 x 28 pixels, row by row, in another number of rows."""
-    cells = np.asarray(image).reshape(image.height // 28, 28, image.width // 28, 28, 3).transpose(0, 2, 1, 3, 4)
-    cells = cells.reshape(rows, cols, 28, 28, 3).transpose(0, 2, 1, 3, 4)
-    return Image.fromarray(cells.reshape(rows * 28, cols * 28, 3))
-
-
-@pytest.mark.parametrize("budget", [0.1, 1.0])
-def test_images_of_the_same_patches_do_not_meet(ours_tenth: Any, picture: Any, budget: float) -> None:
-    for number in range(3):
-        drawn = picture(8510 + number, 16, 20)
-        text, options = prompt(drawn.questions[0].text), {"params": {"kv_budget": budget}, "tokens": 8}
-        ours_tenth.flush()
-        generate(ours_tenth, text, rearranged(drawn.image, 20, 16), **options)
-        answer = generate(ours_tenth, text, drawn.image, **options)
-        assert answer["meta_info"]["cached_tokens"] < 16
-        assert answer["text"].strip() == drawn.questions[0].answer
-        again = generate(ours_tenth, text, drawn.image, **options)
-        assert again["meta_info"]["cached_tokens"] > 16 * 20
 
 
 def test_a_follow_up_reports_what_it_was_served(ours_tenth: Any, picture: Any) -> None:

@@ -7,11 +7,10 @@ format keeps the offsets of all pictures in one list beside the items, with the 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,24 +38,6 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**asdict(self), "grids": [asdict(grid) for grid in self.grids]}
-
-
-GEOMETRY = ("image_grid_thw", "video_grid_thw", "image_sizes")
-"""What SGLang's items say, beside patches, of how these lie on an image."""
-
-
-def name_by_geometry(original: Callable[[Any, int], None], item: Any, patches: int) -> None:
-    """Around naming an image by a hash of its patches: the same patches in another arrangement are another image.
-
-    The name is that of its tokens in the prefix tree and of its embedding in SGLang's cache.  It is given once: where
-    an item has one, SGLang asks for no other.
-    """
-    said = [item.model_specific_data.get(key) for key in GEOMETRY]
-    geometry = [torch.as_tensor(value).tolist() for value in said if value is not None]
-    if geometry:
-        digest = hashlib.blake2b(f"{patches} {geometry}".encode(), digest_size=8).digest()
-        patches = int.from_bytes(digest, "big")
-    original(item, patches)
 
 
 def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:

@@ -11,7 +11,6 @@ from PIL import Image
 from vlcache_sgl.runtime import background_calibration
 from vlcache_sgl.runtime.compat import ATTENTION_BACKENDS
 from vlcache_sgl.runtime.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
-from vlcache_sgl.runtime.media import name_by_geometry
 from vlcache_sgl.runtime.patching import PatchPoint
 from vlcache_sgl.runtime.session import REPORT_KEY
 
@@ -58,12 +57,6 @@ MEDIA_POINTS = (
         "around",
         count_placeholders,
         "answering placeholders without an image with a 400",
-    ),
-    PatchPoint(
-        "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_hash",
-        "around",
-        name_by_geometry,
-        "telling images apart that have the same patches in another arrangement",
     ),
 )
 """How the process that reads requests reads images."""
