@@ -29,14 +29,14 @@ def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cached(cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the weights of the model belong."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_root))
+    monkeypatch.setenv("VLCACHE_CACHE", str(cache_root))
     return cache_file(model_key(MODEL))
 
 
 @pytest.fixture
 def first(servers: Any, cache_root: Path, cached: Path) -> Any:
     """The first server of the model, once it has measured it."""
-    server = servers.get(*AUTO, env={"XDG_CACHE_HOME": str(cache_root)})
+    server = servers.get(*AUTO, env={"VLCACHE_CACHE": str(cache_root)})
     deadline = time.monotonic() + LONGEST_S
     while server.kv_state()["weights"] is None:
         assert time.monotonic() < deadline, server.process.log_tail(60)
@@ -97,7 +97,7 @@ def test_by_command_layers_without_head_cells(first: Any, tmp_path: Path) -> Non
 
 def test_the_second_start_finds_them(servers: Any, first: Any, cache_root: Path, cached: Path, tmp_path: Path) -> None:
     """With cells per head here, which a command then measures; `first` has been there before."""
-    second = servers.get(*AUTO, "--kv-head-cells", env={"XDG_CACHE_HOME": str(cache_root)})
+    second = servers.get(*AUTO, "--kv-head-cells", env={"VLCACHE_CACHE": str(cache_root)})
     written = read_weights(cached)
     assert second.kv_state()["weights"] == written.digest
     assert "first start of this model" not in second.log

@@ -36,7 +36,7 @@ def config(**flags: str) -> KVConfig:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VLCACHE_CACHE", str(tmp_path))
     return cache_file(model_key(Path(MODEL)))
 
 
