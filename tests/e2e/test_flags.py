@@ -60,7 +60,7 @@ WRONG = {
         ["--kv-budget-min 0.5", "--kv-budget 0.1"],
     ),
     "head cells that nothing uses": (
-        (*POLICY, "--kv-head-cells", "--kv-allow-policies", "none"),
+        ("--kv-policy", "snapkv", "--kv-head-cells", "--kv-allow-policies", "none"),
         ["--kv-head-cells", "--kv-allow-policies"],
     ),
     "no such weights": ((*POLICY, "--kv-weights", "/nowhere.json"), ["--kv-weights", "/nowhere.json"]),

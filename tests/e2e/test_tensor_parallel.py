@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import openai
 import pytest
+
+from vlcache_sgl.runtime.weight_knobs import knobs_of
+from vlcache_sgl.weights import ModelWeights
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 POLICIES = ("vlcache", "vlcache:paper", "snapkv", "pyramidkv", "knorm")
@@ -80,3 +84,26 @@ def test_two_ranks_read_an_image_twice_together(ours_tenth: Any, two_ranks: Any,
         assert server.settled()["cells_used"] == 0
         server.assert_alive()
     assert reports[0] == reports[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ours_tenth")  # as the tests before, which leave both servers running
+def test_two_ranks_change_to_measured_weights_together(two_ranks: Any, picture: Any) -> None:
+    """Between the same two requests; the last test of `two_ranks`, which keeps them."""
+    drawn, weights = picture(7990, 24, 24), ModelWeights((0.2, 0.2, 1.0, 0.2, 0.2, 0.2))
+    server, options = two_ranks, {"max_tokens": 8, "return_meta_info": True}
+    server.flush()
+    before = server.ask(drawn.questions[0].text, drawn.image, **options).report["kept_tokens_per_layer"]
+    reply = httpx.post(f"{server.url}/set_internal_state", json={"server_args": knobs_of(weights)}, timeout=60)
+    assert reply.json() == [True]
+    assert server.kv_state()["weights"] == weights.digest
+    answer = server.ask(drawn.questions[0].text, drawn.image, **options)
+    after = answer.report["kept_tokens_per_layer"]
+    assert answer.cached_tokens < drawn.num_image_tokens
+    assert answer.text.strip() == drawn.questions[0].answer
+    assert after != before
+    assert sum(after) == pytest.approx(sum(before), abs=6)
+    assert max(after) == after[2] > 1.5 * after[3]
+    server.flush()
+    assert server.settled()["cells_used"] == 0
+    server.assert_alive()
