@@ -60,7 +60,9 @@ def test_each_head_keeps_as_many_as_it_wins(server: Any, picture: Any) -> None:
     assert after["cells_kept"] - before["cells_kept"] == total * KV_HEADS
     assert sum(kept) == pytest.approx(total, abs=0.001 * len(kept))
     assert max(kept) > 1.1 * min(kept)
-    assert any(count != int(count) for count in kept), "the heads of no layer differ"
+    per_head = answer.report["kept_tokens_per_head"]
+    assert [front + sum(heads) / KV_HEADS for heads in per_head] == kept
+    assert any(len(set(heads)) > 1 for heads in per_head), "the heads of no layer differ"
     assert answer.text.strip() == drawn.questions[0].answer
 
 

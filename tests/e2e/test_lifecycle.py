@@ -13,7 +13,8 @@ import pytest
 
 from vlcache_sgl.cli.client import data_url
 
-TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+DENSITY = ("--kv-policy", "vlcache:density", "--kv-budget", "0.1")
+"""The policy that the bundled model was trained for."""
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 POOL = 1280
 """Physical tokens of the small server: one prompt of 1024 image tokens fits, and little beside it."""
@@ -22,7 +23,7 @@ POOL = 1280
 @pytest.fixture
 def small(servers: Any) -> Any:
     """A server whose arena a few requests fill."""
-    return servers.get(*TENTH, "--max-total-tokens", str(POOL), "--schedule-conservativeness", "0.1")
+    return servers.get(*DENSITY, "--max-total-tokens", str(POOL), "--schedule-conservativeness", "0.1")
 
 
 def native(text: str, images: list[Any], tokens: int, **fields: Any) -> dict[str, Any]:
