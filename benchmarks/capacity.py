@@ -26,7 +26,7 @@ from make_model import make_model
 from rich.console import Console
 from speed import MODEL_NAME
 
-from vlcache_sgl.cli.server import ServerProcess, interruptible
+from vlcache_sgl.client.server import ServerProcess, interruptible
 
 MODELS: dict[str, Callable[[], Path]] = {
     "tinyvlm": lambda: ROOT / "models/tinyvlm/grounded",

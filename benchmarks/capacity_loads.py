@@ -21,8 +21,8 @@ from typing import Any
 
 import openai
 
-from vlcache_sgl.cli.client import Message, model_says, user_says
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.client.client import Message, model_says, user_says
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 SIDE = 32
 TIMEOUT_S = 900.0

@@ -29,10 +29,10 @@ from rich.console import Console
 
 from vlcache_sgl.cli import eval as evaluation
 from vlcache_sgl.cli import inspect as inspection
-from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
-from vlcache_sgl.fidelity.report import by_index, markdown_table, percent, plot_budgets, plot_index
-from vlcache_sgl.fidelity.run import FULL
-from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.evaluation.report import by_index, markdown_table, percent, plot_budgets, plot_index
+from vlcache_sgl.evaluation.run import FULL
+from vlcache_sgl.evaluation.stats import interval, mean
 from vlcache_sgl.inspection.layout import read_report
 from vlcache_sgl.inspection.sheet import draw_sheet
 from vlcache_sgl.policy import registry

@@ -171,7 +171,7 @@ def run_server(
     """All samples of one server, what is wrong with them, and what it says of itself."""
     from load import make_long_prompt, send_together
 
-    from vlcache_sgl.cli.server import ServerProcess
+    from vlcache_sgl.client.server import ServerProcess
 
     flags = [
         *setting.flags,
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     from make_model import make_config
     from rich.console import Console
 
-    from vlcache_sgl.cli.server import interruptible
+    from vlcache_sgl.client.server import interruptible
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
     setting = settings(args.smoke, args.attention_backend)

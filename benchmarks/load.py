@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from vlcache_sgl.cli.client import data_url
-from vlcache_sgl.tasks.receipts import CELL, make_picture
+from vlcache_sgl.client.client import data_url
+from vlcache_sgl.evaluation.tasks.receipts import CELL, make_picture
 
 SIDE = 16
 """Pictures are 16 x 16 cells: 256 image tokens and two that delimit them."""

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vlcache_sgl.cli.client import Client
-from vlcache_sgl.cli.server import ServerProcess, interruptible
-from vlcache_sgl.fidelity import stats
+from vlcache_sgl.client.client import Client
+from vlcache_sgl.client.server import ServerProcess, interruptible
+from vlcache_sgl.evaluation import stats
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
-from vlcache_sgl.tasks.receipts import make_picture
 
 MODEL = "models/tinyvlm/grounded"
 MODEL_NAME = "tinyvlm"

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from vlcache_sgl.cli.client import Client
-from vlcache_sgl.cli.server import ServerProcess
-from vlcache_sgl.fidelity.data import TASKS
-from vlcache_sgl.fidelity.report import COLOURS, markdown_table
-from vlcache_sgl.fidelity.scores import score
+from vlcache_sgl.client.client import Client
+from vlcache_sgl.client.server import ServerProcess
+from vlcache_sgl.evaluation.data import TASKS
+from vlcache_sgl.evaluation.report import COLOURS, markdown_table
+from vlcache_sgl.evaluation.scores import score
 
 BUDGET = "0.1"
 PICTURES = 20

@@ -43,10 +43,10 @@ from sharing_page import PAGE, rendered
 from sharing_results import UNGUARDED, dump, summarise
 from speed import MODEL_NAME
 
-from vlcache_sgl.cli.client import data_url
-from vlcache_sgl.cli.server import BUNDLED_FLAGS, ServerProcess, interruptible
+from vlcache_sgl.client.client import data_url
+from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerProcess, interruptible
 from vlcache_sgl.config import KVConfig
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 
 GROUNDED = "models/tinyvlm/grounded"
 RANDOM_WEIGHTS = "out/bench-model"

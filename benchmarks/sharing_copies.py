@@ -36,13 +36,13 @@ from sharing_scores import GENERIC, any_row, guesses, last_rows, looked_at, over
 from torch import Tensor
 
 from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.compression.sharing.guard import FIRST_STEPS, LAST_ROWS
+from vlcache_sgl.compression.sharing.sketch import KeySketch, missing_share
 from vlcache_sgl.config import KVBudget
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 from vlcache_sgl.policy import Policy, resolve
-from vlcache_sgl.runtime.scoring import Scoring
-from vlcache_sgl.runtime.sharing.guard import FIRST_STEPS, LAST_ROWS
-from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share
-from vlcache_sgl.runtime.sharing.tier import copy_policy, copy_total, layer_weights, require_agnostic
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.policy.tier import copy_policy, copy_total, layer_weights, require_agnostic
+from vlcache_sgl.scoring.scoring import Scoring
 
 SIDE, QUESTIONS = 24, 8
 SEEDS = tuple(seed + i for seed in (60_000, 61_000, 62_000) for i in range(20))

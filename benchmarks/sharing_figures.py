@@ -25,7 +25,7 @@ from sharing_results import (
     rates,
 )
 
-from vlcache_sgl.fidelity.report import COLOURS, MARKERS
+from vlcache_sgl.evaluation.report import COLOURS, MARKERS
 
 FIGURES = ROOT / "docs/figures"
 STYLES = {SCORERS[0]: "-", "asked": "--", BOUND: ":"}

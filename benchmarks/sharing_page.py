@@ -38,8 +38,8 @@ from sharing_results import (
     reached,
 )
 
-from vlcache_sgl.fidelity.report import markdown_table
-from vlcache_sgl.fidelity.stats import interval, mean, wilson
+from vlcache_sgl.evaluation.report import markdown_table
+from vlcache_sgl.evaluation.stats import interval, mean, wilson
 
 PAGE = ROOT / "docs/sharing.md"
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlcache_sgl.runtime.rotary import ModelRotary
-from vlcache_sgl.tasks.receipts import Picture, Question
+from vlcache_sgl.evaluation.tasks.receipts import Picture, Question
+from vlcache_sgl.sglang_hooks.rotary import ModelRotary
 
 MODEL = "models/tinyvlm/grounded"
 

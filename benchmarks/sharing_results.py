@@ -9,7 +9,7 @@ from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
-from vlcache_sgl.fidelity.stats import interval, mean
+from vlcache_sgl.evaluation.stats import interval, mean
 
 Record = Mapping[str, Any]
 Result = Mapping[str, Any]

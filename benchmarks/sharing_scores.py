@@ -13,8 +13,8 @@ from sharing_recorder import Recorder
 from torch import Tensor
 
 from vlcache_sgl.api import LayerView, Needs, Prompt
-from vlcache_sgl.runtime.sharing.guard import LAST_ROWS
-from vlcache_sgl.tasks.receipts import COLOUR_NAMES, LETTERS, TEMPLATES
+from vlcache_sgl.compression.sharing.guard import LAST_ROWS
+from vlcache_sgl.evaluation.tasks.receipts import COLOUR_NAMES, LETTERS, TEMPLATES
 
 GENERIC = (
     "Describe this image.",

@@ -18,8 +18,8 @@ from sharing_recorder import MODEL, Recorder, Seen
 from sharing_results import dump
 from torch import Tensor
 
-from vlcache_sgl.runtime.sharing.sketch import KeySketch, missing_share, sketch_limit
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.compression.sharing.sketch import KeySketch, missing_share, sketch_limit
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 SIDE, QUESTIONS, PICTURES = 24, 4, 10
 FIRST_SEED, CODEBOOK_SEED = 63_000, 64_000

@@ -33,9 +33,9 @@ from load import PLACE, Prompt, make_prompt
 from PIL import Image
 from rich.console import Console
 
-from vlcache_sgl.cli.client import data_url
-from vlcache_sgl.cli.server import ServerProcess, interruptible
-from vlcache_sgl.tasks.receipts import CELL, Picture, make_picture
+from vlcache_sgl.client.client import data_url
+from vlcache_sgl.client.server import ServerProcess, interruptible
+from vlcache_sgl.evaluation.tasks.receipts import CELL, Picture, make_picture
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 GUARD = ("--kv-guard", "enforce", "--kv-guard-threshold", "0.05")

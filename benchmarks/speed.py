@@ -24,7 +24,7 @@ from rich.filesize import decimal
 from rich.progress import Progress
 from rich.table import Table
 
-from vlcache_sgl.cli.server import ServerProcess, interruptible
+from vlcache_sgl.client.server import ServerProcess, interruptible
 
 
 class Contender(NamedTuple):

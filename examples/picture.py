@@ -8,7 +8,7 @@ import io
 
 from PIL import Image
 
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 
 def draw(seed: int = 7) -> Picture:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Asserts of shared helpers say what they compared, as those of a test module do.
+pytest.register_assert_rewrite("scheduler_world")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from vlcache_sgl.fidelity.report import summarise
-from vlcache_sgl.fidelity.run import parse_condition
+from vlcache_sgl.evaluation.report import summarise
+from vlcache_sgl.evaluation.run import parse_condition
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

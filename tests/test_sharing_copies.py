@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlcache_sgl.runtime.sharing.tier import copy_total
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.policy.tier import copy_total
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEED = 61_000

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlcache_sgl.api import Span
-from vlcache_sgl.tasks.cells import split_text
-from vlcache_sgl.tasks.reading import Document, Question, make_document
+from vlcache_sgl.evaluation.tasks.cells import split_text
+from vlcache_sgl.evaluation.tasks.reading import Document, Question, make_document
 
 FRAME = "\n"
 """What stands in front of and behind a line of the text: what the vision checkpoint's tokens around an image are."""

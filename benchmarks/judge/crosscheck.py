@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from vlcache_sgl.fidelity.report import markdown_table
-from vlcache_sgl.fidelity.stats import bootstrap, mean
+from vlcache_sgl.evaluation.report import markdown_table
+from vlcache_sgl.evaluation.stats import bootstrap, mean
 from vlcache_sgl.policy import resolve
 
 from ..host import ROOT, host_block

@@ -11,7 +11,7 @@ from vlcache_sgl.api import LayerView, Needs, Prompt, Span
 from vlcache_sgl.api.testing import Layer, view_layers
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy.policy import Policy
-from vlcache_sgl.runtime.scoring import Scoring
+from vlcache_sgl.scoring.scoring import Scoring
 from vlcache_sgl.weights import ModelWeights
 
 from .network import Network, States

@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlcache_sgl.evaluation.tasks.reading import FIRST_TEST_SEED, TASKS
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
-from vlcache_sgl.tasks.reading import FIRST_TEST_SEED, TASKS
 from vlcache_sgl.weights import ModelWeights, read_weights
 
 from ..host import ROOT, host_block

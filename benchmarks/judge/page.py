@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlcache_sgl.fidelity.report import markdown_table
+from vlcache_sgl.evaluation.report import markdown_table
 
 from ..host import ROOT
 from ..pages import with_block

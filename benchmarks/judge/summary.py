@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlcache_sgl.fidelity.stats import bootstrap, interval, mean
+from vlcache_sgl.evaluation.stats import bootstrap, interval, mean
 
 from .cases import CaseId
 from .conditions import Condition

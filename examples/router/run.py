@@ -24,8 +24,8 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from vlcache_sgl.cli.client import data_url, user_says
-from vlcache_sgl.cli.server import (
+from vlcache_sgl.client.client import data_url, user_says
+from vlcache_sgl.client.server import (
     BUNDLED_FLAGS,
     LOOPBACK,
     ServerProcess,
@@ -33,7 +33,7 @@ from vlcache_sgl.cli.server import (
     free_port,
     interruptible,
 )
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 PICTURES = 12
 AT_ONCE = 4

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vlcache_sgl.tasks import prose, reading
+from vlcache_sgl.evaluation.tasks import prose, reading
 
 from . import check, source, text, vision
 

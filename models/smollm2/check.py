@@ -16,7 +16,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from vlcache_sgl.tasks import cells, reading
+from vlcache_sgl.evaluation.tasks import cells, reading
 
 from . import tower
 

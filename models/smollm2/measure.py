@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vlcache_sgl.tasks import reading
+from vlcache_sgl.evaluation.tasks import reading
 
 from . import build, check
 

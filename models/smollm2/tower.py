@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-from vlcache_sgl.tasks import cells
+from vlcache_sgl.evaluation.tasks import cells
 
 PATCH, MERGE, FRAMES = 14, 2, 2
 HIDDEN = 768

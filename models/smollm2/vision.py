@@ -15,7 +15,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from vlcache_sgl.tasks.cells import CELL, MAX_CELLS
+from vlcache_sgl.evaluation.tasks.cells import CELL, MAX_CELLS
 
 from . import tower
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlcache_sgl.tasks.receipts import (
+from vlcache_sgl.evaluation.tasks.receipts import (
     CODE_CHARACTERS,
     COLOUR_NAMES,
     FIRST_LABEL,

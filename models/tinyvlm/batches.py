@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlcache_sgl.tasks import receipts
+from vlcache_sgl.evaluation.tasks import receipts
 
 from .schedule import BOOTSTRAP
 

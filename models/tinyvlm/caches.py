@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlcache_sgl.budget import water_fill
+from vlcache_sgl.api.budget import water_fill
 
 from .probe import Prompt
 

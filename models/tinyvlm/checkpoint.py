@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vlcache_sgl.tasks.receipts import COLOUR_NAMES, LETTERS, TEMPLATES
+from vlcache_sgl.evaluation.tasks.receipts import COLOUR_NAMES, LETTERS, TEMPLATES
 
 from .batches import IMAGE_MEAN, IMAGE_STD, PATCH
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 
 from . import caches, checkpoint
 from .probe import Probe

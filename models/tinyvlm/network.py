@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlcache_sgl.tasks.receipts import CODE_LENGTH, NUM_GLYPHS
+from vlcache_sgl.evaluation.tasks.receipts import CODE_LENGTH, NUM_GLYPHS
 
 from . import losses
 from .batches import ANSWER_TOKENS, PATCHES_PER_CELL, Batch, Vocabulary

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlcache_sgl.tasks.receipts import Picture, Question
+from vlcache_sgl.evaluation.tasks.receipts import Picture, Question
 
 THRESHOLD = 0.01
 """VL-Cache, equation 1: an entry counts as attended from this share of its row's maximum."""

@@ -367,7 +367,7 @@ FLAGS: tuple[Flag, ...] = (
 def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     """Settings from flag values (``{"kv_policy": ..., ...}``; None = not given); None when no policy is asked for.
 
-    What can be said without knowing policies and model is checked here; `vlcache_sgl.runtime.flags` checks the rest.
+    What can be said without knowing policies and model is checked here; `sglang_hooks.flags` checks the rest.
 
     Raises:
         ConfigError: with one line that names the flag.

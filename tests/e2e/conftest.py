@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vlcache_sgl.cli.client import Answer, Client
-from vlcache_sgl.cli.server import ServerError, ServerProcess
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.client.client import Answer, Client
+from vlcache_sgl.client.server import ServerError, ServerProcess
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/tinyvlm/grounded"

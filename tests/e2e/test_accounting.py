@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import model_says, user_says
+from vlcache_sgl.client.client import model_says, user_says
 
 BUDGET = 0.1
 TEMPLATE = 8

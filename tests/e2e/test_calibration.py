@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.calibration import PROMPTS
 from vlcache_sgl.cli.calibrate import main
-from vlcache_sgl.runtime.background_calibration import LONGEST_S
-from vlcache_sgl.runtime.weight_knobs import knobs_of
+from vlcache_sgl.evaluation.calibration import PROMPTS
+from vlcache_sgl.sglang_hooks.background_calibration import LONGEST_S
+from vlcache_sgl.sglang_hooks.weight_knobs import knobs_of
 from vlcache_sgl.weights import ModelWeights, cache_file, model_key, read_weights
 
 MODEL = Path(__file__).parents[2] / "models/tinyvlm/grounded"

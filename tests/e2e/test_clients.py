@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 ROOT = Path(__file__).parents[2]
 

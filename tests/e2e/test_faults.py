@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlcache_sgl.cli.server import ServerError
+from vlcache_sgl.client.server import ServerError
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 PLUGINS = Path(__file__).parent / "plugins"

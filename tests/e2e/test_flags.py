@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from vlcache_sgl.config import FLAGS, ConfigError
-from vlcache_sgl.runtime.compat import reads_no_images
-from vlcache_sgl.runtime.flags import _our_flags, _serve_arguments
+from vlcache_sgl.sglang_hooks.compat import reads_no_images
+from vlcache_sgl.sglang_hooks.flags import _our_flags, _serve_arguments
 
 MODEL = Path(__file__).parents[2] / "models/tinyvlm/grounded"
 OTHER_WEIGHTS = Path(__file__).parents[2] / "models/smollm2/weights.json"

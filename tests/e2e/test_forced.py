@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import data_url, user_says
-from vlcache_sgl.fidelity.forced import Forced, Forcing, NotMeasured
+from vlcache_sgl.client.client import data_url, user_says
+from vlcache_sgl.evaluation.forced import Forced, Forcing, NotMeasured
 
 TOLERANCE = 1e-3
 """Nats: an answer that is prefilled is multiplied in other shapes than one that is decoded."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlcache_sgl.cli.client import model_says, user_says
+from vlcache_sgl.client.client import model_says, user_says
 
 FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
 CHUNKING = {"chunked": (), "unchunked": ("--chunked-prefill-size", "-1")}

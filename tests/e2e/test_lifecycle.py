@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 DENSITY = ("--kv-policy", "vlcache:density", "--kv-budget", "0.1")
 """The policy that the bundled model was trained for."""

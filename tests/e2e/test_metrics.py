@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vlcache_sgl.runtime.metrics import FIGURES, PREFIX
+from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 
 ROOT = Path(__file__).parents[2]
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")

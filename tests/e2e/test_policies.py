@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import data_url, user_says
+from vlcache_sgl.client.client import data_url, user_says
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 TEMPLATE = 8

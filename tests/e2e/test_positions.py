@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 PROMPT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 PAD = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\n" + "Read the code next to the label that is asked for. " * 6 + "<|im_end|>\n"

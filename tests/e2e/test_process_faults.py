@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from vlcache_sgl.cli.client import Client, data_url
-from vlcache_sgl.cli.server import ServerProcess
+from vlcache_sgl.client.client import Client, data_url
+from vlcache_sgl.client.server import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -22,8 +22,8 @@ from benchmarks.judge.cases import CaseId  # noqa: E402
 from benchmarks.judge.conditions import Condition  # noqa: E402
 from benchmarks.judge.verdicts import Judge  # noqa: E402
 from models.smollm2.build import build_text  # noqa: E402
+from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED  # noqa: E402
 from vlcache_sgl.policy import resolve  # noqa: E402
-from vlcache_sgl.tasks.reading import FIRST_DEVELOPMENT_SEED  # noqa: E402
 from vlcache_sgl.weights import read_weights  # noqa: E402
 
 WEIGHTS = ROOT / "models/smollm2/weights.json"

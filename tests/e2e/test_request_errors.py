@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown name": ({"kv_budgt": 0.2}, "did you mean kv_budget"),

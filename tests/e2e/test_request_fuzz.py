@@ -10,7 +10,7 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 BODIES = 1000
 OURS = r"kv_policy|kv_budget|kv_report|kv_share|policy|scorer|allocator|selection"

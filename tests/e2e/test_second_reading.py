@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 
 BUDGET = 0.3
 OF_IMAGE = (4 + BUDGET * 256) / 260

@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from vlcache_sgl.cli.client import Answer, data_url
-from vlcache_sgl.tasks.receipts import Picture, make_picture
+from vlcache_sgl.client.client import Answer, data_url
+from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 PROFILE = Path(__file__).parents[2] / "models/tinyvlm/profiles/grounded.json"
 THRESHOLD = 0.15

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from vlcache_sgl.runtime.weight_knobs import knobs_of
+from vlcache_sgl.sglang_hooks.weight_knobs import knobs_of
 from vlcache_sgl.weights import ModelWeights
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")

@@ -24,8 +24,8 @@ from benchmarks.judge.summary import ALL, summarise
 from benchmarks.judge.verdicts import Judge, Verdict
 from vlcache_sgl.api import LayerView, Prompt, Span
 from vlcache_sgl.api.testing import Layer, view_layers
-from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import resolve
+from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.policy.policy import Policy
 
 TOKENS = tuple(torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(1)).tolist())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `models` is a folder of programs, not an installed package
     sys.path.insert(0, str(ROOT))
 
-from vlcache_sgl.tasks import cells, prose, reading  # noqa: E402
+from vlcache_sgl.evaluation.tasks import cells, prose, reading  # noqa: E402
 
 SEEDS = (reading.FIRST_DEVELOPMENT_SEED, reading.FIRST_TEST_SEED)
 SIZES = (250, 2000)

@@ -33,7 +33,7 @@ UNSEEN_SEED = 900_000
 if str(ROOT) not in sys.path:  # `models` is a folder of programs, not an installed package
     sys.path.insert(0, str(ROOT))
 
-from vlcache_sgl.tasks import receipts  # noqa: E402
+from vlcache_sgl.evaluation.tasks import receipts  # noqa: E402
 
 
 @cache

@@ -11,9 +11,9 @@ import torch
 
 from vlcache_sgl.api import Prompt, Selection
 from vlcache_sgl.api.testing import Layer, check_policy, synthetic_layers, synthetic_prompt, view_layers
-from vlcache_sgl.plan import PolicyFault
 from vlcache_sgl.policy import Policy, PolicyError, registry, resolve
 from vlcache_sgl.policy.checks import needs_of
+from vlcache_sgl.policy.plan import PolicyFault
 from vlcache_sgl.policy.policy import budget_for
 
 PROMPTS = {

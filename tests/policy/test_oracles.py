@@ -12,8 +12,8 @@ import torch
 from vlcache_policies import compactor
 from vlcache_sgl.api import LayerView, Prompt
 from vlcache_sgl.api.testing import Layer, PlainRotary, synthetic_prompt, view_layers
-from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import Policy, resolve
+from vlcache_sgl.policy.plan import EvictionPlan
 
 RECORDED = np.load(Path(__file__).parents[1] / "oracles" / "kvpress.npz")
 HEADS, TOKENS, DIM = RECORDED["q_pre"].shape

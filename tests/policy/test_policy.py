@@ -18,9 +18,9 @@ from vlcache_sgl.api import (
     Selection,
     Span,
 )
-from vlcache_sgl.plan import PolicyFault
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registered, Registry
+from vlcache_sgl.policy.plan import PolicyFault
 from vlcache_sgl.policy.policy import Policy, budget_for, resolve
 
 PROMPT = Prompt(100, 10, (Span(20, 80),), num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)

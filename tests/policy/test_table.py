@@ -6,8 +6,8 @@ import pytest
 
 from vlcache_sgl.api import LayerView
 from vlcache_sgl.api.testing import synthetic_prompt
-from vlcache_sgl.plan import EvictionPlan
 from vlcache_sgl.policy import resolve
+from vlcache_sgl.policy.plan import EvictionPlan
 
 
 def decide(settings: str, total: int, *, vision: tuple[int, int] | None = None, layers: int = 3) -> EvictionPlan:

@@ -24,16 +24,16 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import config_from
-from vlcache_sgl.runtime import admission
-from vlcache_sgl.runtime.allocator import VirtualSlotAllocator
-from vlcache_sgl.runtime.arena import KVArena
-from vlcache_sgl.runtime.counters import Counters
-from vlcache_sgl.runtime.prefix_tree import CompressedPrefixTree
-from vlcache_sgl.runtime.requests import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
-from vlcache_sgl.runtime.second_reading import ReadingState, SecondReadings
-from vlcache_sgl.runtime.sharing.expansion import Expansions
-from vlcache_sgl.runtime.sharing.images import SharedImages
+from vlcache_sgl.counters import Counters
+from vlcache_sgl.scoring.job import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.sglang_hooks import admission
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.expansion import Expansions
+from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
+from vlcache_sgl.sglang_hooks.second_reading import ReadingState, SecondReadings
 
 PLANES = 3
 SLOTS = 600

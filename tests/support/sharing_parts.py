@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from vlcache_sgl.api import Prompt
+from vlcache_sgl.compression.sharing.images import SharedImages
+from vlcache_sgl.compression.sharing.sharing import Sharing
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.runtime.sharing.images import SharedImages
-from vlcache_sgl.runtime.sharing.sharing import Sharing
 
 
 def make_sharing(model: Prompt, images: SharedImages | None = None, **settings: Any) -> Sharing:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from vlcache_sgl.budget import water_fill
+from vlcache_sgl.api.budget import water_fill
 
 
 class Span(NamedTuple):

@@ -14,7 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vlcache_sgl._version import __version__
-from vlcache_sgl.calibration import (
+from vlcache_sgl.cli.console import table_console
+from vlcache_sgl.client.client import Client
+from vlcache_sgl.client.server import RunningServer, ServerError, interruptible
+from vlcache_sgl.client.target import add_target_arguments, target
+from vlcache_sgl.evaluation.calibration import (
     BUDGET,
     KINDS,
     POLICY,
@@ -26,10 +30,6 @@ from vlcache_sgl.calibration import (
     kinds,
     samples,
 )
-from vlcache_sgl.cli.client import Client
-from vlcache_sgl.cli.console import table_console
-from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
-from vlcache_sgl.cli.target import add_target_arguments, target
 from vlcache_sgl.weights import ModelWeights, cache_file, checkpoint_folder, model_key
 
 FLAGS = ("--kv-policy", POLICY, "--kv-budget", f"{BUDGET:g}", "--kv-scope", "all", "--kv-head-cells")

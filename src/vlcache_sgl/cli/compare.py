@@ -19,8 +19,8 @@ from rich.table import Table
 
 from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.cli.eval import RESULT
-from vlcache_sgl.fidelity.compare import Comparison, compare, select
-from vlcache_sgl.fidelity.run import FULL, EvalError, Record
+from vlcache_sgl.evaluation.compare import Comparison, compare, select
+from vlcache_sgl.evaluation.run import FULL, EvalError, Record
 
 MOST_FLIPS = 20
 _WIDTH = 120

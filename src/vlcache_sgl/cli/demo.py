@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from vlcache_sgl.cli.client import Client
 from vlcache_sgl.cli.console import table_console
-from vlcache_sgl.cli.server import (
+from vlcache_sgl.client.client import Client
+from vlcache_sgl.client.server import (
     BUNDLED_FLAGS,
     BUNDLED_MODEL,
     ServerError,
@@ -30,7 +30,7 @@ from vlcache_sgl.cli.server import (
     bundled_model,
     interruptible,
 )
-from vlcache_sgl.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 
 GRIDS = ((24, 24), (24, 28), (28, 28), (28, 32), (32, 32))
 """Rows and columns of the pictures, 576 to 1024 image tokens."""

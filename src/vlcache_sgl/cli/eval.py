@@ -20,14 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlcache_sgl._version import __version__
-from vlcache_sgl.cli.client import Client
 from vlcache_sgl.cli.console import table_console
-from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
-from vlcache_sgl.cli.target import add_target_arguments, target
+from vlcache_sgl.client.client import Client
+from vlcache_sgl.client.server import RunningServer, ServerError, interruptible
+from vlcache_sgl.client.target import add_target_arguments, target
 from vlcache_sgl.config import Flag, fraction
-from vlcache_sgl.fidelity.data import TASKS, DataError, Sample, load_jsonl
-from vlcache_sgl.fidelity.forced import Forcing
-from vlcache_sgl.fidelity.report import (
+from vlcache_sgl.evaluation.data import TASKS, DataError, Sample, load_jsonl
+from vlcache_sgl.evaluation.forced import Forcing
+from vlcache_sgl.evaluation.report import (
     Row,
     cached_in_words,
     logprob_in_words,
@@ -37,8 +37,8 @@ from vlcache_sgl.fidelity.report import (
     plot_budgets,
     summarise,
 )
-from vlcache_sgl.fidelity.run import FULL, Answers, Condition, EvalError, Record, Sharing, ask, ask_all, missing
-from vlcache_sgl.fidelity.search import Verdict, judge, least_loss, least_samples
+from vlcache_sgl.evaluation.run import FULL, Answers, Condition, EvalError, Record, Sharing, ask, ask_all, missing
+from vlcache_sgl.evaluation.search import Verdict, judge, least_loss, least_samples
 
 RESULT, TABLE, PLOT = "result.json", "table.md", "accuracy.png"
 SAMPLES = 20

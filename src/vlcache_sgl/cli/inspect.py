@@ -17,13 +17,13 @@ import openai
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from vlcache_sgl.cli.client import Client, said
-from vlcache_sgl.cli.server import RunningServer, ServerError, interruptible
-from vlcache_sgl.cli.target import add_target_arguments, target
+from vlcache_sgl.client.client import Client, said
+from vlcache_sgl.client.server import RunningServer, ServerError, interruptible
+from vlcache_sgl.client.target import add_target_arguments, target
+from vlcache_sgl.evaluation.tasks.receipts import make_picture
 from vlcache_sgl.inspection.layout import read_report
 from vlcache_sgl.inspection.page import percents, write_page
 from vlcache_sgl.inspection.sheet import draw_sheet
-from vlcache_sgl.tasks.receipts import make_picture
 
 MAX_TOKENS = 64
 _SEED, _SIDE = 30_000, 24

@@ -184,7 +184,7 @@ def read_model(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from vlcache_sgl.runtime.compat import unsupported_model
+    from vlcache_sgl.sglang_hooks.compat import unsupported_model
 
     config = _stored_config(name)
     if problem := next(unsupported_model(config), None):

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vlcache_sgl.cli.server import RunningServer
+from vlcache_sgl.client.server import RunningServer
 
 URL = "http://127.0.0.1:30000"
 INTERVAL_S = 2.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlcache_sgl.cli.client import data_url
+from vlcache_sgl.client.client import data_url
 from vlcache_sgl.inspection.layout import Inspection, Look
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from vlcache_sgl.platform import host
-from vlcache_sgl.runtime.flags import check_before_imports
+from vlcache_sgl.sglang_hooks.flags import check_before_imports
 
 logger = logging.getLogger(__name__)
 

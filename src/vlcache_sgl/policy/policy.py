@@ -18,10 +18,10 @@ from vlcache_sgl.api.needs import Needs
 from vlcache_sgl.api.protocols import Allocator, BudgetSum, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
-from vlcache_sgl.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
 from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, put_together, registry
+from vlcache_sgl.policy.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
 from vlcache_sgl.policy.spec import Owner, Settings, parse
 from vlcache_sgl.spelling import did_you_mean
 

@@ -16,9 +16,9 @@ from vlcache_sgl.api.protocols import Allocator, Scorer
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Budget, Grid, LayerView, Prompt
 from vlcache_sgl.api.testing.synthetic import Layer, synthetic_layers, synthetic_prompt, view_layers
-from vlcache_sgl.plan import EvictionPlan, PolicyFault
 from vlcache_sgl.policy import Policy, resolve
 from vlcache_sgl.policy.checks import allocator_problem, needs_problem, pair_problem, scorer_problem
+from vlcache_sgl.policy.plan import EvictionPlan, PolicyFault
 from vlcache_sgl.policy.policy import budget_for
 
 Property = Literal[

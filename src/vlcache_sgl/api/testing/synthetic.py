@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from vlcache_sgl.api.needs import Needs
+from vlcache_sgl.api.prompt import select_rows
 from vlcache_sgl.api.tensors import Grid, LayerView, Prompt, Span
-from vlcache_sgl.prompt import select_rows
 
 
 @dataclass(frozen=True)

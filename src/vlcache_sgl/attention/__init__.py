@@ -1,0 +1,1 @@
+"""Attention over cells, one file per kernel library."""

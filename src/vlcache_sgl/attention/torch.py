@@ -1,0 +1,258 @@
+"""Attention over cells with plain torch: the reference, and the path for machines without a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlcache_sgl.attention.base import Observe
+from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
+from vlcache_sgl.memory.decode_index import DecodeIndex, RowCells, collect
+
+GATHER_BYTES = 8 << 20
+"""Keys and values gathered before they are attended to: about a processor's last-level cache, so that attention
+reads them from there and not a second time from memory."""
+
+
+class TorchProvider:
+    """Plain torch, on any device; no CUDA graphs, and the host reads sizes from the device."""
+
+    on_device = False
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._gather = Gather(memory.arena)
+        self._batch: ExtendBatch | None = None
+        self._prefixes: list[RowCells | None] = []
+        self.index = DecodeIndex(memory.residency, memory.req_to_token)
+
+    def invalidate(self, row: int) -> None:
+        self.index.invalidate(row)
+
+    def plan_extend(self, batch: ExtendBatch) -> None:
+        self._batch = batch
+        self._prefixes = [kept_prefix(self._memory, request.row, request.begin) for request in batch.requests]
+        for request in batch.requests:
+            self.index.invalidate(request.row)
+
+    def extend(
+        self,
+        planes: slice,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        observe: Observe,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self._batch is not None
+        output = torch.empty_like(queries)
+        lse = queries.new_empty(queries.shape[:2], dtype=torch.float32) if self._batch.want_lse else None
+        for number, (request, cells) in enumerate(zip(self._batch.requests, self._prefixes, strict=True)):
+            part = request.tokens
+            prefix = valid = None
+            if cells is not None:
+                prefix, valid = prefix_keys_values(self._gather, cells, planes)
+            arguments = (queries[part], keys[part], values[part], prefix, valid, scale)
+            if lse is not None:
+                output[part], lse[part] = extend_with_lse(*arguments)
+            else:
+                output[part] = extend(*arguments)
+            if request.votes:
+                observe(number, prefix, valid)
+        return output, lse
+
+    def plan_decode(self, batch: DecodeBatch) -> None:
+        self.index.step(batch.rows, batch.lengths, batch.new_cells)
+
+    def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        return decode(queries, self.index, planes, self._gather, scale)
+
+    def init_graphs(self, max_batch: int) -> None:
+        raise NotImplementedError("attention in plain torch cannot be recorded in a CUDA graph")
+
+    def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
+        return False
+
+
+def kept_prefix(memory: Memory, row: int, length: int) -> RowCells | None:
+    """Kept cells of the first `length` positions of a request row, all planes; None when there are no positions."""
+    if not length:
+        return None
+    return collect(memory.residency, memory.req_to_token[row, :length].to(torch.int64))
+
+
+class Gather:
+    """Collects cells in one reused buffer: fresh memory of this size would be paged in anew each time."""
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        self._flat = arena.flatten(1)
+        self._shape = arena.shape[1:]
+        self._scratch = arena.new_empty((0, self._flat.shape[1]))
+
+    @property
+    def cell_bytes(self) -> int:
+        return self._flat.shape[1] * self._flat.element_size()
+
+    def __call__(self, cells: torch.Tensor) -> torch.Tensor:
+        """`cells` `[...]` int32 -> `[..., 2, heads_per_cell, head_dim]`; valid until the next call."""
+        count = cells.numel()
+        if count > self._scratch.shape[0]:
+            self._scratch = self._flat.new_empty((count, self._flat.shape[1]))
+        out = self._scratch[:count]
+        torch.index_select(self._flat, 0, cells.reshape(-1), out=out)
+        return out.view(*cells.shape, *self._shape)
+
+
+def prefix_keys_values(gather: Gather, prefix: RowCells, planes: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What one layer keeps of a request's earlier tokens.
+
+    Returns:
+        `[P, 2, K, D]` in sequence order (a copy), and `[K]` valid counts where KV heads keep different numbers of
+        tokens (None: all `P` are valid).
+    """
+    counts = prefix.counts[planes]
+    width = int(counts.max())
+    both = gather(prefix.cells[planes, :width])  # [G, P, 2, K/G, D]
+    groups, _, two, heads, dim = both.shape
+    merged = both.permute(1, 2, 0, 3, 4).reshape(width, two, groups * heads, dim)
+    if groups == 1:
+        merged = merged.clone()
+    ragged = int(counts.min()) != width
+    return merged, counts.repeat_interleave(heads) if ragged else None
+
+
+def extend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: torch.Tensor | None,
+    prefix_valid: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of new tokens over the kept prefix and themselves.
+
+    Args:
+        queries: `[t, H, D]`.
+        keys, values: `[t, K, D]`, the new tokens' own.
+        prefix: `[P, 2, K, D]` or None.
+        prefix_valid: `[K]`, leading prefix entries that exist per KV head; None = all.
+        scale: factor of the logits.
+
+    Returns:
+        `[t, H, D]`.
+    """
+    return extend_with_lse(queries, keys, values, prefix, prefix_valid, scale)[0]
+
+
+def extend_with_lse(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    prefix: torch.Tensor | None,
+    prefix_valid: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`extend`, and `[t, H]` float32, the natural logarithm of the sum of exponentials of everything visible."""
+    tokens, num_heads, dim = queries.shape
+    kv_heads = keys.shape[1]
+    group = num_heads // kv_heads
+    # KV heads as the batch and their query heads as the heads: keys are then shared by stride, not by copy.
+    q = queries.view(tokens, kv_heads, group, dim).permute(1, 2, 0, 3)
+    own, own_lse = _flash(q, _shared(keys, group), _shared(values, group), scale, causal=True)
+    if prefix is None or prefix.shape[0] == 0:
+        return own.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim), _by_token(own_lse)
+    mask = None
+    if prefix_valid is not None:
+        seen = torch.arange(prefix.shape[0], device=q.device)[None] < prefix_valid[:, None]
+        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+        mask = mask[:, None, None, :].expand(-1, group, tokens, -1)
+    old, old_lse = _flash(q, _shared(prefix[:, 0], group), _shared(prefix[:, 1], group), scale, causal=False, mask=mask)
+    if prefix_valid is not None:
+        # Kernels disagree about rows that see nothing: torch's on a CPU says that their sum of exponentials is 1.
+        empty = (prefix_valid == 0)[:, None, None]
+        old, old_lse = old.masked_fill(empty.unsqueeze(-1), 0.0), old_lse.masked_fill(empty, -torch.inf)
+    weight = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)
+    merged = torch.lerp(own.float(), old.float(), weight).to(queries.dtype)
+    return merged.permute(2, 0, 1, 3).reshape(tokens, num_heads, dim), _by_token(torch.logaddexp(own_lse, old_lse))
+
+
+def _by_token(lse: torch.Tensor) -> torch.Tensor:
+    """`[K, group, t]` -> `[t, K * group]`."""
+    return lse.flatten(0, 1).T
+
+
+def _shared(x: torch.Tensor, group: int) -> torch.Tensor:
+    """`[n, K, D]` -> `[K, group, n, D]` without copying."""
+    return x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the natural log of the sum of exponentials, `[.., t, D]` and `[.., t]` float32."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return out, lse
+    logits = (q @ k.transpose(-1, -2)).float() * scale
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    if mask is not None:
+        logits = logits + mask
+    lse = logits.logsumexp(-1)
+    return (logits - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
+
+
+def decode(queries: torch.Tensor, index: DecodeIndex, planes: slice, gather: Gather, scale: float) -> torch.Tensor:
+    """One new token per request over its kept cells (its own, already written, included).
+
+    Args:
+        queries: `[batch, H, D]`.
+        index: the batch's cells, this step's included.
+        planes: the layer's planes.
+
+    Returns:
+        `[batch, H, D]`.
+    """
+    num_heads, dim = queries.shape[1:]
+    widest = max(index.widest[planes])
+    groups = planes.stop - planes.start
+    output = torch.empty_like(queries)
+    counts = index.counts[planes]
+    for members in index.groups:
+        whole = members.numel() == queries.shape[0]
+        length = widest if whole else int(counts[:, members].max())
+        share = max(1, GATHER_BYTES // max(1, length * groups * gather.cell_bytes))
+        for part in torch.split(members, share):
+            every = part.numel() == queries.shape[0]
+            cells = index.cells[planes, :, :length] if every else index.cells[planes, part, :length]
+            used = counts if every else counts[:, part]
+            out = _attend(queries if every else queries[part], cells, used, gather, scale)
+            if every:
+                return out.view(-1, num_heads, dim)
+            output[part] = out.view(-1, num_heads, dim)
+    return output
+
+
+def _attend(
+    queries: torch.Tensor, cells: torch.Tensor, counts: torch.Tensor, gather: Gather, scale: float
+) -> torch.Tensor:
+    """`queries` `[b, H, D]` over `cells` `[G, b, n]`, of which `counts` `[G, b]` are valid; `[b, H, D]`."""
+    batch, num_heads, dim = queries.shape
+    groups, _, length = cells.shape
+    both = gather(cells)  # [G, b, n, 2, heads, D]
+    heads = both.shape[-2]
+    both = both.view(groups * batch, length, 2, heads, dim)
+    # The query heads of a KV head become rows of one small query: no key is read twice.
+    per_head = num_heads // (groups * heads)
+    q = queries.view(batch, groups, heads, per_head, dim).transpose(0, 1).reshape(groups * batch, heads, per_head, dim)
+    mask = None
+    if bool((counts != length).any()):
+        seen = torch.arange(length, device=q.device)[None] < counts.reshape(-1, 1)
+        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+        mask = mask[:, None, None, :]
+    out = scaled_dot_product_attention(
+        q, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return out.view(groups, batch, heads * per_head, dim).transpose(0, 1).reshape(batch, num_heads, dim)

@@ -1,0 +1,205 @@
+"""Attention over cells with SGLang's own Triton kernels: its extend and decode attention, our lists of cells.
+
+Both kernels take ragged lists of rows of a key and a value buffer; here the rows are cells, K and V two strided views
+of the arena, and every layer has lists of its own.  With a cell per KV head, every (plane, request) is a sequence of
+its own with the query heads of that KV head: queries are regrouped from `[T, H, D]` to `[G * T, H / G, D]`.
+
+The host never waits for the device, and after a change of rows only as `device_index` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlcache_kernels.residency_index import ResidencyIndex
+from vlcache_sgl.attention.base import HeadShape, Observe
+from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
+from vlcache_sgl.memory.device_index import DeviceIndex, look_up
+
+PROGRAMS_PER_CORE = 2
+"""Decode programs per multiprocessor to aim at when keys are cut into parts: the kernel runs 4 warps, two hide each
+other's waiting."""
+MIN_PART = 256
+"""Keys below which cutting costs more (a second pass over partial outputs) than it gains."""
+HEADS_PER_PROGRAM = 16
+"""Query heads of one KV head that one program of SGLang's grouped decode kernel computes."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What the decode kernels of all layers read in one step."""
+
+    index: ResidencyIndex
+    parts: torch.Tensor
+    """`[layers, Q]` int32, into how many parts each sequence is cut."""
+    partial: tuple[torch.Tensor, torch.Tensor]
+    """Outputs and sums of the parts; all layers use them one after the other."""
+
+
+class TritonProvider:
+    """SGLang's Triton attention over cells.
+
+    Args:
+        memory: arena, residency and rows.
+        shape: the queries.
+        kv_splits: most parts that one sequence's keys are cut into.
+    """
+
+    on_device = True
+
+    def __init__(self, memory: Memory, shape: HeadShape, *, kv_splits: int = 8) -> None:
+        self._memory = memory
+        self._keys, self._values = memory.arena[:, 0], memory.arena[:, 1]
+        self._heads = shape.num_heads // memory.groups
+        self._kv_splits = kv_splits
+        device = memory.arena.device
+        self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._index = DeviceIndex(memory, torch.int64, exact=False)
+        self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
+        self._decode: DecodePlan | None = None
+        self._partial = self._new_partial(0)
+        self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._extend_kernel, self._decode_kernel = _kernels()
+
+    def invalidate(self, row: int) -> None:
+        self._index.invalidate(row)
+
+    # -- prefill ----------------------------------------------------------------------------------------------------
+
+    def plan_extend(self, batch: ExtendBatch) -> None:
+        for request in batch.requests:
+            self._index.invalidate(request.row)
+        rows, begins = [r.row for r in batch.requests], [r.begin for r in batch.requests]
+        index = look_up(self._memory, torch.int64, rows, begins, batch.rows, batch.prefix_lens)
+        # Sequence g * B + b has its queries at g * T + first row of b.
+        total = batch.requests[-1].tokens.stop
+        starts = (batch.seq_lens - batch.prefix_lens).cumsum(0)
+        groups = torch.arange(self._memory.groups, device=starts.device)[:, None] * total
+        starts = torch.nn.functional.pad((groups + starts).flatten(), (1, 0))
+        self._extend = (batch, index, starts)
+
+    def extend(
+        self,
+        planes: slice,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        observe: Observe,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self._extend is not None
+        batch, index, starts = self._extend
+        lists, groups = index.at(self._memory.layer_of(planes)), self._memory.groups
+        total = batch.requests[-1].tokens.stop
+        q, k, v = (split_groups(x[:total], groups) for x in (queries, keys, values))
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if batch.want_lse else None
+        self._extend_kernel(
+            q,
+            k,
+            v,
+            out,
+            self._keys,
+            self._values,
+            starts,
+            lists.indptr,
+            lists.indices,
+            None,  # custom mask
+            True,  # causal
+            None,
+            max(request.count for request in batch.requests),
+            1.0,
+            1.0,
+            sm_scale=scale,
+            lse_extend=lse,
+        )
+        return with_rows(join_groups(out, groups), queries.shape[0]), join_lse(lse, groups)
+
+    # -- decode -----------------------------------------------------------------------------------------------------
+
+    def plan_decode(self, batch: DecodeBatch) -> None:
+        index = self._index.step(batch)
+        sequences = index.indptr.shape[1] - 1
+        per_kv_head = max(1, self._heads // self._keys.shape[1])
+        tiles = -(-self._heads // min(HEADS_PER_PROGRAM, per_kv_head))
+        parts = count_parts(index.indptr, sequences * tiles, self._cores, self._kv_splits)
+        if batch.recorded:
+            assert self._fixed is not None
+            fixed, partial = self._fixed
+            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), partial)
+            return
+        if self._partial[0].shape[0] < sequences:
+            self._partial = self._new_partial(sequences)
+        self._decode = DecodePlan(index, parts, self._partial)
+
+    def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        assert self._decode is not None
+        layer = self._memory.layer_of(planes)
+        lists = self._decode.index.at(layer)
+        q = split_groups(queries, self._memory.groups)
+        out = torch.empty_like(q)
+        self._decode_kernel(
+            q,
+            self._keys,
+            self._values,
+            out,
+            lists.indptr,
+            lists.indices,
+            *self._decode.partial,
+            self._decode.parts[layer],
+            self._kv_splits,
+            scale,
+            1.0,
+            1.0,
+        )
+        return join_groups(out, self._memory.groups)
+
+    def init_graphs(self, max_batch: int) -> None:
+        self._index.reserve(max_batch)
+        sequences = self._memory.groups * max_batch
+        shape = (self._memory.num_layers, sequences)
+        parts = torch.ones(shape, dtype=torch.int32, device=self._memory.arena.device)
+        self._fixed = (parts, self._new_partial(sequences))
+
+    def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
+        return self._index.fits(rows, lengths)
+
+    def _new_partial(self, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the outputs `[Q, H / G, parts, D]` and sums `[Q, H / G, parts]` of the parts, float32."""
+        device, dim = self._memory.arena.device, self._memory.arena.shape[-1]
+        shape = (sequences, self._heads, self._kv_splits)
+        return (
+            torch.empty((*shape, dim), dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
+
+
+def count_parts(indptr: torch.Tensor, programs: int, cores: int, most: int) -> torch.Tensor:
+    """Into how many parts to cut each sequence, `[layers, Q]` int32, decided on the device.
+
+    Parts of one layer are of about equal size, so that a long sequence does not run on alone.
+
+    Args:
+        indptr: `[layers, Q + 1]` int32.
+        programs: programs of one layer if nothing is cut.
+        cores: multiprocessors.
+        most: limit.
+    """
+    wanted = min(most, max(1, -(-PROGRAMS_PER_CORE * cores // programs)))
+    lengths = indptr.diff(dim=1)
+    size = (-(-lengths.amax(1, keepdim=True) // wanted)).clamp(min=MIN_PART)
+    return (-(-lengths // size)).clamp(1, most).to(torch.int32)
+
+
+def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """SGLang's extend and decode attention."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+    opaque: Callable[..., Any] = torch.compiler.disable  # as SGLang calls them under --enable-torch-compile
+    return opaque(extend_attention_fwd), opaque(decode_attention_fwd)

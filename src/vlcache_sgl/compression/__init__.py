@@ -1,0 +1,1 @@
+"""From a finished prefill to a smaller cache."""

@@ -1,0 +1,445 @@
+"""From a finished prefill to a smaller cache: stats -> scores -> budgets -> plan -> evict.
+
+Runs at the end of the forward that computes a prompt's last chunk, so that the first decode step already attends to
+the compressed cache and the prefix tree only ever sees compressed slots.
+
+On a GPU that is on the stream of the forward: the table changes there, behind the last kernel that reads the evicted
+cells and before the first of the next step.  The scheduler works on another stream and may hand the cells out again
+once an event, recorded here behind the eviction, has passed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.sharing.guard import DecodeReading
+from vlcache_sgl.compression.sharing.sharing import Sharing
+from vlcache_sgl.counters import Counters
+from vlcache_sgl.memory.batches import ExtendRequest, Memory
+from vlcache_sgl.memory.events import passed_event
+from vlcache_sgl.memory.residency import EVICTED
+from vlcache_sgl.policy.plan import EvictionPlan
+from vlcache_sgl.scoring.batch import BatchScoring
+from vlcache_sgl.scoring.job import CompressionJob
+from vlcache_sgl.scoring.scoring import KeysValues, Scoring
+from vlcache_sgl.scoring.tensor_parallel import HeadGather
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+
+logger = logging.getLogger(__name__)
+
+FirstStep = tuple[int, DecodeReading, torch.Tensor]
+"""A decode step that is read: number in the batch, its reading, and `[length]` int64, the slots of the sequence."""
+
+
+class Compressor:
+    """Compresses prompts of one model on one rank.
+
+    Args:
+        model: what the policy is told of the model; `length`, `start`, `vision` and `grids` are filled in per request.
+        heads: puts the ranks' KV heads together.
+        counters: where figures are kept.
+        sharing: what copies for everybody keep.
+    """
+
+    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters, sharing: Sharing) -> None:
+        self._model = model
+        self._heads = heads
+        self.counters = counters
+        self.allocator: VirtualSlotAllocator | None = None
+        self.sharing = sharing
+        self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
+
+    # -- during the prefill -----------------------------------------------------------------------------------------
+
+    def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
+        """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
+        if job.reached is not None and begin != job.reached:
+            job.restart()
+        if job.reached is None:
+            job.shared = begin
+            # Who was retracted while it decoded finds what it has published itself.
+            if job.outcome is None and job.vision and begin > job.vision[0].begin:
+                self._note_hit(job)
+        job.reached = end
+        if job.done:
+            return
+        if job.scoring is None:
+            if job.reading is not None and job.reading.report:
+                self.take_over(job, job.reading.report)
+                return
+            start = job.first_evictable(begin)
+            if job.length - start < job.min_tokens:
+                self.skip(job, "short")
+                return
+            if job.reading is not None:
+                self.skip(job, "second_reading")
+                return
+            prompt = replace(
+                job.choice.of_model(self._model),
+                length=job.length,
+                start=start,
+                vision=job.vision,
+                grids=job.grids,
+                repeated=job.repeated,
+            )
+            try:
+                job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
+            except Exception as error:
+                self.fail(job, error)
+
+    def _note_hit(self, job: CompressionJob) -> None:
+        """A prompt has found an image in the prefix cache."""
+        if not job.counted_hit:
+            self.counters.prefix_hit(job.shared)
+            job.counted_hit = True
+        self.sharing.watch(job, job.shared)
+
+    def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
+        """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
+        job.done = True
+        job.report.update(report)
+        if "skipped" in report:
+            self._count_skipped(job, report["skipped"])
+
+    def skip(self, job: CompressionJob, reason: str) -> None:
+        """Leave the rest of a request alone; one that comes back from a retraction keeps the report of its prefill."""
+        job.done = True
+        if job.outcome is not None:
+            job.report.update(job.outcome)
+            return
+        job.report.update(policy=job.choice.policy.spec, skipped=reason)
+        if job.shared:
+            job.report.update(budget=str(job.choice.budget), prompt_tokens=job.length, shared_tokens=job.shared)
+        self._count_skipped(job, reason)
+
+    def _count_skipped(self, job: CompressionJob, reason: str) -> None:
+        if not job.counted:
+            self.counters.skipped(reason)
+            job.counted = True
+
+    def fail(self, job: CompressionJob, error: Exception) -> None:
+        """A policy does not keep its contract: the request keeps its full cache."""
+        job.done = True
+        job.scoring = None
+        job.report.update(policy=job.choice.policy.spec, failed=f"{type(error).__name__}: {error}")
+        self.counters.policy_failures += 1
+        logger.error(
+            "policy %s failed, the request keeps its full cache: %s: %s",
+            job.choice.policy.spec,
+            type(error).__name__,
+            error,
+        )
+
+    def observe(
+        self,
+        job: CompressionJob,
+        layer: int,
+        begin: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        prefix: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """Let the chunk's rows vote in one layer.
+
+        Args:
+            begin: position of the chunk's first token.
+            queries, keys: `[t, H, D]` and `[t, K, D]` of the chunk.
+            prefix: `[P, 2, K, D]`, the layer's kept keys and values of all positions before `begin`.
+            valid: `[K]`, leading entries of `prefix` that exist per KV head; None = all `P`.
+        """
+        scoring = job.scoring
+        if scoring is None or scoring.failure is not None:
+            return
+        started = time.perf_counter()
+        try:
+            earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
+            shared, shared_valid, own = _divide(prefix, valid, max(0, earlier))
+            if earlier < 0:
+                # The chunk begins in front of the first image.  Keys that only enter the normaliser have no order.
+                front, keys = keys[:-earlier], keys[-earlier:]
+                shared = front if shared is None else torch.cat([front, shared])
+                shared_valid = None if shared_valid is None else shared_valid - earlier
+            owned = keys if own is None else torch.cat([own, keys])
+            owned = owned[: scoring.end - scoring.prompt.start]  # a retracted request recomputes generated tokens too
+            scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
+        except Exception as error:
+            self._give_up([job], error)
+        self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def plan_batch(
+        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
+    ) -> BatchScoring | None:
+        """Prepare `observe_batch` for one forward; see `BatchScoring` for the arguments."""
+        try:
+            return BatchScoring(memory, requests, jobs)
+        except Exception as error:
+            self._give_up(jobs, error)
+            return None
+
+    def observe_batch(
+        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+    ) -> None:
+        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        started = time.perf_counter()
+        try:
+            voting.observe(planes, queries, scale, lse)
+        except Exception as error:
+            self._give_up(voting.jobs, error)
+        self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
+
+    def read_guards(
+        self,
+        guarded: Sequence[tuple[CompressionJob, slice]],
+        layer: int,
+        queries: torch.Tensor,
+        lse: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Estimate in one layer what questions about shared pictures miss.
+
+        Args:
+            guarded: jobs with their rows of the batch.
+            queries, lse: `[T, H, D]` and `[T, H]` of the batch.
+        """
+        started = time.perf_counter()
+        for job, rows in guarded:
+            if job.guard is not None:
+                try:
+                    job.guard.observe(layer, queries[rows], lse[rows], scale)
+                except Exception as error:
+                    job.guard.failure = error
+        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+
+    def read_first_steps(self, steps: Sequence[FirstStep], layer: int, queries: torch.Tensor, scale: float) -> None:
+        """Remember what the first decode steps of questions about shared pictures look for in one layer.
+
+        Args:
+            queries: `[B, H, D]` of the batch.
+        """
+        started = time.perf_counter()
+        for number, reading, _ in steps:
+            reading.observe(layer, queries[number], scale)
+        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
+
+    def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
+        """All layers of a decode step have been computed."""
+        assert self.allocator is not None
+        started = time.perf_counter()
+        arena = self.allocator.arena
+        for _, reading, slots in steps:
+
+            def keys_of(layer: int, slots: torch.Tensor = slots) -> torch.Tensor:
+                cells = arena.residency.cells_of(layer, slots)
+                return arena.arena[cells[cells >= 0].to(torch.int64), 0]
+
+            reading.end_step(keys_of, self._heads.mean)
+        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
+
+    def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
+        """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
+        for job in jobs:
+            if job is not None and job.scoring is not None:
+                job.scoring.failure = error
+
+    # -- at its end -------------------------------------------------------------------------------------------------
+
+    def finish(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """Compress a prompt whose last token has been computed.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        started = time.perf_counter()
+        if job.guard is not None:
+            job.guard.close(self._heads.mean, row.device)
+            self.counters.guard_ms += (time.perf_counter() - started) * 1e3
+        if job.shared and job.outcome is None:
+            job.shared_kept = self._kept_of(row[: job.shared])
+        scoring = job.scoring
+        if job.done or scoring is None:
+            return
+        started = time.perf_counter()
+        prompt = scoring.prompt
+        front = prompt.start - job.shared
+        slots = row[prompt.start : prompt.length].to(torch.int64)
+        try:
+            plan = self._decide(job, scoring, slots)
+        except Exception as error:
+            self.fail(job, error)
+            return
+        if job.measures_recall:
+            job.recall = job.recall or Recall(plan.keep, prompt)  # a retracted request decides twice, and alike
+            self._count_skipped(job, "recall")
+        else:
+            self._evict(job, prompt, slots, plan)
+            job.compressed = True
+        per_layer = [front + tokens for tokens in plan.tokens_per_layer]
+        job.report.update(
+            policy=job.choice.policy.spec,
+            budget=str(job.choice.budget),
+            prompt_tokens=prompt.length,
+            shared_tokens=job.shared,
+            front_tokens=front,
+            kept_tokens_per_layer=per_layer,
+            ratio=round(sum(per_layer) / ((front + prompt.owned) * len(per_layer)), 4),
+        )
+        if plan.differs_by_head:
+            job.report["kept_tokens_per_head"] = plan.counts.tolist()
+        if job.repeated:
+            job.report["second_reading"] = {"tokens": job.repeated}
+            self.counters.second_readings += 1
+        job.scoring = None
+        job.done = True
+        self.counters.selection_ms += (time.perf_counter() - started) * 1e3
+
+    def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
+        prompt = scoring.final_prompt()
+        keys_values = self._keys_values(slots)
+        policy = job.choice.policy
+        try:
+            if scoring.failure is not None:
+                raise scoring.failure
+            scorer_views, allocator_views = scoring.views(keys_values)
+        except Exception:
+            self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
+            raise
+        total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
+        plan = self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
+        return self.sharing.copy_plan(job, prompt, plan, keys_values, self._heads)
+
+    def _keys_values(self, slots: torch.Tensor) -> KeysValues:
+        """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
+
+        def keys_values(layer: int) -> torch.Tensor:
+            assert self.allocator is not None
+            arena = self.allocator.arena
+            cells = arena.residency.cells_of(arena.planes_of(layer), slots)
+            both = arena.arena[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
+            groups, tokens, two, heads, dim = both.shape
+            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+        return keys_values
+
+    def _keys(self, slots: torch.Tensor, layer: int, which: torch.Tensor) -> torch.Tensor:
+        """`[kv_heads, e, head_dim]`: one layer's cached keys of those of the first `n` `slots` that are in `which`.
+
+        Args:
+            which: `[G, n]` bool; `G` is 1 (one set for all heads) or the arena's.
+
+        Raises:
+            ValueError: not equally many per group.
+        """
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        counts = which.sum(-1)
+        if counts.numel() > 1 and not torch.equal(counts, counts[:1].expand_as(counts)):
+            raise ValueError("heads lack different numbers of tokens")
+        cells = arena.residency.cells_of(arena.planes_of(layer), slots[: which.shape[1]])
+        chosen = cells[which.expand(arena.groups, -1)].view(arena.groups, -1)
+        keys = arena.arena[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
+        return keys.transpose(1, 2).flatten(0, 1)
+
+    def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        keep = self._heads.own_groups(plan.keep, arena.groups)
+        self.sharing.remember(job, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
+        keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
+        eviction = arena.residency.evict(slots, keep)
+        vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
+        done = passed_event(slots.device)
+        self.allocator.retire(eviction, done)
+        if job.counted:  # it was retracted: what was done before is what counts
+            return
+        job.counted = True
+        # From the plan, not from the device: the host need not wait to know them.
+        front = prompt.start - job.shared
+        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
+        kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
+        seen = (front + slots.numel()) * arena.groups
+        self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
+        self._uncounted.append((done, vision_kept))
+        self.settle_counts()
+
+    def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
+        """Share of `slots` that each layer has; see `CompressionJob.shared_kept`.  Nobody waits for it here."""
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
+        shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
+        if shares.device.type != "cpu":
+            shares = torch.empty(shares.shape, pin_memory=True).copy_(shares, non_blocking=True)
+        return shares, passed_event(slots.device)
+
+    def report_shared(self, job: CompressionJob) -> None:
+        """Add to the job's report what each layer has of the prefix that it was served."""
+        if job.shared_kept is None:
+            return
+        shares, copied = job.shared_kept
+        if copied is not None:
+            copied.synchronize()
+        job.report["shared_kept_per_layer"] = [round(share, 4) for share in shares.tolist()]
+        job.shared_kept = None
+
+    @property
+    def all_counted(self) -> bool:
+        """Whether `vision_kept_by_layer` counts all prompts that `kept_by_layer` counts."""
+        return not self._uncounted
+
+    def settle_counts(self, *, wait: bool = False) -> None:
+        """Count what the device has counted meanwhile (`wait`: wait for all of it)."""
+        while self._uncounted:
+            done, vision_kept = self._uncounted[0]
+            if done is not None and not done.query():
+                if not wait:
+                    return
+                done.synchronize()
+            self._uncounted.pop(0)
+            self.counters.vision_kept(vision_kept.tolist())
+
+    def report_positions(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """Add to the job's report what each layer has of the prompt now, the shared prefix included.
+
+        Waits for the device: only for requests that ask for it.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        assert self.allocator is not None
+        arena = self.allocator.arena
+        cells = arena.residency.table[:, row[: job.length].to(torch.int64)]
+        resident = (cells != EVICTED).view(-1, arena.groups, job.length).any(1)
+        job.report["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
+        job.report["vision"] = [run.as_dict() for run in job.runs]
+
+
+def _divide(
+    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
+
+    Returns:
+        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
+        owned keys or None.
+    """
+    if prefix is None:
+        return None, None, None
+    keys = prefix[:, 0]
+    if valid is None:
+        split = keys.shape[0] - earlier
+        return keys[:split] if split else None, None, keys[split:] if earlier else None
+    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
+    split_by_head = valid.to(torch.int64) - earlier
+    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
+    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
+    return keys[: keys.shape[0] - earlier], split_by_head, own

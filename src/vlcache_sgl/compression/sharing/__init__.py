@@ -1,0 +1,1 @@
+"""Copies of images for later questions."""

@@ -1,0 +1,1 @@
+"""Cells and who holds them."""

@@ -1,0 +1,85 @@
+"""What one forward reads and writes: the memory, and the requests of a prefill or decode batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_sgl.memory.residency import Residency
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where keys and values are, and who holds them."""
+
+    arena: torch.Tensor
+    """`[cells + 1, 2, heads_per_cell, head_dim]`, K at index 0 and V at 1; cell 0 is padding and zero."""
+    residency: Residency
+    req_to_token: torch.Tensor
+    """`[rows, context]` int32, the slot of each position of a request; row 0 is padding and zero."""
+    groups: int
+    """Cells per (layer, token): 1, or the number of KV heads."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.residency.num_planes // self.groups
+
+    def layer_of(self, planes: slice) -> int:
+        """The layer (counted from 0 on this rank) whose planes these are."""
+        return int(planes.start) // self.groups
+
+
+@dataclass(frozen=True)
+class ExtendRequest:
+    """One request of a prefill batch."""
+
+    row: int
+    """Its row of `req_to_token`."""
+    tokens: slice
+    """Its rows in the batch."""
+    begin: int
+    """Position of its first new token."""
+    votes: bool = False
+    """Whether `observe` is to be called for it."""
+
+    @property
+    def count(self) -> int:
+        """New tokens."""
+        return int(self.tokens.stop - self.tokens.start)
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """New tokens of several requests, each seeing the kept part of what precedes it, and itself causally."""
+
+    requests: tuple[ExtendRequest, ...]
+    rows: torch.Tensor
+    """`[B]` int64 on the device, as in `requests`."""
+    prefix_lens: torch.Tensor
+    """`[B]` int on the device, positions before the new tokens, evicted ones included."""
+    seq_lens: torch.Tensor
+    """`[B]` int on the device, the same with the new tokens."""
+    want_lse: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new token per request.
+
+    The host's lists name the real requests; the tensors may have `padding` more rows, which are request row 0 with
+    length 1: the padding cell.
+    """
+
+    rows: list[int]
+    lengths: list[int]
+    """Including the token of this step."""
+    row_tensor: torch.Tensor
+    """`[B]` int64 on the device."""
+    length_tensor: torch.Tensor
+    """`[B]` int on the device."""
+    new_cells: torch.Tensor
+    """`[planes, B]` int32, where this step writes; -1 for padding rows."""
+    padding: int = 0
+    recorded: bool = False
+    """A CUDA graph is about to be captured or replayed: everything that kernels read is to lie where it lay."""

@@ -1,1 +1,0 @@
-"""SGLang's attention over cells: one backend, exchangeable kernel providers."""

@@ -1,0 +1,150 @@
+"""Scoring on a GPU: one launch per layer counts the rows of all requests of a prefill batch.
+
+Keys are read where they lie, through the residency index, so that nothing is gathered and the host never waits: what
+`Scoring.observe` does per request from dense keys, for a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
+from vlcache_sgl.memory.batches import ExtendRequest, Memory
+from vlcache_sgl.memory.device_index import copy_to, look_up
+from vlcache_sgl.scoring.job import CompressionJob
+from vlcache_sgl.scoring.scoring import RowGroup, Scoring
+
+
+@dataclass(frozen=True)
+class Voter:
+    """Rows of one request that vote for one kind of statistics in this forward."""
+
+    job: CompressionJob
+    scoring: Scoring
+    group: RowGroup
+    request: ExtendRequest
+    positions: torch.Tensor
+    """`[R]` int64 on the host, absolute."""
+
+    @property
+    def visible(self) -> int:
+        """Positions up to the end of the chunk; a retracted request recomputes generated tokens, which do not count."""
+        return min(self.request.begin + self.request.count, self.scoring.end)
+
+    @property
+    def owned(self) -> int:
+        """Keys of the request up to the end of the chunk that may be evicted, or belong to a second reading."""
+        return self.visible - self.scoring.prompt.start
+
+    @property
+    def counts(self) -> bool:
+        """Whether the job has not failed meanwhile."""
+        return self.job.scoring is self.scoring and self.scoring.failure is None
+
+
+@dataclass(frozen=True)
+class Poll:
+    """All rows of a batch that vote for the same statistics: one launch per layer."""
+
+    want: StatsRequest
+    voters: tuple[Voter, ...]
+    batch: RowBatch
+    rows: torch.Tensor
+    """`[T]` int64 on the device: which of the batch's queries vote, request after request."""
+    row_index: torch.Tensor
+    """`[T]` int64 on the device: the last owned key that each of them sees."""
+    index: ResidencyIndex
+    """Of all layers: what is visible to each voter, owned keys last."""
+
+    @property
+    def takes_lse(self) -> bool:
+        """Whether a known log-sum-exp saves a pass over the keys."""
+        return self.want.columns and self.want.density is None and not self.want.entropy
+
+
+class BatchScoring:
+    """What is counted in one prefill forward, planned once for all layers.
+
+    Args:
+        memory: arena, residency and rows; the new tokens' slots are in place.
+        requests: the batch.
+        jobs: for each of them its job where it votes in this chunk, None otherwise.
+    """
+
+    def __init__(
+        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
+    ) -> None:
+        self._memory = memory
+        wanted: dict[StatsRequest, list[Voter]] = {}
+        for request, job in zip(requests, jobs, strict=True):
+            if job is None or job.scoring is None:
+                continue
+            for group in job.scoring.groups:
+                positions = group.within(request.begin, request.begin + request.count)
+                if positions.numel():
+                    voter = Voter(job, job.scoring, group, request, positions)
+                    wanted.setdefault(group.want, []).append(voter)
+        self._polls = [self._poll(want, tuple(voters)) for want, voters in wanted.items()]
+
+    def _poll(self, want: StatsRequest, voters: tuple[Voter, ...]) -> Poll:
+        device = self._memory.arena.device
+        lengths = [voter.visible for voter in voters]
+        rows = torch.cat([v.positions - v.request.begin + v.request.tokens.start for v in voters])
+        row_index = torch.cat([v.positions - v.scoring.prompt.start for v in voters])
+        request_rows = [voter.request.row for voter in voters]
+        numbers = copy_to(torch.cat([rows, row_index, torch.tensor(request_rows), torch.tensor(lengths)]), device)
+        on_device = torch.split(numbers, [len(rows), len(rows), len(voters), len(voters)])
+        return Poll(
+            want=want,
+            voters=voters,
+            batch=RowBatch.build(
+                [voter.positions.numel() for voter in voters], [voter.owned for voter in voters], lengths, device
+            ),
+            rows=on_device[0],
+            row_index=on_device[1],
+            index=look_up(self._memory, torch.int32, request_rows, lengths, on_device[2], on_device[3]),
+        )
+
+    @property
+    def jobs(self) -> list[CompressionJob]:
+        """Jobs that vote."""
+        return list({id(v.job): v.job for poll in self._polls for v in poll.voters}.values())
+
+    @property
+    def takes_lse(self) -> bool:
+        """Whether `observe` is faster when the attention kernel has left its log-sum-exp."""
+        return any(poll.takes_lse for poll in self._polls)
+
+    def observe(self, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None) -> None:
+        """Count one layer, whose new keys are in the arena.
+
+        Args:
+            planes: the layer's planes.
+            queries: `[T, H, D]` of the batch.
+            scale: factor of the logits.
+            lse: `[T, H]` float32, natural logarithm of the sum of exponentials of everything visible.
+        """
+        layer = self._memory.layer_of(planes)
+        for poll in self._polls:
+            if not any(voter.counts for voter in poll.voters):
+                continue
+            # Keys may be stored in another 16-bit type than queries come in.
+            voting = queries.index_select(0, poll.rows).to(self._memory.arena.dtype)
+            known = None if lse is None or not poll.takes_lse else lse.index_select(0, poll.rows).T
+            found = batch_attention_stats(
+                voting,
+                poll.row_index,
+                self._memory.arena,
+                poll.index.at(layer),
+                poll.batch,
+                scale,
+                want=poll.want,
+                lse=known,
+            )
+            parts = torch.split(voting, list(poll.batch.rows))
+            for number, (voter, rows) in enumerate(zip(poll.voters, parts, strict=True)):
+                if voter.counts:
+                    voter.group.add(layer, rows, found.request(number), voter.owned)

@@ -1,0 +1,240 @@
+"""SGLang's attention backend over the arena: resolves cells once per forward, observes queries for scoring.
+
+Streams.  SGLang's scheduler allocates slots, and with them cells, on its own stream, while the forward before still
+runs on another.  Everything that both touch (`req_to_token`, the residency table) is read here in
+`init_forward_metadata*`, that is before the first kernel of a replayed graph; SGLang's barrier, which keeps the
+scheduler's writes behind the reads of the running forward, therefore holds for the table as for its own buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from vlcache_kernels.arena_write import arena_write
+from vlcache_sgl.attention.base import HeadShape, Provider
+from vlcache_sgl.attention.factory import make_provider
+from vlcache_sgl.compression.compressor import Compressor, FirstStep
+from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
+from vlcache_sgl.scoring.batch import BatchScoring
+from vlcache_sgl.scoring.job import CompressionJob
+from vlcache_sgl.sglang_hooks.arena import KVArena
+
+
+class ResidencyBackend(AttentionBackend):
+    """Attention that reads and writes cells instead of slots.
+
+    Args:
+        model_runner: SGLang's.
+        compressor: is shown the queries of rows that vote.
+        provider: the kernels to use, by the name of the backend of SGLang whose place this one takes.
+        num_heads: query heads of this rank.
+    """
+
+    def __init__(self, model_runner: Any, compressor: Compressor, provider: str, num_heads: int) -> None:
+        super().__init__()
+        self.arena: KVArena = model_runner.token_to_kv_pool
+        self.token_to_kv_pool = self.arena
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.compressor = compressor
+        self._memory = Memory(
+            self.arena.arena, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
+        )
+        shape = HeadShape(num_heads, model_runner.dtype)
+        splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
+        self.provider: Provider = make_provider(provider, self._memory, shape, kv_splits=splits)
+        # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
+        self._cells = torch.empty(0)
+        self._numbers = torch.empty(0, dtype=torch.int64)
+        # The same at fixed addresses, for graphs: `[planes, most requests]` and 0, 1, 2, ...
+        self._graph_cells = self._graph_numbers = torch.empty(0)
+        self._requests: tuple[ExtendRequest, ...] = ()
+        self._observed: list[CompressionJob | None] = []
+        self._voting: BatchScoring | None = None
+        # Requests with a guard, by their rows of the batch that it reads.
+        self._guarded: list[tuple[CompressionJob, slice]] = []
+        self._watched: list[tuple[int, Recall, torch.Tensor]] = []
+        self.first_steps: list[FirstStep] = []
+        """Of the present decode step, questions about shared pictures that are read."""
+        self.jobs: list[CompressionJob | None] | None = None
+        """Jobs of the forward that runs now, one per request; None when none is to be scored."""
+        self.rows: list[int] | None = None
+        """Request rows of the forward that runs now, where the host knows them: asking the device would wait for it."""
+
+    def support_triton(self) -> bool:
+        return self.provider.on_device
+
+    def invalidate(self, row: int) -> None:
+        """The slots of a request row have changed."""
+        self.provider.invalidate(row)
+
+    def fits_graph(self, forward_batch: Any) -> bool:
+        """Whether the recorded buffers hold what this decode step reads; beyond that it runs without a graph."""
+        lengths = forward_batch.seq_lens_cpu.tolist()
+        return self.provider.fits_graph(self._rows_of(forward_batch), lengths)
+
+    # -- once per forward -------------------------------------------------------------------------------------------
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        if forward_batch.forward_mode.is_idle():
+            return
+        slots = forward_batch.out_cache_loc
+        self._cells = self.arena.write_cells(slots)
+        if self.provider.on_device:
+            self._cells = self._cells.to(torch.int32)
+            self._numbers = torch.arange(slots.numel(), device=slots.device)
+        self._voting = None
+        self._watched, self.first_steps = [], []
+        if forward_batch.forward_mode.is_decode():
+            self._plan_decode(forward_batch, self._cells)
+            self._plan_recall(forward_batch)
+        else:
+            self._plan_extend(forward_batch)
+
+    def _plan_decode(self, forward_batch: Any, cells: torch.Tensor, padding: int = 0, recorded: bool = False) -> None:
+        real = forward_batch.batch_size - padding
+        self.provider.plan_decode(
+            DecodeBatch(
+                rows=self._rows_of(forward_batch)[:real] if real else [],
+                lengths=forward_batch.seq_lens_cpu[:real].tolist(),
+                row_tensor=forward_batch.req_pool_indices,
+                length_tensor=forward_batch.seq_lens,
+                new_cells=cells,
+                padding=padding,
+                recorded=recorded,
+            )
+        )
+
+    def _plan_extend(self, forward_batch: Any) -> None:
+        rows = self._rows_of(forward_batch)
+        jobs = self.jobs or [None] * len(rows)
+        requests, self._observed, self._guarded = [], [], []
+        first = 0
+        for row, begin, count, job in zip(
+            rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
+        ):
+            votes = job is not None and job.scoring is not None and job.scoring.rows_in(begin, begin + count)
+            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
+            self._observed.append(job if votes else None)
+            if job is not None and job.guard is not None:
+                read = job.guard.rows(int(begin), count)
+                self._guarded.append((job, slice(first + read.start, first + read.stop)))
+            first += count
+        self._requests = tuple(requests)
+        if self.provider.on_device and any(request.votes for request in requests):
+            self._voting = self.compressor.plan_batch(self._memory, self._requests, self._observed)
+        self.provider.plan_extend(
+            ExtendBatch(
+                self._requests,
+                forward_batch.req_pool_indices,
+                forward_batch.extend_prefix_lens,
+                forward_batch.seq_lens,
+                want_lse=bool(self._guarded) or (self._voting is not None and self._voting.takes_lse),
+            )
+        )
+
+    def _plan_recall(self, forward_batch: Any) -> None:
+        """Look up the cells of requests whose attention is looked at: few, or for few steps."""
+        for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
+            if job is not None and job.recall is not None:
+                slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
+                self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
+            length = int(forward_batch.seq_lens_cpu[number])
+            guard = None if job is None else job.decode_guard
+            if guard is not None and guard.wants(length):
+                slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
+                self.first_steps.append((number, guard, slots))
+
+    def _rows_of(self, forward_batch: Any) -> list[int]:
+        if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
+            return self.rows
+        rows: list[int] = forward_batch.req_pool_indices.tolist()  # waits for the device: warm-up only
+        return rows
+
+    # -- CUDA graphs of decode --------------------------------------------------------------------------------------
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        device = self.arena.device
+        self._graph_cells = torch.full((self.arena.num_planes, max_bs), -1, dtype=torch.int32, device=device)
+        self._graph_numbers = torch.arange(max_bs, device=device)
+        self.provider.init_graphs(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Padded requests are row 0 of `req_to_token`, whose first slot is the padding slot, which has one cell."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Fill what the graph of this batch size reads: cells to write to and lists, at fixed addresses."""
+        size = forward_batch.batch_size
+        padding = size if in_capture else forward_batch.num_padding
+        cells = self._graph_cells[:, :size]
+        cells[:, size - padding :] = -1
+        if padding < size:
+            slots = forward_batch.out_cache_loc[: size - padding]
+            cells[:, : size - padding] = self.arena.write_cells(slots)
+        self._cells, self._numbers = cells, self._graph_numbers[:size]
+        self._plan_decode(forward_batch, cells, padding, recorded=True)
+
+    # -- once per layer ---------------------------------------------------------------------------------------------
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **options: Any
+    ) -> torch.Tensor:
+        _require_plain(options)
+        planes = self.arena.planes_of(layer.layer_id)
+        queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        keys = k.view(-1, layer.tp_k_head_num, layer.head_dim)
+        values = v.view(-1, layer.tp_v_head_num, layer.head_dim)
+        if save_kv_cache:
+            self._write(planes, keys, values)
+
+        def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
+            job, request = self._observed[number], self._requests[number]
+            assert job is not None
+            part = request.tokens
+            self.compressor.observe(
+                job, layer.layer_id, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
+            )
+
+        output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
+        if self._voting is not None:
+            self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
+        if self._guarded and lse is not None:
+            self.compressor.read_guards(self._guarded, layer.layer_id, queries, lse, layer.scaling)
+        return output.view(q.shape[0], -1)
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **options: Any
+    ) -> torch.Tensor:
+        _require_plain(options)
+        planes = self.arena.planes_of(layer.layer_id)
+        if save_kv_cache:
+            shape = (-1, layer.tp_k_head_num, layer.head_dim)
+            self._write(planes, k.view(shape), v.view(shape))
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        for number, recall, cells in self._watched:
+            keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
+            recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
+        if self.first_steps:
+            self.compressor.read_first_steps(self.first_steps, layer.layer_id, queries, layer.scaling)
+        output = self.provider.decode(planes, queries, layer.scaling)
+        return output.reshape(queries.shape[0], -1)
+
+    def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        cells = self._cells[planes]
+        if not self.provider.on_device:
+            self.arena.write(cells, keys, values)
+            return
+        # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
+        tokens = cells.shape[1]
+        arena_write(self.arena.arena, keys[:tokens], values[:tokens], self._numbers, cells)
+
+
+def _require_plain(options: dict[str, Any]) -> None:
+    """Refuse what would be left out silently: attention sinks, score modifications and the like."""
+    asked = [name for name, value in options.items() if value is not None]
+    if asked:
+        raise NotImplementedError(f"--kv-policy does not support attention with {', '.join(asked)}")

@@ -1,0 +1,235 @@
+"""Our flags on SGLang's command line and in `sgl.Engine(...)`.  Active in every process, policy or not."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vlcache_sgl.config import FLAGS, ConfigError, KVConfig, config_from
+from vlcache_sgl.policy import PolicyError, registry
+from vlcache_sgl.sglang_hooks.compat import (
+    choose_defaults,
+    kv_shape,
+    model_config_dict,
+    reads_no_images,
+    unsupported_arguments,
+    unsupported_model,
+)
+from vlcache_sgl.sglang_hooks.patching import PatchPoint
+from vlcache_sgl.spelling import nearest
+from vlcache_sgl.weights import read_weights
+
+CONFIG_ATTRIBUTE = "_vlcache_config"
+"""Where a `KVConfig` travels on SGLang's ServerArgs: underscored attributes survive pickling into child processes."""
+
+
+def config_of(server_args: Any) -> KVConfig | None:
+    """The settings that came with `server_args`; None when no policy was asked for."""
+    config: KVConfig | None = getattr(server_args, CONFIG_ATTRIBUTE, None)
+    return config
+
+
+def add_flags(_: object, parser: argparse.ArgumentParser) -> None:
+    """Add our flags to SGLang's parser, in a group of their own."""
+    group = parser.add_argument_group("KV-cache compression (vlcache-sgl)")
+    for flag in FLAGS:
+        # argparse expands %: none of the help texts has one.
+        if flag.switch:
+            group.add_argument(flag.name, action="store_true", default=None, help=flag.explained)
+        else:
+            # Values are checked by us: argparse would print SGLang's whole usage above the one line that matters.
+            group.add_argument(flag.name, default=None, metavar=flag.values.metavar, help=flag.explained)
+
+
+class _OneLine(argparse.ArgumentParser):
+    """A parser of our flags alone whose errors are exceptions."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def check_before_imports() -> None:
+    """End `sglang serve` on a wrong flag of ours now, where this is the process that a user has started.
+
+    The first code of ours that SGLang runs calls this, when it has imported a fraction of itself.  Everything that is
+    checked here is checked again when SGLang reads its command line: other ways to start it come there only.
+    """
+    arguments = _serve_arguments(sys.argv, sys.orig_argv)
+    if arguments is None or any(one.partition("=")[0] == "--config" for one in arguments):
+        return  # with a file of settings, the command line is not all that is said
+    try:
+        check_flags(_our_flags(arguments))
+    except ConfigError as error:
+        refuse(error)
+
+
+def _serve_arguments(argv: Sequence[str], original: Sequence[str]) -> Sequence[str] | None:
+    """What follows `sglang serve` or `python -m sglang.launch_server`; None in any other process.
+
+    Args:
+        argv, original: as `sys.argv` and `sys.orig_argv`; the first begins with ``-m`` while modules are imported.
+    """
+    if os.path.basename(argv[0]) == "sglang" and argv[1:2] == ["serve"] and original[-len(argv) :] == argv:
+        return argv[2:]
+    if argv[0] == "-m" and "sglang.launch_server" in original:
+        return argv[1:]
+    return None
+
+
+def _our_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of our flags, shortened names as argparse knows them; raises ConfigError for a misspelt one."""
+    parser = _OneLine(add_help=False)
+    add_flags(None, parser)
+    values, others = parser.parse_known_args(list(arguments))
+    for other in others:
+        name = other.partition("=")[0]
+        if name.startswith("--kv-") and (meant := nearest(name, [flag.name for flag in FLAGS], cutoff=0.9)):
+            raise ConfigError(f"unknown flag {name} (did you mean {meant}?)")
+    return vars(values)
+
+
+def check_flags(values: Mapping[str, Any]) -> KVConfig | None:
+    """The settings of our flags, checked as far as that needs no model; None when no policy is asked for.
+
+    Raises:
+        ConfigError: with one line that names the flag and the reason.
+    """
+    config = config_from(values)
+    if config is None:
+        return None
+    from vlcache_sgl.scoring.job import Choices
+
+    with _blaming("--kv-policy"):
+        registry().require_sound()
+        default = Choices(config).default
+    if config.weights not in ("auto", "off"):
+        try:
+            read_weights(Path(config.weights))
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights: {error}") from error
+    with _blaming("--kv-allow-policies"):
+        for name in config.allow_policies:
+            if name != "*":
+                registry().recipe(name)
+    if config.head_cells and not config.allow_policies and default.policy.selection.heads != "split":
+        raise ConfigError(
+            f"--kv-head-cells does nothing: {config.policy} keeps the same tokens in all heads, "
+            "and --kv-allow-policies none allows no other"
+        )
+    return config
+
+
+def read_command_line(original: Callable[..., Any], cls: Any, args: argparse.Namespace) -> Any:
+    """Around ``ServerArgs.from_cli_args``: a wrong value ends the process with one line and exit code 2."""
+    server_args = original(cls, args)
+    try:
+        attach_config(server_args, vars(args))
+    except ConfigError as error:
+        refuse(error)
+    return server_args
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the process as argparse would."""
+    print(f"sglang serve: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def _blaming(flag: str) -> Iterator[None]:
+    """Whatever is wrong with a policy inside is the value of `flag`, unless the message names another one of ours."""
+    try:
+        yield
+    except PolicyError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith("--kv-") else f"{flag}: {message}") from error
+
+
+def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
+    """Read our flags from `values` and, when a policy is asked for, check them against the model and SGLang's flags.
+
+    Raises:
+        ConfigError: with one line that names the flag and the reason.
+    """
+    config = check_flags(values)
+    if config is None:
+        return
+    model = model_config_dict(server_args)
+    problems = [*unsupported_arguments(server_args), *unsupported_model(model)]
+    if problems:
+        raise ConfigError(problems[0])
+    if config.scope == "vision" and reads_no_images(model):
+        raise ConfigError(f"--kv-scope vision: {server_args.model_path} reads no images, use --kv-scope all")
+    if config.weights not in ("auto", "off") and (shape := kv_shape(model)) is not None:
+        try:
+            read_weights(Path(config.weights)).check(*shape)
+        except ValueError as error:
+            raise ConfigError(f"--kv-weights {config.weights} {error}") from error
+    choose_defaults(server_args, model)
+    setattr(server_args, CONFIG_ATTRIBUTE, config)
+
+
+def engine_arguments(server_args_class: Any) -> Any:
+    """Wrap ``Engine.server_args_class`` so that `sgl.Engine(..., kv_policy="vlcache")` works."""
+    names = {flag.dest for flag in FLAGS}
+
+    def build(**kwargs: Any) -> Any:
+        ours = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        server_args = server_args_class(**kwargs)
+        attach_config(server_args, ours)
+        return server_args
+
+    return staticmethod(build)
+
+
+def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``Scheduler.__init__``: here an error stops the server, unlike in SGLang's plugin loading."""
+    config = config_of(server_args)
+    if config is None:
+        original(scheduler, server_args, *args, **kwargs)
+        return
+    from vlcache_sgl.sglang_hooks.session import Session
+
+    session = Session(config)
+    session.install()
+    original(scheduler, server_args, *args, **kwargs)
+    session.check_started(scheduler)
+
+
+def start_tokenizer(original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Around ``TokenizerManager.__init__``, in the process that reads requests."""
+    config = config_of(server_args)
+    if config is None:
+        original(manager, server_args, *args, **kwargs)
+        return
+    from vlcache_sgl.sglang_hooks.gate import Gate
+    from vlcache_sgl.sglang_hooks.patch_points import HTTP_POINTS, MEDIA_POINTS, gate_points
+    from vlcache_sgl.sglang_hooks.patching import Patches
+
+    # `sgl.Engine` has no HTTP server, and importing one would configure logging and event loops.
+    http = HTTP_POINTS if "sglang.srt.entrypoints.http_server" in sys.modules else ()
+    Patches([*MEDIA_POINTS, *http]).install()
+    original(manager, server_args, *args, **kwargs)
+    Patches(gate_points(Gate(config, manager.model_config, int(server_args.tp_size or 1)))).install()
+
+
+FLAG_POINTS = (
+    PatchPoint("sglang.srt.server_args:ServerArgs.add_cli_args", "after", add_flags, "flags in --help"),
+    PatchPoint("sglang.srt.server_args:ServerArgs.from_cli_args", "around", read_command_line, "reading flags"),
+    PatchPoint(
+        "sglang.srt.entrypoints.engine:Engine.server_args_class", "replace", engine_arguments, "sgl.Engine(kv_policy=)"
+    ),
+    PatchPoint("sglang.srt.managers.scheduler:Scheduler.__init__", "around", start_scheduler, "starting compression"),
+    PatchPoint(
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.__init__",
+        "around",
+        start_tokenizer,
+        "a 400 for what cannot be read or served",
+    ),
+)
+"""All that is patched without --kv-policy; each of these does nothing then."""

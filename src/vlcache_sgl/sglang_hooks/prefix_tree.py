@@ -1,0 +1,72 @@
+"""SGLang's radix tree, told what our allocator must know: which slots it owns and which are in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from vlcache_sgl.scoring.job import job_of
+
+
+class CompressedPrefixTree(UnifiedRadixCache):
+    """The stock tree; it stores virtual slots and never learns that some of them are evicted in some layers."""
+
+    def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+        job = job_of(req)
+        if job is not None and job.holds_back(up_to):
+            # A prompt is published after compression only: others must not rely on tokens that are about to go.
+            return
+        before = req.kv.cache_protected_len
+        if job is not None and job.repeated:
+            up_to = job.publishes(up_to)
+            if up_to <= before:
+                return
+        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+        if job is not None and job.image is not None and job.image.leader is req and up_to >= job.length:
+            self.copy_listener(req, job)
+        after = req.kv.cache_protected_len
+        row = req.kv.req_pool_idx
+        if row is None or after == before:
+            return
+        self.token_to_kv_pool_allocator.adopt(self.req_to_token_pool.req_to_token[row, before:after].long())
+        # Where another request published the same tokens first, the row now names that request's slots.
+        self.row_listener(row)
+
+    row_listener: Any = staticmethod(lambda row: None)
+    """Called with the number of a `req_to_token` row whose slots have changed."""
+
+    copy_listener: Any = staticmethod(lambda req, job: None)
+    """Called with a request, and its job, that has published the next copy of its picture."""
+    reset_listener: Any = staticmethod(lambda: None)
+    """Called when the tree has forgotten everything."""
+
+    def inc_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().inc_lock_ref(node_id, *args, **kwargs)
+        self._count_lock(node_id, 1)
+        return result
+
+    def dec_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
+        # Counted first: afterwards the node may be gone.
+        self._count_lock(node_id, -1)
+        return super().dec_lock_ref(node_id, *args, **kwargs)
+
+    def _count_lock(self, node_id: Any, delta: int) -> None:
+        if self.disable:
+            return
+        slots = self.path_device_indices(node_id)
+        if slots.numel():
+            self.token_to_kv_pool_allocator.lock(slots, delta)
+
+    removals = 0
+    """Changes whenever the tree has dropped something: what was found in it is there as long as this stays."""
+
+    def _evict(self, *args: Any, **kwargs: Any) -> Any:
+        self.removals += 1
+        return super()._evict(*args, **kwargs)
+
+    def reset(self) -> None:
+        self.removals += 1
+        super().reset()
+        self.token_to_kv_pool_allocator.forget_tree()
+        self.reset_listener()

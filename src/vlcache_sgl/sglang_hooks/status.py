@@ -1,0 +1,119 @@
+"""What one scheduler process tells the world: its state in ``/server_info``, its figures in ``/metrics``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vlcache_sgl._version import __version__
+from vlcache_sgl.compression.sharing.images import SharedImages
+from vlcache_sgl.config import KVConfig
+from vlcache_sgl.scoring.job import Choices
+from vlcache_sgl.sglang_hooks.metrics import Metrics
+
+if TYPE_CHECKING:
+    from vlcache_sgl.compression.compressor import Compressor
+
+
+class Status:
+    """Everything that is shown comes from running totals and from the allocator.
+
+    Args:
+        config: the server's settings.
+        default: the choice of requests that ask for nothing else.
+        compressor: counts.
+        images: what is shared.
+        labels: those of SGLang's own figures; None: no metrics are published.
+    """
+
+    def __init__(
+        self,
+        config: KVConfig,
+        choices: Choices,
+        compressor: Compressor,
+        images: SharedImages,
+        labels: dict[str, Any] | None,
+    ) -> None:
+        assert compressor.allocator is not None
+        self._config = config
+        self._choices = choices
+        self._compressor = compressor
+        self._allocator = compressor.allocator
+        self._images = images
+        self._metrics = None if labels is None else Metrics(labels)
+        self.stale = True
+        """Whether something has happened since metrics were published."""
+        self._published_free = -1
+
+    def state(self) -> dict[str, Any]:
+        """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
+        allocator = self._allocator
+        allocator.settle()
+        self._compressor.settle_counts(wait=True)
+        residency, arena = allocator.residency, allocator.arena
+        slots_used = residency.num_slots - allocator.available_size()
+        return {
+            "version": __version__,
+            "policy": self._choices.default.policy.spec,
+            "budget": str(self._config.budget),
+            "fingerprint": self._choices.default.fingerprint,
+            "weights": None if (weights := self._choices.weights) is None else weights.digest,
+            "scope": self._config.scope,
+            "min_tokens": self._config.min_tokens,
+            "overcommit": self._config.overcommit_factor,
+            "cells_total": residency.num_cells,
+            "cells_used": residency.used_cells,
+            "cells_free": residency.free_cells,
+            "cells_tree": allocator.tree_cells,
+            "cells_requests": allocator.request_cells,
+            "cells_evictable": allocator.evictable_cells,
+            # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
+            "cells_fragmented": residency.free_cells % residency.num_planes,
+            # What the tokens in use would hold uncompressed is 1.
+            "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
+            "bytes_per_cell": arena.cell_bytes,
+            "cells_per_token": residency.num_planes,
+            "physical_tokens_total": allocator.physical_tokens,
+            "virtual_slots_total": residency.num_slots,
+            "virtual_slots_free": allocator.available_size(),
+            "share": self._config.share,
+            "guard": self._config.guard,
+            "pictures_known": len(self._images),
+            "pictures_whole": self._images.settled,
+            "sketch_bytes": self._images.sketch_bytes,
+            "integrity": allocator.verify_byte_accounting(),
+            **self._compressor.counters.as_dict(),
+        }
+
+    def publish(self) -> None:
+        """Publish all figures."""
+        if self._metrics is None:
+            return
+        allocator = self._allocator
+        allocator.settle()
+        self._compressor.settle_counts()
+        residency = allocator.residency
+        self._metrics.publish(
+            self._compressor.counters,
+            {
+                "cells_total": residency.num_cells,
+                "cells_used": residency.used_cells,
+                "cells_free": residency.free_cells,
+                "cells_tree": allocator.tree_cells,
+                "cells_evictable": allocator.evictable_cells,
+                "pictures_whole": self._images.settled,
+                "sketch_bytes": self._images.sketch_bytes,
+                "cell_bytes": allocator.arena.cell_bytes,
+                "cells_per_token": residency.num_planes,
+            },
+            counted=self._compressor.all_counted,
+        )
+        self.stale = False
+
+    def publish_when_idle(self) -> None:
+        """The same, once per change."""
+        if self._metrics is None:
+            return
+        free = self._allocator.residency.free_cells
+        if self.stale or free != self._published_free:
+            self._published_free = free
+            self.publish()

@@ -1,1 +1,0 @@
-"""Synthetic visual question answering tasks with known answers."""

@@ -1,0 +1,287 @@
+"""What the provider tests share: libraries that run here, and a memory with requests in it.
+
+Without a GPU SGLang's Triton kernels run in Triton's interpreter, and FlashInfer is a stand-in that keeps the contract
+of its documentation: what is tested then is what our code plans and hands over.  Our own kernels are interpreted beside
+SGLang's and in plain torch beside the stand-in.  On a GPU the same tests run compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlcache_sgl.attention import flashinfer as flashinfer_provider
+from vlcache_sgl.attention import triton as triton_provider
+from vlcache_sgl.attention.base import HeadShape, Provider
+from vlcache_sgl.attention.factory import make_provider
+from vlcache_sgl.memory.batches import DecodeBatch, Memory
+from vlcache_sgl.memory.residency import Residency
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # FlashInfer has no float32
+TOLERANCE = 3e-2 if CUDA else 2e-5
+LAYERS, KV_HEADS = 3, 2
+HEADS, DIM = (8, 64) if CUDA else (4, 32)  # the interpreter is slow
+SCALE = 0.3 * DIM**-0.5
+"""Not the default of any library."""
+LENGTHS = {3: (90, 0.1), 5: (6, 1.0), 1: (130, 0.5)}
+"""Rows of a batch: tokens, and the share of them that layers 0 and 1 keep."""
+
+
+def _module(path: Path) -> Any:
+    """Another test module: they are no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = _module(Path(__file__).with_name("test_torch_provider.py")).reference
+
+
+# -- libraries ---------------------------------------------------------------------------------------------------------
+
+
+def interpreted_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """SGLang's attention kernels in Triton's interpreter, which is chosen when a kernel is decorated."""
+    import triton
+
+    ours = "sglang.kernels.ops.attention."
+    if type(triton.language.sum).__name__ != "InterpretedFunction":
+        for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+            if not name.startswith("triton._C"):  # a C extension cannot be loaded twice
+                del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        del sys.modules[name]
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        importlib.import_module("triton.experimental.gluon")  # the interpreter imports it at the first launch
+        extend = importlib.import_module(ours + "extend_attention").extend_attention_fwd
+        decode = importlib.import_module(ours + "decode_attention").decode_attention_fwd
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    return extend, decode
+
+
+def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runtime launch our Triton kernels whatever the device: interpreted on a CPU."""
+    if not CUDA:
+        _module(Path(__file__).parents[1] / "kernels/conftest.py")  # imports them in interpreter mode
+    for place, names in {
+        "vlcache_sgl.policy.plan": ["select"],
+        "vlcache_sgl.memory.residency": ["free_list"],
+        "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
+        "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
+        "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],
+    }.items():
+        module = importlib.import_module(place)
+        for name in names:
+            monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))
+
+
+class StandIn:
+    """One of FlashInfer's paged wrappers, in float64: the buffers it is given are read when it runs."""
+
+    causal = False
+
+    def __init__(self, workspace: torch.Tensor, layout: str, backend: str, **options: Any) -> None:
+        assert layout == "NHD"
+        self.recorded = options.get("use_cuda_graph", False)
+        self.indptr = options.get("paged_kv_indptr_buffer")
+        self.indices = options.get("paged_kv_indices_buffer")
+        self.fixed = options.get("paged_kv_last_page_len_buffer")
+
+    def reset_workspace_buffer(self, workspace: torch.Tensor, schedule: torch.Tensor) -> None:
+        assert schedule.dtype == torch.uint8
+
+    def _plan(self, qo: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor) -> None:
+        assert indptr.device.type == "cpu"
+        assert indptr.dtype == indices.dtype == torch.int32
+        assert last.tolist() == [1] * (len(indptr) - 1)
+        self.qo, self.planned = qo, indptr.clone()
+        if self.recorded:
+            assert len(last) == len(self.fixed)
+            assert torch.equal(self.indptr.cpu(), indptr), "host and device disagree about lengths"
+            self.indices[: len(indices)].copy_(indices)
+        else:
+            assert len(indices) == int(indptr[-1])
+            self.indptr, self.indices = indptr, indices
+
+    def run(
+        self, q: torch.Tensor, pages: torch.Tensor, q_scale: float, out: torch.Tensor, **options: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        assert pages.shape[1:3] == (2, 1)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        for number, (begin, end) in enumerate(itertools.pairwise(self.indptr.tolist())):
+            rows = slice(int(self.qo[number]), int(self.qo[number + 1]))
+            both = pages[self.indices[begin:end].long(), :, 0]
+            new, seen = rows.stop - rows.start, end - begin
+            visible = torch.ones(new, seen, dtype=torch.bool)
+            visible = visible.tril(seen - new) if self.causal else visible
+            out[rows] = reference(q[rows], both[:, 0], both[:, 1], q_scale, visible).to(out.dtype)
+            lse[rows] = log_sum(q[rows], both[:, 0], q_scale, visible).float()
+        assert not options or options == {"return_lse": True, "lse_base": "ln"}
+        return (out, lse) if options else out
+
+
+class StandInPrefill(StandIn):
+    def plan(self, *arguments: Any, causal: bool, sm_scale: float, **types: Any) -> None:
+        qo, indptr, indices, last, *sizes = arguments
+        assert (sm_scale, sizes[-1]) == (1.0, 1)
+        self.causal = causal
+        self._plan(qo, indptr, indices, last)
+
+
+class StandInDecode(StandIn):
+    def plan(self, *arguments: Any, sm_scale: float, **types: Any) -> None:
+        indptr, indices, last, *sizes = arguments
+        assert (sm_scale, sizes[-1]) == (1.0, 1)
+        self._plan(torch.arange(len(indptr)), indptr, indices, last)
+
+
+def log_sum(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
+    """`[t, H]` float64, natural logarithm of the sum of exponentials; arguments as for `reference`."""
+    keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = torch.einsum("thd,nhd->htn", q.double(), keys) * scale
+    if visible.dim() == 3:
+        visible = visible.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    return logits.masked_fill(~visible, -torch.inf).logsumexp(-1).T
+
+
+@pytest.fixture(scope="module")
+def kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    return None if CUDA else interpreted_kernels()
+
+
+@pytest.fixture
+def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Memory], Provider]:
+    """Makes the provider of this name for a memory."""
+    name = request.param
+    if name == "triton" and not CUDA:
+        functions = request.getfixturevalue("kernels")
+        monkeypatch.setattr(triton_provider, "_kernels", lambda: functions)
+        use_our_kernels(monkeypatch)
+    monkeypatch.setattr(triton_provider, "MIN_PART", 32)  # so that short sequences are cut, too
+    monkeypatch.setattr(triton_provider, "PROGRAMS_PER_CORE", 1000)
+    if name == "flashinfer" and CUDA:
+        pytest.importorskip("flashinfer")
+    elif name == "flashinfer":
+        library = SimpleNamespace(
+            BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
+        )
+        monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
+        monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
+    return lambda memory: make_provider(name, memory, HeadShape(HEADS, DTYPE), kv_splits=3)
+
+
+# -- a memory with requests in it --------------------------------------------------------------------------------------
+
+
+class Requests:
+    """Request rows with slots, of which layers 0 and 1 keep equally many and layer 2 others."""
+
+    def __init__(self, groups: int, tokens: int = 800, context: int = 300) -> None:
+        torch.manual_seed(7)
+        self.residency = Residency(LAYERS * groups, tokens, LAYERS * groups * tokens, DEVICE)
+        shape = (self.residency.num_cells + 1, 2, KV_HEADS // groups, DIM)
+        table = torch.zeros(8, context, dtype=torch.int32, device=DEVICE)
+        self.memory = Memory(torch.zeros(shape, dtype=DTYPE, device=DEVICE), self.residency, table, groups)
+        self.lengths: dict[int, int] = {}
+        self._slots = itertools.count(1)
+
+    def planes(self, layer: int) -> slice:
+        return slice(layer * self.memory.groups, (layer + 1) * self.memory.groups)
+
+    def append(self, row: int, tokens: int) -> torch.Tensor:
+        """New tokens with random keys and values; their slots."""
+        slots = torch.tensor([next(self._slots) for _ in range(tokens)], device=DEVICE)
+        self.residency.attach(slots)
+        cells = self.residency.table[:, slots].long()
+        values = torch.randn(*cells.shape, *self.memory.arena.shape[1:], device=DEVICE)
+        self.memory.arena[cells] = values.to(DTYPE)
+        begin = self.lengths.get(row, 0)
+        self.memory.req_to_token[row, begin : begin + tokens] = slots.int()
+        self.lengths[row] = begin + tokens
+        return slots
+
+    def evict(self, row: int, share: float) -> None:
+        """Layers 0 and 1 keep `share` of the tokens in every plane, layer 2 half of that in its last plane."""
+        slots = self.memory.req_to_token[row, : self.lengths[row]].long()
+        keep = torch.zeros(self.residency.num_planes, len(slots), dtype=torch.bool, device=DEVICE)
+        for plane in range(self.residency.num_planes):
+            count = max(1, int(share * len(slots) / (1 + (plane == self.residency.num_planes - 1))))
+            keep[plane, torch.randperm(len(slots), device=DEVICE)[:count]] = True
+        eviction = self.residency.evict(slots, keep)
+        if CUDA:
+            torch.cuda.synchronize()
+        self.residency.reclaim(eviction)
+
+    def empty(self, row: int, planes: list[int]) -> None:
+        """Let these planes keep nothing of a request, all others everything that they have."""
+        slots = self.memory.req_to_token[row, : self.lengths[row]].long()
+        keep = torch.ones(self.residency.num_planes, len(slots), dtype=torch.bool, device=DEVICE)
+        keep[planes] = False
+        eviction = self.residency.evict(slots, keep)
+        if CUDA:
+            torch.cuda.synchronize()
+        self.residency.reclaim(eviction)
+
+    def dense(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""
+        slots = self.memory.req_to_token[row, : self.lengths[row]].long()
+        cells = self.residency.table[self.planes(layer)][:, slots].long()
+        both = self.memory.arena[cells.clamp(min=0)].permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return both[:, 0], both[:, 1], (cells >= 0).repeat_interleave(KV_HEADS // self.memory.groups, 0)
+
+    def step(self, rows: list[int], *, padding: int = 0, recorded: bool = False) -> DecodeBatch:
+        """One more token for each of `rows`."""
+        slots = torch.cat([self.append(row, 1) for row in rows])
+        cells = torch.full((self.residency.num_planes, len(rows) + padding), -1, dtype=torch.int32, device=DEVICE)
+        cells[:, : len(rows)] = self.residency.table[:, slots]
+        lengths = [self.lengths[row] for row in rows]
+        return DecodeBatch(
+            rows=rows,
+            lengths=lengths,
+            row_tensor=torch.tensor(rows + [0] * padding, device=DEVICE),
+            length_tensor=torch.tensor(lengths + [1] * padding, device=DEVICE),
+            new_cells=cells,
+            padding=padding,
+            recorded=recorded,
+        )
+
+    def check(self, got: torch.Tensor, q: torch.Tensor, layer: int, rows: list[int]) -> None:
+        """Decode outputs `[B, H, D]` against the formula."""
+        for number, row in enumerate(rows):
+            k, v, there = self.dense(layer, row)
+            want = reference(q[number : number + 1], k, v, SCALE, there[:, None])
+            assert (got[number : number + 1].double() - want).abs().max() < TOLERANCE
+
+
+def capture_only(count: int, planes: int) -> DecodeBatch:
+    """What a graph is captured with: padding."""
+    return DecodeBatch(
+        rows=[],
+        lengths=[],
+        row_tensor=torch.zeros(count, dtype=torch.int64, device=DEVICE),
+        length_tensor=torch.ones(count, dtype=torch.int64, device=DEVICE),
+        new_cells=torch.full((planes, count), -1, dtype=torch.int32, device=DEVICE),
+        padding=count,
+        recorded=True,
+    )

@@ -1,0 +1,259 @@
+"""Around the providers: SGLang's batches, defaults of a CUDA machine, and when evicted cells come back."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlcache_sgl.attention.base import Provider
+from vlcache_sgl.memory.batches import Memory
+
+
+def load_bench() -> Any:
+    """`provider_bench.py`: test modules are no package."""
+    path = Path(__file__).with_name("provider_bench.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load_bench()
+provider, kernels = bench.provider, bench.kernels
+LAYERS, HEADS, DIM, KV_HEADS = bench.LAYERS, bench.HEADS, bench.DIM, bench.KV_HEADS
+DEVICE, DTYPE, SCALE = bench.DEVICE, bench.DTYPE, bench.SCALE
+GROUPS = pytest.mark.parametrize("groups", [1, KV_HEADS], ids=["layer-cells", "head-cells"])
+ALL = pytest.mark.parametrize("provider", ["torch_native", "triton", "flashinfer"], indirect=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+Make = Callable[[Memory], Provider]
+
+
+def make_arena(groups: int, tokens: int = 200) -> Any:
+    from vlcache_sgl.sglang_hooks.arena import KVArena
+
+    return KVArena(
+        num_cells=tokens * LAYERS * groups,
+        groups=groups,
+        size=tokens,
+        page_size=1,
+        dtype=DTYPE,
+        head_num=KV_HEADS,
+        head_dim=DIM,
+        layer_num=LAYERS,
+        device=str(DEVICE),
+        enable_memory_saver=False,
+        enable_alt_stream=False,
+    )
+
+
+def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
+    from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
+
+    runner = SimpleNamespace(
+        token_to_kv_pool=arena,
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        dtype=DTYPE,
+        server_args=SimpleNamespace(triton_attention_num_kv_splits=3),
+    )
+    return ResidencyBackend(runner, compressor, name, HEADS)
+
+
+def layer_of_model(number: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=number,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS,
+        tp_v_head_num=KV_HEADS,
+        head_dim=DIM,
+        scaling=SCALE,
+    )
+
+
+@ALL
+@GROUPS
+def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.FixtureRequest) -> None:
+    """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    arena = make_arena(groups)
+    table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
+    name = request.node.callspec.params["provider"]
+    backend = make_backend(name, arena, table, SimpleNamespace(observe=None))
+    world = bench.Requests(groups)
+    world.memory, world.residency = backend_memory(backend, table), arena.residency
+    rows, lengths, slot = [2, 4], [0, 0], itertools.count(1)
+
+    def forward(counts: list[int], mode: Any, size: int = 0) -> None:
+        nonlocal lengths
+        begins, lengths = lengths, [a + b for a, b in zip(lengths, counts, strict=True)]
+        slots = torch.tensor([next(slot) for _ in range(sum(counts))], device=DEVICE)
+        arena.residency.attach(slots)
+        for row, begin, part in zip(rows, begins, torch.split(slots, counts), strict=True):
+            table[row, begin : begin + len(part)] = part.int()
+        world.lengths = dict(zip(rows, lengths, strict=True))
+        padding = max(0, size - len(rows))
+        batch = SimpleNamespace(
+            forward_mode=mode,
+            batch_size=len(rows) + padding,
+            num_padding=padding,
+            req_pool_indices=torch.tensor(rows + [0] * padding, device=DEVICE),
+            out_cache_loc=slots,
+            seq_lens=torch.tensor(lengths + [1] * padding, device=DEVICE),
+            seq_lens_cpu=torch.tensor(lengths + [1] * padding),
+            extend_prefix_lens=torch.tensor(begins, device=DEVICE),
+            extend_prefix_lens_cpu=begins,
+            extend_seq_lens_cpu=counts,
+        )
+        backend.rows = rows
+        (backend.init_forward_metadata_out_graph if size else backend.init_forward_metadata)(batch)
+        for number in range(LAYERS):
+            layer = layer_of_model(number)
+            tokens = sum(counts) + padding
+            q = torch.randn(tokens, HEADS * DIM, device=DEVICE).to(DTYPE)
+            k, v = (torch.randn(tokens, KV_HEADS, DIM, device=DEVICE).to(DTYPE) for _ in range(2))
+            run = backend.forward_decode if mode.is_decode() else backend.forward_extend
+            got = run(q, k, v, layer, batch).view(tokens, HEADS, DIM)
+            assert torch.equal(world.dense(number, rows[0])[0][begins[0] :], k[: counts[0]])
+            if mode.is_decode():
+                world.check(got, q.view(tokens, HEADS, DIM), number, rows)
+            assert not bool(arena.arena[0].any()), "the padding cell must stay zero"
+
+    forward([5, 3], ForwardMode.EXTEND)
+    forward([2, 6], ForwardMode.EXTEND)
+    forward([1, 1], ForwardMode.DECODE)
+    if name != "torch_native":
+        backend.init_cuda_graph_state(4, 4)
+        assert backend.get_cuda_graph_seq_len_fill_value() == 1
+        forward([1, 1], ForwardMode.DECODE, size=4)
+        forward([1, 1], ForwardMode.DECODE, size=4)
+    with pytest.raises(NotImplementedError, match="sinks"):
+        backend.forward_decode(None, None, None, None, None, sinks=torch.zeros(1))
+
+
+def test_flashinfer_takes_what_we_hand_over() -> None:
+    """Names of arguments only: its kernels need a GPU, its signatures do not."""
+    flashinfer = pytest.importorskip("flashinfer")
+    none, sizes, types = torch.zeros(1), (HEADS, KV_HEADS, DIM, 1), {"q_data_type": DTYPE, "kv_data_type": DTYPE}
+    prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    buffers = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+    inspect.signature(prefill).bind(none, "NHD", backend="fa2")
+    inspect.signature(decode).bind(
+        none, "NHD", use_tensor_cores=True, backend="fa2", use_cuda_graph=True, **dict.fromkeys(buffers, none)
+    )
+    inspect.signature(prefill.plan).bind(None, none, none, none, none, *sizes, sm_scale=1.0, **types, causal=True)
+    plan = inspect.signature(getattr(decode, "_plan_impl", decode.plan))
+    plan.bind(None, none, none, none, *sizes, sm_scale=1.0, **types)
+    for wrapper in (prefill, decode):
+        inspect.signature(wrapper.reset_workspace_buffer).bind(None, none, none)
+        inspect.signature(wrapper.run).bind(None, none, none, q_scale=SCALE, out=none, return_lse=True)
+    inspect.signature(prefill.run).bind(None, none, none, lse_base="ln")
+
+
+@pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)
+def test_a_schedule_is_not_overwritten_before_it_is_fetched(provider: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are staged in pinned memory; an event of every step is waited for before the next one is planned."""
+    from vlcache_sgl.attention import flashinfer as flashinfer_provider
+
+    log: list[str] = []
+
+    def record(device: torch.device) -> SimpleNamespace:
+        number = sum(line.startswith("record") for line in log)
+        log.append(f"record {number}")
+        return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
+
+    monkeypatch.setattr(flashinfer_provider, "passed_event", record)
+    world = bench.Requests(1)
+    backend: Any = provider(world.memory)
+    plan = backend._plan
+    monkeypatch.setattr(backend, "_plan", lambda *a, **o: (log.append("plan"), plan(*a, **o)))
+    for row in (1, 2):
+        world.append(row, 20)
+    for _ in range(3):
+        backend.plan_decode(world.step([1, 2]))
+    steps = [line for line in log if line != "plan"]
+    assert steps == ["record 0", "wait 0", "record 1", "wait 1", "record 2"]
+    assert log.index("wait 0") < log.index("plan", log.index("record 0")) < log.index("record 1")
+
+
+def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
+    return Memory(backend.arena.arena, backend.arena.residency, table, backend.arena.groups)
+
+
+def test_evicted_cells_come_back_behind_their_event() -> None:
+    """Rule 5: handing them over does not wait; whoever needs cells does, on every rank alike."""
+    from vlcache_sgl.memory.events import passed_event
+    from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+
+    arena = make_arena(1, tokens=10)
+    allocator = VirtualSlotAllocator(arena, physical_tokens=10, need_sort=False)
+    slots = allocator.alloc(8)
+    assert slots is not None
+    waits: list[str] = []
+
+    def wait() -> None:
+        waits.append("waited")
+        if bench.CUDA:
+            torch.cuda.synchronize()
+
+    keep = torch.zeros(LAYERS, 8, dtype=torch.bool, device=DEVICE)
+    keep[:, :2] = True
+    eviction = arena.residency.evict(slots, keep)
+    allocator.retire(eviction, SimpleNamespace(synchronize=wait))
+    assert waits == []
+    assert arena.residency.free_cells == 2 * LAYERS
+    assert allocator.alloc(2) is not None
+    assert waits == ["waited"]
+    assert arena.residency.free_cells == 6 * LAYERS
+    assert allocator.verify_byte_accounting() == []
+    assert waits == ["waited"], "once"
+    assert passed_event(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "installed", "dim", "dtype", "chosen"),
+    [
+        (None, True, 128, "auto", "flashinfer"),
+        (None, True, 80, "auto", "triton"),
+        (None, True, 128, "float32", "triton"),
+        (None, False, 128, "auto", "triton"),
+        ("triton", True, 128, "auto", "triton"),
+    ],
+)
+def test_default_on_a_cuda_machine(
+    given: str | None, installed: bool, dim: int, dtype: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlcache_sgl.sglang_hooks import compat
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: object() if installed else None)
+    arguments = SimpleNamespace(
+        attention_backend=given,
+        device=None,
+        dtype=dtype,
+        disable_prefill_cuda_graph=False,
+        radix_eviction_policy="lru",
+    )
+    compat.choose_defaults(arguments, {"text_config": {"hidden_size": 4 * dim, "num_attention_heads": 4}})
+    assert arguments.attention_backend == chosen
+    assert arguments.disable_prefill_cuda_graph
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    untouched = SimpleNamespace(attention_backend=None, device=None, radix_eviction_policy="lru")
+    compat.choose_defaults(untouched, {})
+    assert untouched.attention_backend is None
+    assert untouched.radix_eviction_policy == "slru"
+    asked = SimpleNamespace(radix_eviction_policy="lru", _radix_eviction_policy_explicitly_set=True, device=None)
+    compat.choose_defaults(asked, {})
+    assert asked.radix_eviction_policy == "lru"
+    problems = list(compat.unsupported_arguments(SimpleNamespace(attention_backend="triton")))
+    assert len(problems) == 1
+    assert "torch_native" in problems[0]
