@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import provider_bench as bench
 import pytest
 import torch
 
@@ -15,19 +14,6 @@ from vlcache_sgl.attention import triton as triton_provider
 from vlcache_sgl.attention.base import Provider
 from vlcache_sgl.memory.batches import ExtendBatch, ExtendRequest, Memory
 
-
-def load_bench() -> Any:
-    """`provider_bench.py`: test modules are no package."""
-    path = Path(__file__).with_name("provider_bench.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 provider, kernels = bench.provider, bench.kernels
 LAYERS, HEADS, DIM, KV_HEADS = bench.LAYERS, bench.HEADS, bench.DIM, bench.KV_HEADS
 DEVICE, DTYPE, SCALE, TOLERANCE = bench.DEVICE, bench.DTYPE, bench.SCALE, bench.TOLERANCE

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from attention_reference import reference
 
 from vlcache_sgl.attention import torch as torch_provider
 from vlcache_sgl.attention.torch import Gather, prefix_keys_values
@@ -13,17 +14,6 @@ from vlcache_sgl.memory.decode_index import DecodeIndex, collect
 from vlcache_sgl.memory.residency import Residency
 
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
-    """`q` `[t, H, D]`, `k`, `v` `[n, K, D]`, `visible` bool `[t, n]` or `[K, t, n]`; float64 `[t, H, D]`."""
-    group = q.shape[1] // k.shape[1]
-    k64 = k.double().repeat_interleave(group, 1)
-    v64 = v.double().repeat_interleave(group, 1)
-    logits = torch.einsum("thd,nhd->htn", q.double(), k64) * scale
-    if visible.dim() == 3:
-        visible = visible.repeat_interleave(group, 0)
-    return torch.einsum("htn,nhd->thd", logits.masked_fill(~visible, -torch.inf).softmax(-1), v64)
 
 
 class Arena:

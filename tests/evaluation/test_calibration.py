@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlcache_sgl import calibration
+from vlcache_sgl.evaluation import calibration
 from vlcache_sgl.evaluation.calibration import (
     KINDS,
     CalibrationError,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import provider_bench as bench
 import pytest
 import torch
+from backend_parts import layer_of_model, make_arena, make_backend
 from sharing_parts import make_sharing
 
 from vlcache_kernels.attention_stats import StatsRequest
@@ -26,24 +26,10 @@ from vlcache_sgl.scoring.job import Choice, CompressionJob
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 
-
-def load(path: Path) -> Any:
-    """Another test module: they are no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-parts = load(HERE / "test_provider_backend.py")
-bench = parts.bench
 provider, kernels = bench.provider, bench.kernels
 LAYERS, HEADS, DIM, KV_HEADS = bench.LAYERS, bench.HEADS, bench.DIM, bench.KV_HEADS
 DEVICE, DTYPE = bench.DEVICE, bench.DTYPE
-GROUPS = parts.GROUPS
+GROUPS = pytest.mark.parametrize("groups", [1, KV_HEADS], ids=["layer-cells", "head-cells"])
 ON_DEVICE = pytest.mark.parametrize("provider", ["triton", "flashinfer"], indirect=True)
 Make = Callable[[Memory], Provider]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -62,14 +48,14 @@ class World:
 
     def __init__(self, name: str, groups: int) -> None:
         self.groups = groups
-        self.arena = parts.make_arena(groups, tokens=700)
+        self.arena = make_arena(groups, tokens=700)
         self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=700, need_sort=False)
         self.table = torch.zeros(8, 128, dtype=torch.int32, device=DEVICE)
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM, device=DEVICE)
         self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model))
         self.compressor.allocator = self.allocator
-        self.backend = parts.make_backend(name, self.arena, self.table, self.compressor)
+        self.backend = make_backend(name, self.arena, self.table, self.compressor)
         self.lengths = dict.fromkeys(range(8), 0)
         self.jobs: dict[int, CompressionJob] = {}
         self.scorings: dict[int, Any] = {}
@@ -123,7 +109,7 @@ class World:
         self.backend.init_forward_metadata(batch)
         for layer in range(LAYERS):
             q, k, v = (torch.cat([tensors[n][layer] for tensors in new]) for n in range(3))
-            self.backend.forward_extend(q.flatten(1), k, v, parts.layer_of_model(layer), batch)
+            self.backend.forward_extend(q.flatten(1), k, v, layer_of_model(layer), batch)
         for row, job in zip(rows, jobs, strict=True):
             if job is not None and job.scoring is not None and (job.reached or 0) >= job.end:
                 self.scorings[row] = job.scoring

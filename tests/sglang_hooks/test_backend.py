@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import provider_bench as bench
 import pytest
 import torch
+from backend_parts import layer_of_model, make_arena, make_backend
 
 from vlcache_sgl.attention.base import Provider
 from vlcache_sgl.memory.batches import Memory
 
-
-def load_bench() -> Any:
-    """`provider_bench.py`: test modules are no package."""
-    path = Path(__file__).with_name("provider_bench.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 provider, kernels = bench.provider, bench.kernels
 LAYERS, HEADS, DIM, KV_HEADS = bench.LAYERS, bench.HEADS, bench.DIM, bench.KV_HEADS
 DEVICE, DTYPE, SCALE = bench.DEVICE, bench.DTYPE, bench.SCALE
@@ -36,47 +23,6 @@ GROUPS = pytest.mark.parametrize("groups", [1, KV_HEADS], ids=["layer-cells", "h
 ALL = pytest.mark.parametrize("provider", ["torch_native", "triton", "flashinfer"], indirect=True)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 Make = Callable[[Memory], Provider]
-
-
-def make_arena(groups: int, tokens: int = 200) -> Any:
-    from vlcache_sgl.sglang_hooks.arena import KVArena
-
-    return KVArena(
-        num_cells=tokens * LAYERS * groups,
-        groups=groups,
-        size=tokens,
-        page_size=1,
-        dtype=DTYPE,
-        head_num=KV_HEADS,
-        head_dim=DIM,
-        layer_num=LAYERS,
-        device=str(DEVICE),
-        enable_memory_saver=False,
-        enable_alt_stream=False,
-    )
-
-
-def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
-    from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
-
-    runner = SimpleNamespace(
-        token_to_kv_pool=arena,
-        req_to_token_pool=SimpleNamespace(req_to_token=table),
-        dtype=DTYPE,
-        server_args=SimpleNamespace(triton_attention_num_kv_splits=3),
-    )
-    return ResidencyBackend(runner, compressor, name, HEADS)
-
-
-def layer_of_model(number: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        layer_id=number,
-        tp_q_head_num=HEADS,
-        tp_k_head_num=KV_HEADS,
-        tp_v_head_num=KV_HEADS,
-        head_dim=DIM,
-        scaling=SCALE,
-    )
 
 
 @ALL

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_reference import reference
 
 from vlcache_sgl.attention import flashinfer as flashinfer_provider
 from vlcache_sgl.attention import triton as triton_provider
@@ -47,9 +48,6 @@ def _module(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-reference = _module(Path(__file__).with_name("test_torch_provider.py")).reference
 
 
 # -- libraries ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,50 @@
+"""SGLang's attention backend over an arena, for tests without a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from provider_bench import DEVICE, DIM, DTYPE, HEADS, KV_HEADS, LAYERS, SCALE
+
+
+def make_arena(groups: int, tokens: int = 200) -> Any:
+    from vlcache_sgl.sglang_hooks.arena import KVArena
+
+    return KVArena(
+        num_cells=tokens * LAYERS * groups,
+        groups=groups,
+        size=tokens,
+        page_size=1,
+        dtype=DTYPE,
+        head_num=KV_HEADS,
+        head_dim=DIM,
+        layer_num=LAYERS,
+        device=str(DEVICE),
+        enable_memory_saver=False,
+        enable_alt_stream=False,
+    )
+
+
+def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
+    from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
+
+    runner = SimpleNamespace(
+        token_to_kv_pool=arena,
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        dtype=DTYPE,
+        server_args=SimpleNamespace(triton_attention_num_kv_splits=3),
+    )
+    return ResidencyBackend(runner, compressor, name, HEADS)
+
+
+def layer_of_model(number: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        layer_id=number,
+        tp_q_head_num=HEADS,
+        tp_k_head_num=KV_HEADS,
+        tp_v_head_num=KV_HEADS,
+        head_dim=DIM,
+        scaling=SCALE,
+    )
