@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl.api import Prompt
+from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.compression.sharing.guard import DecodeReading
 from vlcache_sgl.compression.sharing.sharing import Sharing
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.events import passed_event
-from vlcache_sgl.memory.residency import EVICTED
+from vlcache_sgl.memory.residency import EVICTED, OutOfCells
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.job import CompressionJob
@@ -55,6 +56,8 @@ class Compressor:
         self.counters = counters
         self.allocator: VirtualSlotAllocator | None = None
         self.sharing = sharing
+        self.host: HostMemory | None = None
+        """Where prefixes that are shared without loss are; None: without host memory."""
         self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
 
     # -- during the prefill -----------------------------------------------------------------------------------------
@@ -69,13 +72,14 @@ class Compressor:
             if job.outcome is None and job.vision and begin > job.vision[0].begin:
                 self._note_hit(job)
         job.reached = end
+        job.chunk = Span(begin, end)
         if job.done:
             return
         if job.scoring is None:
             if job.reading is not None and job.reading.report:
                 self.take_over(job, job.reading.report)
                 return
-            start = job.first_evictable(begin)
+            start = job.first_evictable()
             if job.length - start < job.min_tokens:
                 self.skip(job, "short")
                 return
@@ -91,7 +95,7 @@ class Compressor:
                 repeated=job.repeated,
             )
             try:
-                job.scoring = Scoring(prompt, job.choice.policy.needs, first=begin)
+                job.scoring = Scoring(prompt, job.choice.policy.needs, first=job.first_kept)
             except Exception as error:
                 self.fail(job, error)
 
@@ -263,25 +267,27 @@ class Compressor:
         if job.guard is not None:
             job.guard.close(self._heads.mean, row.device)
             self.counters.guard_ms += (time.perf_counter() - started) * 1e3
-        if job.shared and job.outcome is None:
+        if job.shared and job.outcome is None and job.host is None:
             job.shared_kept = self._kept_of(row[: job.shared])
         scoring = job.scoring
         if job.done or scoring is None:
+            self._keep_whole(job, row)
             return
         started = time.perf_counter()
         prompt = scoring.prompt
-        front = prompt.start - job.shared
+        front = prompt.start - job.first_kept
         slots = row[prompt.start : prompt.length].to(torch.int64)
         try:
             plan = self._decide(job, scoring, slots)
         except Exception as error:
             self.fail(job, error)
+            self._keep_whole(job, row)
             return
         if job.measures_recall:
             job.recall = job.recall or Recall(plan.keep, prompt)  # a retracted request decides twice, and alike
             self._count_skipped(job, "recall")
         else:
-            self._evict(job, prompt, slots, plan)
+            self._evict(job, prompt, row, plan)
             job.compressed = True
         per_layer = [front + tokens for tokens in plan.tokens_per_layer]
         job.report.update(
@@ -305,6 +311,9 @@ class Compressor:
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
         prompt = scoring.final_prompt()
         keys_values = self._keys_values(slots)
+        if job.host is not None and not job.host.unwritten:
+            assert self.host is not None
+            keys_values = self.host.keys_values(slots)
         policy = job.choice.policy
         try:
             if scoring.failure is not None:
@@ -349,21 +358,77 @@ class Compressor:
         keys = arena.arena[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
         return keys.transpose(1, 2).flatten(0, 1)
 
-    def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
+    # -- prefixes that are shared without loss ------------------------------------------------------------------------
+
+    def stage(self, prefixes: Sequence[torch.Tensor]) -> None:
+        """Before a prefill forward: bring shared prefixes, slots `[tokens]` each, within reach of attention."""
+        if self.host is not None and prefixes:
+            started = time.perf_counter()
+            self.host.stage(prefixes)
+            self.counters.host_ms += (time.perf_counter() - started) * 1e3
+
+    def end_staging(self) -> None:
+        """After a forward."""
+        if self.host is not None:
+            self.host.staging.end()
+
+    def end_chunk(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """A chunk has been computed: copy it to host memory, and free its cells unless it is the prompt's last.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        if job.host is None or job.host.own is not None:
+            return
+        assert self.host is not None
+        started = time.perf_counter()
+        slots = row[job.chunk.begin : min(job.chunk.end, job.length)].to(torch.int64)
+        if slots.numel():
+            if not self.host.write_back(slots):
+                job.host.unwritten = True
+            elif job.chunk.end < job.end:
+                self.host.release_chunk(slots)
+        self.counters.host_ms += (time.perf_counter() - started) * 1e3
+
+    def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
+        if job.host is not None and job.host.own is None:
+            assert self.allocator is not None
+            keep = torch.ones((self.allocator.arena.num_planes, job.length), dtype=torch.bool, device=row.device)
+            self._take_own(job, row, keep)
+
+    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
+        """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
+        assert self.host is not None
+        assert job.host is not None
+        try:
+            job.host.own = self.host.settle(row[: job.length].to(torch.int64), keep)
+        except (OutOfMemory, OutOfCells) as error:
+            logger.error("a prompt of %d tokens is lost: %s", job.length, error)
+            job.host.abort(f"the KV cache is full: {error}")
+            return
+        row[: job.length] = job.host.own.private.to(row.dtype)
+
+    def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         assert self.allocator is not None
         arena = self.allocator.arena
+        slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
         self.sharing.remember(job, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
-        eviction = arena.residency.evict(slots, keep)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
-        done = passed_event(slots.device)
-        self.allocator.retire(eviction, done)
+        if job.host is not None:
+            self._take_own(job, row, torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1))
+            done = passed_event(slots.device)
+        else:
+            eviction = arena.residency.evict(slots, keep)
+            done = passed_event(slots.device)
+            self.allocator.retire(eviction, done)
         if job.counted:  # it was retracted: what was done before is what counts
             return
         job.counted = True
         # From the plan, not from the device: the host need not wait to know them.
-        front = prompt.start - job.shared
+        front = prompt.start - job.first_kept
         counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups

@@ -10,6 +10,7 @@ import torch
 
 from vlcache_sgl.api import Grid, Prompt, Span
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
+from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams
 from vlcache_sgl.policy.tier import require_agnostic
@@ -119,6 +120,10 @@ class Choices:
             policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
+            if share == "exact" and self._config.host_memory == "off":
+                raise ConfigError("kv_share exact needs a server with --kv-host-memory")
+            if policy.reads_twice and share == "exact":
+                share = "policy"  # its copy serves all questions
             if policy.reads_twice and share == "tiered":
                 raise PolicyError(
                     f"policy {spec!r} makes one copy for all questions: kv_share must be policy or off, not tiered"
@@ -225,6 +230,11 @@ class CompressionJob:
     reading: ReadingState | None = None
     """How far the second reading of this request's prompt has come, by another request; only where the policy asks."""
 
+    host: HostShare | None = None
+    """Set where the prefix is shared without loss."""
+    chunk: Span = field(default_factory=lambda: Span(0, 0))
+    """What the present forward computes."""
+
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
@@ -256,12 +266,17 @@ class CompressionJob:
             return up_to
         return min(up_to, self.length) if self.compressed else 0
 
-    def first_evictable(self, begin: int) -> int:
-        """Where the tokens begin that this request may evict, `begin` being where its own begin.
+    @property
+    def first_kept(self) -> int:
+        """Where the tokens begin about which this request decides: its own, or all where nothing is lost."""
+        return 0 if self.host is not None else self.shared
+
+    def first_evictable(self) -> int:
+        """Where the tokens begin that this request may evict.
 
         What lies in front of the first image, a system prompt for instance, is there for other images too.
         """
-        return max(begin, self.vision[0].begin) if self.vision else begin
+        return max(self.first_kept, self.vision[0].begin) if self.vision else self.first_kept
 
     def send_back(self, missing: float, seen_in: Phase) -> None:
         """The guard has tripped: what was done is undone, and does not count."""
@@ -278,6 +293,8 @@ class CompressionJob:
         self.reached = None
         self.guard = self.decode_guard = None
         self.shared_kept = None
+        if self.host is not None:
+            self.host.restart()
         self.report.clear()
         if self.trips:
             self.report.update(recomputed=self.trips, missed=self.missed, missed_in=self.missed_in)

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.capacity import longest_answer
+from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.residency import Eviction
 from vlcache_sgl.sglang_hooks.admission import CellPrefillBudget
 from vlcache_sgl.sglang_hooks.arena import KVArena
@@ -42,6 +43,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         self._evictable_cells: int | None = None
         self._pending: list[tuple[Any, Eviction]] = []
         self._returned = False
+        self.host: HostPool | None = None
+        """Where the prefix tree's tokens are; None: without host memory."""
         super().__init__(arena.size, arena.dtype, arena.device, arena, need_sort)
 
     # -- allocation ---------------------------------------------------------------------------------------------
@@ -50,6 +53,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         super().clear()
         self._pending.clear()
         self.residency.clear()
+        if self.host is not None:
+            self.host.clear()
         self.forget_tree()
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
@@ -61,11 +66,18 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
             self.residency.attach(slots)
         return slots
 
+    def alloc_bare(self, count: int) -> torch.Tensor | None:
+        """Slots `[count]` without cells; None: there are not so many."""
+        slots: torch.Tensor | None = super().alloc(count)
+        return slots
+
     def free(self, free_index: torch.Tensor) -> None:
         if free_index.numel() and self.free_group is None:
             self.settle()
             slots = free_index.to(torch.int64)
             self.residency.detach(slots)
+            if self.host is not None:
+                self.host.drop(slots)
             self._in_tree[slots] = False
             self._evictable_cells = None
         super().free(free_index)
@@ -175,7 +187,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         planes = self.residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
             # A compressed token gives back fewer cells than planes, so it may take several rounds.
-            while (missing := num_tokens * planes - self.residency.free_cells) > 0:
+            # What is in host memory only gives back none, and stays.
+            while self.evictable_cells and (missing := num_tokens * planes - self.residency.free_cells) > 0:
                 evicted = tree_cache.evict(EvictParams(num_tokens=-(-missing // planes)))
                 if evicted.num_tokens_evicted == 0:
                     break
@@ -212,4 +225,5 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
             problems.append(f"{counted} cells are resident but {residency.used_cells} are used")
         if residency.table.numel() <= FULL_CHECK_ENTRIES:
             problems += residency.check_integrity()
+            problems += [] if self.host is None else self.host.check_integrity()
         return problems

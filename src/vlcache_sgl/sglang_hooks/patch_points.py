@@ -132,6 +132,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "choosing each request's policy and prefix namespace",
         ),
         PatchPoint(
+            "sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
+            "after",
+            session.limit_hit,
+            "computing all rows that vote, whatever the prefix cache has",
+        ),
+        PatchPoint(
             f"{_SCHEDULER}.get_new_batch_prefill",
             "around",
             session.admit_prefills,

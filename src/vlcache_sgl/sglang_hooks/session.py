@@ -29,6 +29,7 @@ from vlcache_sgl.sglang_hooks.admission import reopen
 from vlcache_sgl.sglang_hooks.compat import attention_tp, is_health_poll, slot_writers
 from vlcache_sgl.sglang_hooks.expansion import Expansions
 from vlcache_sgl.sglang_hooks.gate import NAMESPACE, read_request
+from vlcache_sgl.sglang_hooks.host_sharing import HostSharing, host_tokens, prefix_positions
 from vlcache_sgl.sglang_hooks.media import vision_runs, vision_spans
 from vlcache_sgl.sglang_hooks.patching import PatchError, Patches
 from vlcache_sgl.sglang_hooks.rotary import model_rotary
@@ -62,6 +63,8 @@ class Session:
         self._expansions: Expansions | None = None
         self._readings: SecondReadings | None = None
         self._private = 0
+        self.host: HostSharing | None = None
+        self._host_tokens = 0
         self.compressor: Compressor | None = None
         self.physical_tokens = 0
         self._status: Status | None = None
@@ -110,6 +113,10 @@ class Session:
         self._readings = SecondReadings(scheduler)
         if self.choices.default.policy.reads_twice and scheduler.tree_cache.disable:
             raise ConfigError(f"--kv-policy {self.config.policy} needs the prefix cache: omit --disable-radix-cache")
+        if self.host is not None:
+            if scheduler.tree_cache.disable:
+                raise ConfigError("--kv-share exact needs the prefix cache: omit --disable-radix-cache")
+            self.host.attach(scheduler.tree_cache)
         scheduler.tree_cache.row_listener = self._backend.invalidate
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self.images.clear
@@ -144,11 +151,14 @@ class Session:
     def size_pools(self, config: Any, configurator: Any, *_: Any, **__: Any) -> None:
         """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
         self.refuse_model(configurator)
+        stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
+        self._host_tokens = host_tokens(self.config.host_memory, shape, stock)
         pool = compressed_pool(
-            int(config.max_total_num_tokens),
-            self._shape(configurator),
+            stock,
+            shape,
             self.config.overcommit_factor,
             graph_lists=configurator.device == "cuda",
+            host_tokens=self._host_tokens,
         )
         self.physical_tokens = pool.physical_tokens
         config.max_total_num_tokens = pool.slots
@@ -252,6 +262,11 @@ class Session:
             raise ConfigError(f"--kv-profile: {error}") from error
         self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters, sharing)
         self.compressor.allocator = model_runner.token_to_kv_pool_allocator
+        self.host = HostSharing.build(
+            self.config, self._host_tokens, model_runner, model_runner.token_to_kv_pool_allocator, prompt, group, rank
+        )
+        if self.host is not None:
+            self.compressor.host = self.host.memory
         self._backend = ResidencyBackend(model_runner, self.compressor, name, prompt.num_heads // size)
         sharing.reads_decode = not self._backend.provider.on_device and not self.config.head_cells
         return self._backend
@@ -333,6 +348,8 @@ class Session:
         )
         if choice.policy.reads_twice:
             job.reading = ReadingState()
+        if choice.share == "exact" and not recall and self.host is not None and self.host.admits(job):
+            self.host.begin(req, job)
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         self._name_prefix(req, job)
@@ -340,21 +357,26 @@ class Session:
     def _name_prefix(self, req: Any, job: CompressionJob) -> None:
         """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
         user_key, choice = req.extra_key or "", job.choice
+        if job.host is not None:
+            req.extra_key = f"{user_key}{NAMESPACE}exact"
+            return
         job.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
         if job.measures_recall:
             req.extra_key += UNEVICTED
             req.skip_radix_cache_insert = True
             return
-        if not job.vision:
-            return
-        if choice.share == "off":
+        if choice.share in ("off", "exact"):  # exact: more than fits host memory
             self._private += 1
             req.extra_key = f"{job.base_key}#private{self._private}"
             req.skip_radix_cache_insert = True
-        elif job.reading is None and (choice.share == "tiered" or self.config.guard != "off"):
+        elif job.vision and job.reading is None and (choice.share == "tiered" or self.config.guard != "off"):
             job.tokens = req.origin_input_ids
             job.image = self.images.find(job.tokens, job.vision[0].end, (job.base_key, req.cache_salt))
             Expansions.name(req, job)
+
+    def limit_hit(self, result: int, req: Any, *rest: Any) -> int:
+        """After SGLang has said how much of a prompt may come from the prefix cache."""
+        return result if self.host is None else self.host.limit_hit(result, req, *rest)
 
     def set_internal_state(self, original: Callable[..., Any], controller: Any, request: Any) -> Any:
         """Around the change of SGLang's settings while it serves: weights of the model may be among them.
@@ -407,9 +429,13 @@ class Session:
             if job is not None:
                 self.compressor.begin_chunk(job, int(begin), int(begin) + int(count))
                 if job.scoring is not None:
+                    if job.host is not None and job.chunk.begin == job.shared > 0:
+                        job.scoring.add_positions(prefix_positions(req, job.shared, forward_batch.positions.device))
                     job.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            attends = job is not None and (job.positions or job.guard is not None or job.shared > 0 or not job.done)
+            attends = job is not None and (
+                job.host is not None or job.positions or job.guard is not None or job.shared > 0 or not job.done
+            )
             jobs.append(job if attends else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
@@ -425,21 +451,32 @@ class Session:
         # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
         rows: list[int] | None = getattr(forward_batch, ROWS_ATTRIBUTE, None)
         self._backend.jobs, self._backend.rows = jobs, rows
+        table = runner.req_to_token_pool.req_to_token
+        computing = (
+            []
+            if jobs is None or not forward_batch.forward_mode.is_extend()
+            else [
+                (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
+                for number, job in enumerate(jobs)
+                if job is not None
+            ]
+        )
+        if self.compressor is not None:
+            self.compressor.stage([row[: job.chunk.begin] for job, row in computing if job.host is not None])
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             self._backend.jobs = self._backend.rows = None
+            if self.compressor is not None:
+                self.compressor.end_staging()
         if jobs is None or self.compressor is None:
             return result
         if forward_batch.forward_mode.is_decode():
             self.compressor.end_first_steps(self._backend.first_steps)
             return result
-        table = runner.req_to_token_pool.req_to_token
-        complete = [
-            (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
-            for number, job in enumerate(jobs)
-            if job is not None and (job.reached or 0) >= job.end
-        ]
+        for job, row in computing:
+            self.compressor.end_chunk(job, row)
+        complete = [(job, row) for job, row in computing if (job.reached or 0) >= job.end]
         for job, row in complete:
             self.compressor.finish(job, row)
         elapsed = (time.perf_counter() - started) * 1e3
