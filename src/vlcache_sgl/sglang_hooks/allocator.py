@@ -214,6 +214,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         chunk_size: int | None,
     ) -> int | None:
         capacity = min(token_capacity, self.physical_tokens)
+        if self.host is not None and longest_answer(input_tokens, max_new_tokens, capacity) is None:
+            return max_new_tokens  # host memory may hold it: decided where the request's budget is known
         return longest_answer(input_tokens, max_new_tokens, capacity)
 
     def verify_byte_accounting(self) -> list[str]:

@@ -16,15 +16,18 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.prompt import select_rows
-from vlcache_sgl.capacity import KVShape
+from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.scoring.job import CompressionJob, job_of
+from vlcache_sgl.sglang_hooks.admission import HostCharge
 
 logger = logging.getLogger(__name__)
 
+MIN_CHUNK = 32
+"""Tokens of the smallest prefill chunk that a prompt larger than the arena is cut into."""
 POOLS_IN_HOST = 2
 """With ``auto``, host memory in units of the KV pool."""
 SHARE_OF_FREE = 0.25
@@ -131,6 +134,33 @@ class HostSharing:
             req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
         job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest prompt that may be tried."""
+        return self.memory.host.num_tokens
+
+    def fit(self, req: Any, job: CompressionJob | None) -> str | None:
+        """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits.
+
+        SGLang has done so already for prompts that fit the arena whole.
+        """
+        length = len(req.origin_input_ids)
+        if length + RESERVED_TOKENS <= self._physical:
+            return None
+        if job is None or job.host is None:
+            return (
+                f"the prompt has {length} tokens, more than the {self._physical} that the KV cache holds uncompressed"
+            )
+        charge = HostCharge.of(job, self._model.num_layers)
+        room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(length, 0)
+        if room < 1:
+            return (
+                f"the prompt has {length} tokens, of which {charge.kept} are kept: with a chunk and a staged layer "
+                f"more than the {self._physical} that the KV cache holds uncompressed"
+            )
+        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+        return None
 
     def limit_hit(self, result: int, req: Any, *_: Any) -> int:
         """After SGLang has said how much of a prompt may come from the prefix cache: no row that votes."""

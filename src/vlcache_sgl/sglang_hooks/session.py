@@ -276,7 +276,8 @@ class Session:
 
         def capacity(model_runner: Any) -> int:
             assert original.fget is not None
-            return min(int(original.fget(model_runner)), self.physical_tokens)
+            held = self.physical_tokens if self.host is None else max(self.physical_tokens, self.host.most_tokens)
+            return min(int(original.fget(model_runner)), held)
 
         return property(capacity)
 
@@ -335,6 +336,8 @@ class Session:
             if not is_health_poll(req):
                 self.counters.skipped(reason)
             _report(req, {"skipped": reason})
+            if self.host is not None and (refused := self.host.fit(req, None)):
+                req.set_finish_with_abort(refused)
             return
         positions, recall = params.report == "positions", params.report == "recall"
         job = CompressionJob(
@@ -350,6 +353,9 @@ class Session:
             job.reading = ReadingState()
         if choice.share == "exact" and not recall and self.host is not None and self.host.admits(job):
             self.host.begin(req, job)
+        if self.host is not None and (refused := self.host.fit(req, job)):
+            req.set_finish_with_abort(refused)
+            return
         _report(req, job.report)
         setattr(req, JOB_ATTRIBUTE, job)
         self._name_prefix(req, job)
