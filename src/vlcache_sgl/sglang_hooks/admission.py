@@ -12,15 +12,11 @@ import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers.schedule_batch import retract_all
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 from sglang.srt.mem_cache.common import match_kv_cache
-from sglang.srt.mem_cache.prefill_budget import PrefillBudget
-
-if TYPE_CHECKING:
-    from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -30,40 +26,6 @@ MOST_MATCHED = 32
 """Waiting requests whose prefix is looked up in one pass."""
 OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
-
-
-class CellPrefillBudget(PrefillBudget):
-    """Admission by physical tokens: a prompt needs all its cells until its prefill has ended and it is compressed."""
-
-    def __init__(self, allocator: VirtualSlotAllocator, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> None:
-        super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-        self._parked = False
-
-    def _available_and_evictable(self) -> int:
-        physical: int = self.allocator.evictable_physical_tokens()
-        return min(int(super()._available_and_evictable()), physical)
-
-    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        """A continuing prompt is asked for its next chunk by `fit_chunk`, which knows how long it is."""
-        return chunk_limit
-
-    def fit_chunk(self, *, extend_input_len: int, max_new_tokens: int, chunk_limit: int) -> int | None:
-        """The next chunk of a continuing prompt; None parks it until running requests have given memory back.
-
-        What they are expected to decode stays theirs.  All or nothing: a chunk of the few tokens that are left would
-        cost a forward, and the running requests their next step.
-        """
-        if min(extend_input_len, chunk_limit) <= self.remaining_total:
-            return chunk_limit
-        # SGLang counts a chunk for the parked prompt if anything else is admitted in this pass: admit nothing.
-        self._parked = True
-        return None
-
-    def has_capacity(self) -> bool:
-        return not self._parked and bool(super().has_capacity())
-
-    def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
-        return (False, None) if self._parked else super().check_prefill(**request)
 
 
 @contextmanager
@@ -82,7 +44,7 @@ def set_aside(scheduler: Any, held: Sequence[Any]) -> Iterator[None]:
 
 def reopen(scheduler: Any, running_batch: Any) -> None:
     """Before prompts are admitted: SGLang closes a full batch until a request leaves; compression also makes room."""
-    if scheduler.token_to_kv_pool_allocator.take_returned():
+    if scheduler.token_to_kv_pool_allocator.accounting.take_returned():
         running_batch.batch_is_full = False
 
 
@@ -98,7 +60,7 @@ def spare_waiting_prefixes(_: None, policy: Any, waiting_queue: list[Any], *__: 
         return  # any other order was asked for
     first = waiting_queue[0]
     overtaken = getattr(first, OVERTAKEN_ATTRIBUTE, 0)
-    free = tree.token_to_kv_pool_allocator.free_physical_tokens()
+    free = tree.token_to_kv_pool_allocator.accounting.free_physical_tokens()
     if overtaken >= MOST_OVERTAKEN or _own_tokens(first, tree) <= free:
         return
     hits = {id(req) for req in waiting_queue[:MOST_MATCHED] if _own_tokens(req, tree) < req.num_matched_prefix_tokens}

@@ -29,7 +29,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
         row = req.kv.req_pool_idx
         if row is None or after == before:
             return
-        self.token_to_kv_pool_allocator.adopt(self.req_to_token_pool.req_to_token[row, before:after].long())
+        self.token_to_kv_pool_allocator.accounting.adopt(self.req_to_token_pool.req_to_token[row, before:after].long())
         # Where another request published the same tokens first, the row now names that request's slots.
         self.row_listener(row)
 
@@ -56,7 +56,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
             return
         slots = self.path_device_indices(node_id)
         if slots.numel():
-            self.token_to_kv_pool_allocator.lock(slots, delta)
+            self.token_to_kv_pool_allocator.accounting.lock(slots, delta)
 
     removals = 0
     """Changes whenever the tree has dropped something: what was found in it is there as long as this stays."""
@@ -68,5 +68,5 @@ class CompressedPrefixTree(UnifiedRadixCache):
     def reset(self) -> None:
         self.removals += 1
         super().reset()
-        self.token_to_kv_pool_allocator.forget_tree()
+        self.token_to_kv_pool_allocator.accounting.forget_tree()
         self.reset_listener()
