@@ -39,7 +39,7 @@ class Bench:
     """Pools of one model and the queries and keys of one prompt."""
 
     def __init__(self, groups: int = 1) -> None:
-        self.arena = KVArena(
+        pool = KVArena(
             num_cells=400 * LAYERS * groups,
             groups=groups,
             size=600,
@@ -52,11 +52,12 @@ class Bench:
             enable_memory_saver=False,
             enable_alt_stream=False,
         )
-        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=400, need_sort=False)
+        self.arena = pool.arena
+        self.allocator = VirtualSlotAllocator(pool, physical_tokens=400, need_sort=False)
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM)
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model))
-        self.compressor.allocator = self.allocator
+        accounting = self.allocator.accounting
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model), accounting)
         torch.manual_seed(1)
         self.queries = torch.randn(LAYERS, LENGTH, HEADS, DIM) * 2
         self.keys, self.values = torch.randn(2, LAYERS, LENGTH, KV_HEADS, DIM)
@@ -92,11 +93,11 @@ class Bench:
     def prefix(self, layer: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the provider for a CPU hands it over."""
         cells = collect(self.arena.residency, row)
-        return prefix_keys_values(Gather(self.arena.arena), cells, self.arena.planes_of(layer))
+        return prefix_keys_values(Gather(self.arena.cells), cells, self.arena.planes_of(layer))
 
     def resident(self, layer: int, row: torch.Tensor) -> torch.Tensor:
         cells = self.arena.residency.cells_of(self.arena.planes_of(layer), row)[0].long()
-        return self.arena.arena[cells[cells >= 0]].clone()
+        return self.arena.cells[cells[cells >= 0]].clone()
 
     def kept(self, row: torch.Tensor) -> torch.Tensor:
         """`[planes, tokens]` bool."""
@@ -335,8 +336,8 @@ class Ranks:
             bench = benches[number]
             model = Prompt(0, 0, (), LAYERS, 2 * HEADS, 2 * KV_HEADS, DIM)
             heads = HeadGather(self.of(number), number, 2)
-            bench.compressor = Compressor(model, heads, bench.counters, make_sharing(model))
-            bench.compressor.allocator = bench.allocator
+            accounting = bench.allocator.accounting
+            bench.compressor = Compressor(model, heads, bench.counters, make_sharing(model), accounting)
             bench.queries, bench.keys = bench.queries * (1 + number), bench.keys.roll(number, 0)
             job = bench.job(policy)
             bench.compressor.begin_chunk(job, 0, 0)

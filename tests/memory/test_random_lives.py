@@ -55,14 +55,14 @@ class CapacityMachine(RuleBasedStateMachine):
         self.world.allocator.free = spy  # type: ignore[method-assign]
         self.world.trip_share = self.world.late_trip_share = trips
         self.read: dict[tuple[str, int], torch.Tensor] = {}
-        hollow = self.world.allocator.hollow
+        hollow = self.world.allocator.accounting.hollow
 
         def spy_on_hollow(slots: torch.Tensor) -> bool:
             done = hollow(slots)
             self.freed.update(slots.tolist() if done else ())
             return done
 
-        self.world.allocator.hollow = spy_on_hollow  # type: ignore[method-assign]
+        self.world.allocator.accounting.hollow = spy_on_hollow  # type: ignore[method-assign]
 
     @rule(
         image=st.sampled_from(IMAGES),
@@ -131,7 +131,7 @@ class CapacityMachine(RuleBasedStateMachine):
         """Several chunks; now and then more than the arena holds."""
         ids = (*SYSTEM, *(token for image in images for token in image), 9)
         req = self.world.submit(ids, tokens=8)
-        assert (req is None) == (len(ids) + 2 > self.world.allocator.physical_tokens)
+        assert (req is None) == (len(ids) + 2 > self.world.allocator.accounting.physical_tokens)
 
     @rule()
     def prefill(self) -> None:
@@ -203,7 +203,7 @@ class CapacityMachine(RuleBasedStateMachine):
         world.check()
         assert world.aborted_for_memory == 0, "the last running request was aborted for want of memory"
         table = world.arena.residency.table
-        owned = set(world.allocator._in_tree.nonzero().flatten().tolist())
+        owned = set(world.allocator.accounting._in_tree.nonzero().flatten().tolist())
         for slot, column in self.columns.items():
             if slot in owned and slot not in self.freed:
                 assert table[:, slot].tolist() == column, "a shared token changed"

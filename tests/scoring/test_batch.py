@@ -10,7 +10,7 @@ from typing import Any
 import provider_bench as bench
 import pytest
 import torch
-from backend_parts import layer_of_model, make_arena, make_backend
+from backend_parts import layer_of_model, make_backend, make_pool
 from sharing_parts import make_sharing
 
 from vlcache_kernels.attention_stats import StatsRequest
@@ -48,14 +48,15 @@ class World:
 
     def __init__(self, name: str, groups: int) -> None:
         self.groups = groups
-        self.arena = make_arena(groups, tokens=700)
-        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=700, need_sort=False)
+        pool = make_pool(groups, tokens=700)
+        self.arena = pool.arena
+        self.allocator = VirtualSlotAllocator(pool, physical_tokens=700, need_sort=False)
         self.table = torch.zeros(8, 128, dtype=torch.int32, device=DEVICE)
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM, device=DEVICE)
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model))
-        self.compressor.allocator = self.allocator
-        self.backend = make_backend(name, self.arena, self.table, self.compressor)
+        accounting = self.allocator.accounting
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model), accounting)
+        self.backend = make_backend(name, pool, self.table, self.compressor)
         self.lengths = dict.fromkeys(range(8), 0)
         self.jobs: dict[int, CompressionJob] = {}
         self.scorings: dict[int, Any] = {}

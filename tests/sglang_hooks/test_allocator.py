@@ -88,7 +88,7 @@ def test_waiting_hits_go_before_the_prefill_that_would_evict_them() -> None:
     for number in range(4):
         world.submit(large(30, 1000 * number), tokens=1)
         world.run_dry()
-    free = world.allocator.free_physical_tokens()
+    free = world.allocator.accounting.free_physical_tokens()
     big = world.submit(large(60, 9000), tokens=1)
     hits = [world.submit((*large(30, 1000 * number), 7), tokens=1) for number in range(4)]
     assert big is not None
@@ -125,7 +125,7 @@ def test_ranks_decide_alike_whichever_device_is_ahead() -> None:
         world.prefill()
         if ahead:
             world.catch_up()
-        free.append(world.allocator.evictable_physical_tokens())
+        free.append(world.allocator.accounting.evictable_physical_tokens())
     assert free[0] == free[1] > 40
 
 
@@ -179,11 +179,15 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
     session = Session(config)
     with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
         session.size_pools(sizes, configurator)
-        arena = session.build_pool(lambda: None, configurator, max_total_num_tokens=sizes.max_total_num_tokens)
-    allocator = session.build_allocator(lambda: None, configurator, token_to_kv_pool=arena)
-    residency = arena.residency
-    tensors = [arena.arena, *(value for value in vars(residency).values() if isinstance(value, torch.Tensor))]
-    tensors += [value for value in vars(allocator).values() if isinstance(value, torch.Tensor)]
+        pool = session.build_pool(lambda: None, configurator, max_total_num_tokens=sizes.max_total_num_tokens)
+    allocator = session.build_allocator(lambda: None, configurator, token_to_kv_pool=pool)
+    arena, residency = pool.arena, pool.arena.residency
+    tensors = [arena.cells, *(value for value in vars(residency).values() if isinstance(value, torch.Tensor))]
+    tensors += [
+        value
+        for value in (*vars(allocator).values(), *vars(allocator.accounting).values())
+        if isinstance(value, torch.Tensor)
+    ]
     ours = sum(tensor.nbytes for tensor in tensors)
     shape = KVShape(layers=4, kv_heads=2, head_dim=64, element_bytes=2, groups=2 if head_cells else 1)
     assert arena.cell_bytes == shape.cell_bytes

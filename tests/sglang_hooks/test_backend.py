@@ -11,7 +11,7 @@ from typing import Any
 import provider_bench as bench
 import pytest
 import torch
-from backend_parts import layer_of_model, make_arena, make_backend
+from backend_parts import layer_of_model, make_backend, make_pool
 
 from vlcache_sgl.attention.base import Provider
 from vlcache_sgl.memory.batches import Memory
@@ -31,10 +31,11 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
     """`ResidencyBackend` with SGLang's batches: a prefill, a step without and two with recorded buffers."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    arena = make_arena(groups)
+    pool = make_pool(groups)
+    arena = pool.arena
     table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
     name = request.node.callspec.params["provider"]
-    backend = make_backend(name, arena, table, SimpleNamespace(observe=None))
+    backend = make_backend(name, pool, table, SimpleNamespace(observe=None))
     world = bench.Requests(groups)
     world.memory, world.residency = backend_memory(backend, table), arena.residency
     rows, lengths, slot = [2, 4], [0, 0], itertools.count(1)
@@ -72,7 +73,7 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
             assert torch.equal(world.dense(number, rows[0])[0][begins[0] :], k[: counts[0]])
             if mode.is_decode():
                 world.check(got, q.view(tokens, HEADS, DIM), number, rows)
-            assert not bool(arena.arena[0].any()), "the padding cell must stay zero"
+            assert not bool(arena.cells[0].any()), "the padding cell must stay zero"
 
     forward([5, 3], ForwardMode.EXTEND)
     forward([2, 6], ForwardMode.EXTEND)
@@ -132,7 +133,7 @@ def test_a_schedule_is_not_overwritten_before_it_is_fetched(provider: Make, monk
 
 
 def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
-    return Memory(backend.arena.arena, backend.arena.residency, table, backend.arena.groups)
+    return Memory(backend.arena.cells, backend.arena.residency, table, backend.arena.groups)
 
 
 def test_evicted_cells_come_back_behind_their_event() -> None:
@@ -140,8 +141,9 @@ def test_evicted_cells_come_back_behind_their_event() -> None:
     from vlcache_sgl.memory.events import passed_event
     from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 
-    arena = make_arena(1, tokens=10)
-    allocator = VirtualSlotAllocator(arena, physical_tokens=10, need_sort=False)
+    pool = make_pool(1, tokens=10)
+    arena = pool.arena
+    allocator = VirtualSlotAllocator(pool, physical_tokens=10, need_sort=False)
     slots = allocator.alloc(8)
     assert slots is not None
     waits: list[str] = []
@@ -154,7 +156,7 @@ def test_evicted_cells_come_back_behind_their_event() -> None:
     keep = torch.zeros(LAYERS, 8, dtype=torch.bool, device=DEVICE)
     keep[:, :2] = True
     eviction = arena.residency.evict(slots, keep)
-    allocator.retire(eviction, SimpleNamespace(synchronize=wait))
+    allocator.accounting.retire(eviction, SimpleNamespace(synchronize=wait))
     assert waits == []
     assert arena.residency.free_cells == 2 * LAYERS
     assert allocator.alloc(2) is not None

@@ -16,6 +16,8 @@ from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.config import KVBudget, config_from
 from vlcache_sgl.counters import Counters
+from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.scoring.job import Choice, Choices, CompressionJob, job_of
 from vlcache_sgl.scoring.scoring import Scoring
@@ -90,7 +92,17 @@ def test_a_prompt_that_is_not_read_twice_is_left_alone() -> None:
     """A question over a compressed prefix, however long; and one whose prefix could not be read."""
     model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM)
     counters = Counters()
-    compressor = Compressor(model, HeadGather(None, 0, 1), counters, make_sharing(model))
+    arena = Arena(
+        num_cells=1,
+        num_slots=1,
+        num_layers=LAYERS,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        groups=1,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    compressor = Compressor(model, HeadGather(None, 0, 1), counters, make_sharing(model), CellAccounting(arena, 1))
     choice = Choice(resolve("kvzip"), KVBudget(fraction=0.2))
     job = CompressionJob(choice, (), 200, 16, reading=ReadingState())
     compressor.begin_chunk(job, 100, 200)
@@ -182,7 +194,9 @@ def test_many_questions_at_once_wait_for_one_reader() -> None:
     assert [req for req in asked if req.output_ids] == []
     assert world.served == 1, "the reader has ended, and nobody else has started"
     assert world.readings._made == 1
-    assert world.arena.residency.used_cells == world.allocator.tree_cells, "nothing of the second reading is left"
+    assert world.arena.residency.used_cells == world.allocator.accounting.tree_cells, (
+        "nothing of the second reading is left"
+    )
     assert world.tree.evictable_size() == SPAN.end
     world.check()
     world.prefill()

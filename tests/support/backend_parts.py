@@ -9,7 +9,7 @@ import torch
 from provider_bench import DEVICE, DIM, DTYPE, HEADS, KV_HEADS, LAYERS, SCALE
 
 
-def make_arena(groups: int, tokens: int = 200) -> Any:
+def make_pool(groups: int, tokens: int = 200) -> Any:
     from vlcache_sgl.sglang_hooks.arena import KVArena
 
     return KVArena(
@@ -27,11 +27,11 @@ def make_arena(groups: int, tokens: int = 200) -> Any:
     )
 
 
-def make_backend(name: str, arena: Any, table: torch.Tensor, compressor: Any) -> Any:
+def make_backend(name: str, pool: Any, table: torch.Tensor, compressor: Any) -> Any:
     from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 
     runner = SimpleNamespace(
-        token_to_kv_pool=arena,
+        token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
         dtype=DTYPE,
         server_args=SimpleNamespace(triton_attention_num_kv_splits=3),

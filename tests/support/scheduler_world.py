@@ -96,7 +96,7 @@ class World:
 
     def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru") -> None:
         """`physical`: uncompressed tokens that the arena holds."""
-        self.arena = KVArena(
+        pool = KVArena(
             num_cells=physical * PLANES,
             groups=1,
             size=SLOTS,
@@ -112,7 +112,8 @@ class World:
             end_layer=PLANES - 1,
             enable_alt_stream=False,
         )
-        self.allocator = VirtualSlotAllocator(self.arena, physical_tokens=physical, need_sort=False)
+        self.arena = pool.arena
+        self.allocator = VirtualSlotAllocator(pool, physical_tokens=physical, need_sort=False)
         self.rows = ReqToTokenPool(size=16, max_context_len=2 * physical, device="cpu", enable_memory_saver=False)
         self.tree = CompressedPrefixTree(
             CacheInitParams(
@@ -319,7 +320,7 @@ class World:
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])
         event = Event() if self.random.random() < self.late_share else None
         eviction = self.arena.residency.evict(slots, keep)
-        self.allocator.retire(eviction, event)
+        self.allocator.accounting.retire(eviction, event)
         if event is not None:
             self.evictions.append((event, eviction.cells))
         job.done = job.compressed = True
@@ -453,15 +454,15 @@ class World:
         allocator, tree = self.allocator, self.tree
         private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
         assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
-        assert int(allocator._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
-        unlocked = int((allocator._in_tree & (allocator._locks == 0)).sum())
+        assert int(allocator.accounting._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
+        unlocked = int((allocator.accounting._in_tree & (allocator.accounting._locks == 0)).sum())
         assert unlocked == tree.evictable_size(), "locks are not counted as the tree counts them"
-        assert int(allocator._locks.min()) >= 0
-        assert not (allocator._in_tree[allocator.free_pages]).any()
+        assert int(allocator.accounting._locks.min()) >= 0
+        assert not (allocator.accounting._in_tree[allocator.free_pages]).any()
 
     def _check_cells(self) -> None:
         allocator, residency = self.allocator, self.arena.residency
-        pending = [eviction.cells for _, eviction in allocator._pending]
+        pending = [eviction.cells for _, eviction in allocator.accounting._pending]
         mapped = residency.table[:, 1:]
         everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
         once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
@@ -469,10 +470,10 @@ class World:
         assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"
         for event, cells in self.evictions:
             assert event.passed or not torch.isin(cells, mapped).any(), "cells were handed out under a running forward"
-        in_tree = allocator._in_tree.nonzero().flatten()
+        in_tree = allocator.accounting._in_tree.nonzero().flatten()
         waiting = sum(len(cells) for cells in pending)
-        assert int((residency.table[:, in_tree] >= 0).sum()) <= allocator.tree_cells
-        assert allocator.tree_cells + allocator.request_cells == residency.used_cells
+        assert int((residency.table[:, in_tree] >= 0).sum()) <= allocator.accounting.tree_cells
+        assert allocator.accounting.tree_cells + allocator.accounting.request_cells == residency.used_cells
         assert residency.free_cells + int((mapped >= 0).sum()) + waiting == residency.num_cells
         if not pending:
             assert allocator.verify_byte_accounting() == []
@@ -485,7 +486,7 @@ class World:
             cells = table[:, slots].long()
             marks = self._marks(req, 0, end)
             kept = cells >= 0
-            assert torch.equal(self.arena.arena[cells.clamp(min=0), 0, 0, 0][kept], marks[kept]), (
+            assert torch.equal(self.arena.cells[cells.clamp(min=0), 0, 0, 0][kept], marks[kept]), (
                 f"{req.rid} reads others"
             )
             job = job_of(req)

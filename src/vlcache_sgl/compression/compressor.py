@@ -24,6 +24,7 @@ from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.compression.sharing.guard import DecodeReading
 from vlcache_sgl.compression.sharing.sharing import Sharing
 from vlcache_sgl.counters import Counters
+from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.residency import EVICTED, OutOfCells
@@ -32,7 +33,6 @@ from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.job import CompressionJob
 from vlcache_sgl.scoring.scoring import KeysValues, Scoring
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
-from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,18 @@ class Compressor:
         heads: puts the ranks' KV heads together.
         counters: where figures are kept.
         sharing: what copies for everybody keep.
+        accounting: who holds the cells of the arena.
     """
 
-    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters, sharing: Sharing) -> None:
+    def __init__(
+        self, model: Prompt, heads: HeadGather, counters: Counters, sharing: Sharing, accounting: CellAccounting
+    ) -> None:
         self._model = model
         self._heads = heads
         self.counters = counters
-        self.allocator: VirtualSlotAllocator | None = None
         self.sharing = sharing
+        self.accounting = accounting
+        self._arena = accounting.arena
         self.host: HostMemory | None = None
         """Where prefixes that are shared without loss are; None: without host memory."""
         self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
@@ -237,14 +241,13 @@ class Compressor:
 
     def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
         """All layers of a decode step have been computed."""
-        assert self.allocator is not None
         started = time.perf_counter()
-        arena = self.allocator.arena
+        arena = self._arena
         for _, reading, slots in steps:
 
             def keys_of(layer: int, slots: torch.Tensor = slots) -> torch.Tensor:
                 cells = arena.residency.cells_of(layer, slots)
-                return arena.arena[cells[cells >= 0].to(torch.int64), 0]
+                return arena.cells[cells[cells >= 0].to(torch.int64), 0]
 
             reading.end_step(keys_of, self._heads.mean)
         self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
@@ -330,10 +333,9 @@ class Compressor:
         """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
 
         def keys_values(layer: int) -> torch.Tensor:
-            assert self.allocator is not None
-            arena = self.allocator.arena
+            arena = self._arena
             cells = arena.residency.cells_of(arena.planes_of(layer), slots)
-            both = arena.arena[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
+            both = arena.cells[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
             groups, tokens, two, heads, dim = both.shape
             return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
 
@@ -348,14 +350,13 @@ class Compressor:
         Raises:
             ValueError: not equally many per group.
         """
-        assert self.allocator is not None
-        arena = self.allocator.arena
+        arena = self._arena
         counts = which.sum(-1)
         if counts.numel() > 1 and not torch.equal(counts, counts[:1].expand_as(counts)):
             raise ValueError("heads lack different numbers of tokens")
         cells = arena.residency.cells_of(arena.planes_of(layer), slots[: which.shape[1]])
         chosen = cells[which.expand(arena.groups, -1)].view(arena.groups, -1)
-        keys = arena.arena[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
+        keys = arena.cells[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
         return keys.transpose(1, 2).flatten(0, 1)
 
     # -- prefixes that are shared without loss ------------------------------------------------------------------------
@@ -393,8 +394,7 @@ class Compressor:
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
         if job.host is not None and job.host.own is None:
-            assert self.allocator is not None
-            keep = torch.ones((self.allocator.arena.num_planes, job.length), dtype=torch.bool, device=row.device)
+            keep = torch.ones((self._arena.num_planes, job.length), dtype=torch.bool, device=row.device)
             self._take_own(job, row, keep)
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
@@ -410,8 +410,7 @@ class Compressor:
         row[: job.length] = job.host.own.private.to(row.dtype)
 
     def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
-        assert self.allocator is not None
-        arena = self.allocator.arena
+        arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
         self.sharing.remember(job, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
@@ -423,7 +422,7 @@ class Compressor:
         else:
             eviction = arena.residency.evict(slots, keep)
             done = passed_event(slots.device)
-            self.allocator.retire(eviction, done)
+            self.accounting.retire(eviction, done)
         if job.counted:  # it was retracted: what was done before is what counts
             return
         job.counted = True
@@ -438,8 +437,7 @@ class Compressor:
 
     def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
         """Share of `slots` that each layer has; see `CompressionJob.shared_kept`.  Nobody waits for it here."""
-        assert self.allocator is not None
-        arena = self.allocator.arena
+        arena = self._arena
         resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
         shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
         if shares.device.type != "cpu":
@@ -480,8 +478,7 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        assert self.allocator is not None
-        arena = self.allocator.arena
+        arena = self._arena
         cells = arena.residency.table[:, row[: job.length].to(torch.int64)]
         resident = (cells != EVICTED).view(-1, arena.groups, job.length).any(1)
         job.report["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]

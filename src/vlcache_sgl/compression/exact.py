@@ -13,30 +13,14 @@ host memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
+from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.events import passed_event
-from vlcache_sgl.memory.host_pool import HostFull, HostPool
+from vlcache_sgl.memory.host_pool import HostFull
 from vlcache_sgl.memory.own_slots import OwnSlots
-from vlcache_sgl.memory.residency import Eviction, Residency
 from vlcache_sgl.memory.staging import Staging
-
-
-class SlotSource(Protocol):
-    """What is asked of the allocator of virtual slots."""
-
-    residency: Residency
-
-    def alloc_bare(self, count: int) -> torch.Tensor | None:
-        """`[count]` int64, slots without cells; None: there are not so many."""
-
-    def retire(self, eviction: Eviction, done: object | None) -> None:
-        """Take note of evicted cells, unused after the event `done`."""
-
-    def settle(self) -> None:
-        """Reclaim evicted cells."""
 
 
 class OutOfMemory(RuntimeError):
@@ -47,19 +31,19 @@ class HostMemory:
     """Moves tokens between arena and host memory for requests that share without loss.
 
     Args:
-        slots: allocates private slots.
-        host: where tokens lie whole.
-        arena: `[cells + 1, 2, heads_per_cell, head_dim]`.
-        groups: cells per layer and token.
+        accounting: of the arena; with host memory.
+        alloc_bare: `[count]` int64, slots without cells; None: there are not so many.
     """
 
-    def __init__(self, slots: SlotSource, host: HostPool, arena: torch.Tensor, groups: int) -> None:
-        self._slots = slots
-        self._residency = slots.residency
-        self.host = host
-        self._arena = arena
-        self._groups = groups
-        self.staging = Staging(arena, slots.residency, host, groups)
+    def __init__(self, accounting: CellAccounting, alloc_bare: Callable[[int], torch.Tensor | None]) -> None:
+        assert accounting.host is not None
+        self.host = accounting.host
+        self._accounting = accounting
+        self._residency = accounting.residency
+        self._alloc_bare = alloc_bare
+        self._arena = accounting.arena.cells
+        self._groups = accounting.arena.groups
+        self.staging = Staging(accounting.arena, self.host)
         self.staged_tokens = 0
         """Tokens staged so far, counted once per forward."""
         self.make_room: Callable[[int], None] = lambda tokens: None
@@ -70,7 +54,7 @@ class HostMemory:
     def stage(self, prefixes: Sequence[torch.Tensor]) -> None:
         """Bring the prefixes of a prefill batch, slots `[tokens]` each, within reach of attention."""
         if prefixes:
-            self._slots.settle()
+            self._accounting.settle()
             self.staged_tokens += self.staging.begin(torch.cat(list(prefixes)).to(torch.int64))
 
     def write_back(self, slots: torch.Tensor) -> bool:
@@ -103,7 +87,7 @@ class HostMemory:
         Raises:
             OutOfMemory: too few slots or cells; nothing has changed then.
         """
-        private = self._slots.alloc_bare(slots.numel())
+        private = self._alloc_bare(slots.numel())
         if private is None:
             raise OutOfMemory(f"{slots.numel()} slots are not free")
         resident = self._residency.slot_cells[slots] > 0
@@ -112,7 +96,7 @@ class HostMemory:
             self._residency.move(slots[moved], private[moved])
             self._retire(private[moved], keep[:, moved])
         if restored.numel():
-            self._slots.settle()
+            self._accounting.settle()
             self._restore(slots[restored], private[restored], keep[:, restored])
         return OwnSlots(slots, private)
 
@@ -125,7 +109,7 @@ class HostMemory:
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
         eviction = self._residency.evict(slots, keep)
-        self._slots.retire(eviction, passed_event(slots.device))
+        self._accounting.retire(eviction, passed_event(slots.device))
 
     def keys_values(self, slots: torch.Tensor) -> Callable[[int], torch.Tensor]:
         """How to read a layer's keys and values of `slots` `[owned]`: `[owned, 2, kv_heads, head_dim]`."""

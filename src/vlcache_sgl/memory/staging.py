@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import torch
 
+from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.host_pool import HostPool
-from vlcache_sgl.memory.residency import EVICTED, Residency
+from vlcache_sgl.memory.residency import EVICTED
 
 
 class Staging:
     """The staged tokens of the forward that runs now.
 
     Args:
-        arena: `[cells + 1, 2, heads_per_cell, head_dim]`.
-        residency: of the arena.
+        arena: lends the cells.
         host: where the tokens are.
-        groups: cells per layer and token.
     """
 
-    def __init__(self, arena: torch.Tensor, residency: Residency, host: HostPool, groups: int) -> None:
-        self._arena = arena
-        self._residency = residency
+    def __init__(self, arena: Arena, host: HostPool) -> None:
+        self._arena = arena.cells
+        self._residency = arena.residency
+        self._groups = arena.groups
         self._host = host
-        self._groups = groups
         self._slots: torch.Tensor | None = None
         self._cells = torch.empty(0)
 

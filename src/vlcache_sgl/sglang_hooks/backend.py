@@ -18,10 +18,10 @@ from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.compression.compressor import Compressor, FirstStep
 from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.job import CompressionJob
-from vlcache_sgl.sglang_hooks.arena import KVArena
 
 
 class ResidencyBackend(AttentionBackend):
@@ -36,12 +36,12 @@ class ResidencyBackend(AttentionBackend):
 
     def __init__(self, model_runner: Any, compressor: Compressor, provider: str, num_heads: int) -> None:
         super().__init__()
-        self.arena: KVArena = model_runner.token_to_kv_pool
-        self.token_to_kv_pool = self.arena
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.arena: Arena = self.token_to_kv_pool.arena
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.compressor = compressor
         self._memory = Memory(
-            self.arena.arena, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
+            self.arena.cells, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
         )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
@@ -218,8 +218,8 @@ class ResidencyBackend(AttentionBackend):
             self._write(planes, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         for number, recall, cells in self._watched:
-            keys = self.arena.arena[cells[planes], 0].transpose(0, 1).flatten(1, 2)
-            recall.observe(layer.layer_id - self.arena.start_layer, queries[number], keys, layer.scaling)
+            keys = self.arena.cells[cells[planes], 0].transpose(0, 1).flatten(1, 2)
+            recall.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
         if self.first_steps:
             self.compressor.read_first_steps(self.first_steps, layer.layer_id, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
@@ -232,7 +232,7 @@ class ResidencyBackend(AttentionBackend):
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens = cells.shape[1]
-        arena_write(self.arena.arena, keys[:tokens], values[:tokens], self._numbers, cells)
+        arena_write(self.arena.cells, keys[:tokens], values[:tokens], self._numbers, cells)
 
 
 def _require_plain(options: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ class Expansions:
 
     def _resident(self, req: Any, job: CompressionJob) -> torch.Tensor:
         """`[L, end]` bool: what each layer has of the prompt up to the end of its pictures."""
-        arena = self._scheduler.token_to_kv_pool_allocator.arena
+        arena = self._scheduler.token_to_kv_pool_allocator.accounting.arena
         row = self._scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : job.vision[-1].end]
         resident: torch.Tensor = arena.residency.table[:, row.to(torch.int64)] != EVICTED
         return resident.view(-1, arena.groups, row.numel()).any(1)
@@ -215,11 +215,11 @@ class Expansions:
 
         Their slots stay in the prefix tree, without cells, until it drops them: nobody will look for them again.
         """
-        tree, allocator = self._scheduler.tree_cache, self._scheduler.token_to_kv_pool_allocator
+        tree, accounting = self._scheduler.tree_cache, self._scheduler.token_to_kv_pool_allocator.accounting
         for image in self._images.with_stale():
             for copy in list(image.stale):
                 key = RadixKey(copy.tokens, copy.extra_key, cache_salt=copy.cache_salt)
                 found = tree.match_prefix(MatchPrefixParams(key=key))
                 slots = tree.path_device_indices(found.last_device_node)[copy.span.begin : found.device_prefix_len]
-                if allocator.hollow(slots.to(torch.int64)):
+                if accounting.hollow(slots.to(torch.int64)):
                     image.stale.remove(copy)

@@ -22,7 +22,7 @@ from vlcache_sgl.config import ConfigError, HostSize, KVConfig
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.scoring.job import CompressionJob, job_of
-from vlcache_sgl.sglang_hooks.admission import HostCharge
+from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +83,16 @@ class HostSharing:
             if config.host_memory not in ("auto", "off"):
                 raise ConfigError(f"--kv-host-memory {config.host_memory} holds no token")
             return None
-        arena = allocator.arena
+        accounting = allocator.accounting
         try:
-            host = HostPool(arena.num_planes, arena.size, tokens, arena.arena)
+            accounting.host = HostPool(
+                accounting.residency.num_planes, accounting.residency.num_slots, tokens, accounting.arena.cells
+            )
         except MemoryError as error:
             raise ConfigError(f"--kv-host-memory: {error}") from error
-        allocator.host = host
-        memory = HostMemory(allocator, host, arena.arena, arena.groups)
+        memory = HostMemory(accounting, allocator.alloc_bare)
         chunk = model_runner.server_args.chunked_prefill_size
-        return cls(memory, prompt, allocator.physical_tokens, chunk if chunk and chunk > 0 else None)
+        return cls(memory, prompt, accounting.physical_tokens, chunk if chunk and chunk > 0 else None)
 
     def attach(self, tree: Any) -> None:
         """The prefix tree exists now."""

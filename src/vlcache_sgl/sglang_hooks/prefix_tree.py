@@ -33,7 +33,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
         row = req.kv.req_pool_idx
         if row is None or after == before:
             return
-        self.token_to_kv_pool_allocator.adopt(self.req_to_token_pool.req_to_token[row, before:after].long())
+        self.token_to_kv_pool_allocator.accounting.adopt(self.req_to_token_pool.req_to_token[row, before:after].long())
         # Where another request published the same tokens first, the row now names that request's slots.
         self.row_listener(row)
 
@@ -51,7 +51,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
         if share.own is not None:
             row[: job.length] = share.own.shared.to(row.dtype)
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        self.token_to_kv_pool_allocator.adopt(row[before : req.kv.cache_protected_len].long())
+        self.token_to_kv_pool_allocator.accounting.adopt(row[before : req.kv.cache_protected_len].long())
         if share.own is not None:
             # Where another request published the same tokens first, the row now names that request's slots.
             share.own.shared = row[: job.length].to(torch.int64)
@@ -91,7 +91,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
             return
         slots = self.path_device_indices(node_id)
         if slots.numel():
-            self.token_to_kv_pool_allocator.lock(slots, delta)
+            self.token_to_kv_pool_allocator.accounting.lock(slots, delta)
 
     removals = 0
     """Changes whenever the tree has dropped something: what was found in it is there as long as this stays."""
@@ -103,5 +103,5 @@ class CompressedPrefixTree(UnifiedRadixCache):
     def reset(self) -> None:
         self.removals += 1
         super().reset()
-        self.token_to_kv_pool_allocator.forget_tree()
+        self.token_to_kv_pool_allocator.accounting.forget_tree()
         self.reset_listener()

@@ -123,7 +123,9 @@ class Session:
         reporter = scheduler.metrics_reporter
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         assert self.compressor is not None
-        self._status = Status(self.config, self.choices, self.compressor, self.images, labels)
+        self._status = Status(
+            self.config, self.choices, self.compressor, scheduler.token_to_kv_pool_allocator, self.images, labels
+        )
         self._say_what_is_served()
 
     def _say_what_is_served(self) -> None:
@@ -260,8 +262,8 @@ class Session:
             sharing = Sharing(self.config, self.choices.copies, prompt, self.images, arena_bytes)
         except ValueError as error:
             raise ConfigError(f"--kv-profile: {error}") from error
-        self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters, sharing)
-        self.compressor.allocator = model_runner.token_to_kv_pool_allocator
+        accounting = model_runner.token_to_kv_pool_allocator.accounting
+        self.compressor = Compressor(prompt, HeadGather(group, rank, size), self.counters, sharing, accounting)
         self.host = HostSharing.build(
             self.config, self._host_tokens, model_runner, model_runner.token_to_kv_pool_allocator, prompt, group, rank
         )
@@ -287,7 +289,7 @@ class Session:
         Free and evictable slots stay as they are: SGLang's leak checks add them up.
         """
         allocator = observer.token_to_kv_pool_allocator
-        free = allocator.evictable_physical_tokens()
+        free = allocator.accounting.evictable_physical_tokens()
         used = self.physical_tokens - free
         return replace(stats, full_num_used=used, full_token_usage=used / self.physical_tokens)
 

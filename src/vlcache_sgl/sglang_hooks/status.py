@@ -8,6 +8,7 @@ from vlcache_sgl._version import __version__
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.scoring.job import Choices
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Status:
         config: the server's settings.
         default: the choice of requests that ask for nothing else.
         compressor: counts.
+        allocator: slots and cells.
         images: what is shared.
         labels: those of SGLang's own figures; None: no metrics are published.
     """
@@ -30,14 +32,15 @@ class Status:
         config: KVConfig,
         choices: Choices,
         compressor: Compressor,
+        allocator: VirtualSlotAllocator,
         images: SharedImages,
         labels: dict[str, Any] | None,
     ) -> None:
-        assert compressor.allocator is not None
         self._config = config
         self._choices = choices
         self._compressor = compressor
-        self._allocator = compressor.allocator
+        self._allocator = allocator
+        self._accounting = allocator.accounting
         self._images = images
         self._metrics = None if labels is None else Metrics(labels)
         self.stale = True
@@ -46,10 +49,10 @@ class Status:
 
     def state(self) -> dict[str, Any]:
         """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
-        allocator = self._allocator
-        allocator.settle()
+        allocator, cells = self._allocator, self._accounting
+        cells.settle()
         self._compressor.settle_counts(wait=True)
-        residency, arena = allocator.residency, allocator.arena
+        residency = cells.residency
         slots_used = residency.num_slots - allocator.available_size()
         return {
             "version": __version__,
@@ -63,16 +66,16 @@ class Status:
             "cells_total": residency.num_cells,
             "cells_used": residency.used_cells,
             "cells_free": residency.free_cells,
-            "cells_tree": allocator.tree_cells,
-            "cells_requests": allocator.request_cells,
-            "cells_evictable": allocator.evictable_cells,
+            "cells_tree": cells.tree_cells,
+            "cells_requests": cells.request_cells,
+            "cells_evictable": cells.evictable_cells,
             # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
             "cells_fragmented": residency.free_cells % residency.num_planes,
             # What the tokens in use would hold uncompressed is 1.
             "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
-            "bytes_per_cell": arena.cell_bytes,
+            "bytes_per_cell": cells.arena.cell_bytes,
             "cells_per_token": residency.num_planes,
-            "physical_tokens_total": allocator.physical_tokens,
+            "physical_tokens_total": cells.physical_tokens,
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
@@ -80,7 +83,7 @@ class Status:
             "pictures_known": len(self._images),
             "pictures_whole": self._images.settled,
             "sketch_bytes": self._images.sketch_bytes,
-            "integrity": allocator.verify_byte_accounting(),
+            "integrity": cells.verify(),
             **self._compressor.counters.as_dict(),
         }
 
@@ -88,21 +91,21 @@ class Status:
         """Publish all figures."""
         if self._metrics is None:
             return
-        allocator = self._allocator
-        allocator.settle()
+        cells = self._accounting
+        cells.settle()
         self._compressor.settle_counts()
-        residency = allocator.residency
+        residency = cells.residency
         self._metrics.publish(
             self._compressor.counters,
             {
                 "cells_total": residency.num_cells,
                 "cells_used": residency.used_cells,
                 "cells_free": residency.free_cells,
-                "cells_tree": allocator.tree_cells,
-                "cells_evictable": allocator.evictable_cells,
+                "cells_tree": cells.tree_cells,
+                "cells_evictable": cells.evictable_cells,
                 "pictures_whole": self._images.settled,
                 "sketch_bytes": self._images.sketch_bytes,
-                "cell_bytes": allocator.arena.cell_bytes,
+                "cell_bytes": cells.arena.cell_bytes,
                 "cells_per_token": residency.num_planes,
             },
             counted=self._compressor.all_counted,
@@ -113,7 +116,7 @@ class Status:
         """The same, once per change."""
         if self._metrics is None:
             return
-        free = self._allocator.residency.free_cells
+        free = self._accounting.residency.free_cells
         if self.stale or free != self._published_free:
             self._published_free = free
             self.publish()
