@@ -74,6 +74,12 @@ FIGURES = (
     Figure("cells_evictable", "gauge", "Cells of the prefix tree that no running request relies on."),
     Figure("pictures_whole", "gauge", "Pictures that are shared uncompressed: too many questions missed parts."),
     Figure("sketch_bytes", "gauge", "Bytes of the sketches of evicted keys that guards read."),
+    Figure("host_tokens_total", "gauge", "Tokens that host memory holds; 0 without --kv-host-memory."),
+    Figure("host_tokens_used", "gauge", "Tokens in host memory, each whole."),
+    Figure("host_bytes_per_token", "gauge", "Bytes of a token in host memory."),
+    Figure("host_bytes_written", "gauge", "Bytes copied to host memory since the start."),
+    Figure("host_bytes_read", "gauge", "Bytes copied from host memory since the start."),
+    Figure("staged_tokens", "gauge", "Tokens brought back for a prefill, once per forward, since the start."),
     Figure("cell_bytes", "gauge", "Bytes of a cell."),
     Figure("cells_per_token", "gauge", "Cells of an uncompressed token."),
 )

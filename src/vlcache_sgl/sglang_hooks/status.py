@@ -79,12 +79,26 @@ class Status:
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
+            **self._host_figures(),
             "guard": self._config.guard,
             "pictures_known": len(self._images),
             "pictures_whole": self._images.settled,
             "sketch_bytes": self._images.sketch_bytes,
             "integrity": cells.verify(),
             **self._compressor.counters.as_dict(),
+        }
+
+    def _host_figures(self) -> dict[str, int]:
+        """Of host memory, zeros where there is none."""
+        memory = self._compressor.host
+        host = None if memory is None else memory.host
+        return {
+            "host_tokens_total": 0 if host is None else host.num_tokens,
+            "host_tokens_used": 0 if host is None else host.used_tokens,
+            "host_bytes_per_token": 0 if host is None else host.token_bytes,
+            "host_bytes_written": 0 if host is None else host.written,
+            "host_bytes_read": 0 if host is None else host.read,
+            "staged_tokens": 0 if memory is None else memory.staged_tokens,
         }
 
     def publish(self) -> None:
@@ -107,6 +121,7 @@ class Status:
                 "sketch_bytes": self._images.sketch_bytes,
                 "cell_bytes": cells.arena.cell_bytes,
                 "cells_per_token": residency.num_planes,
+                **self._host_figures(),
             },
             counted=self._compressor.all_counted,
         )
