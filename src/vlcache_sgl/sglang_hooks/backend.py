@@ -17,11 +17,11 @@ from vlcache_kernels.arena_write import arena_write
 from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.compression.compressor import Compressor, FirstStep
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
 from vlcache_sgl.scoring.batch import BatchScoring
-from vlcache_sgl.scoring.job import CompressionJob
 
 
 class ResidencyBackend(AttentionBackend):
@@ -116,16 +116,22 @@ class ResidencyBackend(AttentionBackend):
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
         ):
-            votes = job is not None and job.scoring is not None and job.scoring.rows_in(begin, begin + count)
+            votes = (
+                job is not None
+                and job.progress.scoring is not None
+                and job.progress.scoring.rows_in(begin, begin + count)
+            )
             requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
             self._observed.append(job if votes else None)
-            if job is not None and job.guard is not None:
-                read = job.guard.rows(int(begin), count)
+            if job is not None and job.sharing.guard is not None:
+                read = job.sharing.guard.rows(int(begin), count)
                 self._guarded.append((job, slice(first + read.start, first + read.stop)))
             first += count
         self._requests = tuple(requests)
         if self.provider.on_device and any(request.votes for request in requests):
-            self._voting = self.compressor.plan_batch(self._memory, self._requests, self._observed)
+            self._voting = self.compressor.plan_batch(
+                self._memory, self._requests, [None if job is None else job.progress.scoring for job in self._observed]
+            )
         self.provider.plan_extend(
             ExtendBatch(
                 self._requests,
@@ -139,11 +145,11 @@ class ResidencyBackend(AttentionBackend):
     def _plan_recall(self, forward_batch: Any) -> None:
         """Look up the cells of requests whose attention is looked at: few, or for few steps."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
-            if job is not None and job.recall is not None:
+            if job is not None and job.report.recall is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
-                self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
+                self._watched.append((number, job.report.recall, self.arena.write_cells(slots.to(torch.int64))))
             length = int(forward_batch.seq_lens_cpu[number])
-            guard = None if job is None else job.decode_guard
+            guard = None if job is None else job.sharing.decode_guard
             if guard is not None and guard.wants(length):
                 slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
                 self.first_steps.append((number, guard, slots))

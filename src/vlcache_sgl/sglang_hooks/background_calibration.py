@@ -19,9 +19,9 @@ import httpx
 from vlcache_sgl._version import __version__
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
 from vlcache_sgl.policy import PolicyError
+from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.policy.custom_params import RequestParams
-from vlcache_sgl.scoring.job import Choices
-from vlcache_sgl.sglang_hooks.flags import config_of
+from vlcache_sgl.sglang_hooks.settings import config_of
 from vlcache_sgl.sglang_hooks.weight_knobs import knobs_of
 from vlcache_sgl.weights import ModelWeights, cache_file, checkpoint_folder, find_weights, model_key
 

@@ -15,8 +15,8 @@ import torch
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import RequestParams, misplaced
-from vlcache_sgl.scoring.job import Choice, Choices
 
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""

@@ -11,33 +11,14 @@ import logging
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from vlcache_sgl.api import Grid, Span
+from vlcache_sgl.scoring.asked import Run
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive vision tokens of a prompt."""
-
-    begin: int
-    end: int
-    """Exclusive."""
-    modality: str
-    """``image`` or ``video``."""
-    item: int
-    """Which picture or video of the prompt, from 0; a video may have one run per frame."""
-    grids: tuple[Grid, ...] = ()
-    """In the order of the tokens: one per frame, or LLaVA's overview and its tiles; empty where it is not known."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "grids": [asdict(grid) for grid in self.grids]}
 
 
 def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from vlcache_sgl.scoring.job import job_of
+from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
 class CompressedPrefixTree(UnifiedRadixCache):
@@ -18,12 +18,17 @@ class CompressedPrefixTree(UnifiedRadixCache):
             # A prompt is published after compression only: others must not rely on tokens that are about to go.
             return
         before = req.kv.cache_protected_len
-        if job is not None and job.repeated:
+        if job is not None and job.asked.repeated:
             up_to = job.publishes(up_to)
             if up_to <= before:
                 return
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        if job is not None and job.image is not None and job.image.leader is req and up_to >= job.length:
+        if (
+            job is not None
+            and job.sharing.image is not None
+            and job.sharing.image.leader is req
+            and up_to >= job.asked.length
+        ):
             self.copy_listener(req, job)
         after = req.kv.cache_protected_len
         row = req.kv.req_pool_idx

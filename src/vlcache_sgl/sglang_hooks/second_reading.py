@@ -17,7 +17,7 @@ import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import prefix_digest
-from vlcache_sgl.scoring.job import JOB_ATTRIBUTE, CompressionJob, job_of
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.admission import set_aside
+from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +43,6 @@ MOST_TRIES = 2
 """Readings that a request waits for; the prefix tree may drop a prefix before the request has started."""
 
 
-@dataclass
-class ReadingState:
-    """How far the second reading of a request's prefix has come."""
-
-    reader: Any = None
-    """The request that reads, SGLang's object; None: nobody does."""
-    key: tuple[Any, ...] = ()
-    """Names the prefix."""
-    tries: int = 0
-    found_at: int = -1
-    """`CompressedPrefixTree.removals` when the tree had the prefix."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """What the reader did, or why there is none; empty for those who found the prefix."""
-
-    @property
-    def given_up(self) -> bool:
-        return "skipped" in self.report
-
-
 class Unreadable(Exception):
     """A prefix that cannot be read twice; the message says why."""
 
@@ -67,7 +50,7 @@ class Unreadable(Exception):
 def is_reader(req: Any) -> bool:
     """Whether `req` is internal: nobody waits for its answer."""
     job = job_of(req)
-    return job is not None and job.repeated > 0
+    return job is not None and job.asked.repeated > 0
 
 
 class SecondReadings:
@@ -112,25 +95,25 @@ class SecondReadings:
         if state.found_at == tree.removals:
             return False
         reader, state.reader = state.reader, None
-        end = job.pictures_end or len(req.origin_input_ids) - 1
+        end = job.asked.pictures_end or len(req.origin_input_ids) - 1
         found = self._found(req, end)
         done = None if reader is None else job_of(reader)
-        if end - found < job.min_tokens:
+        if end - found < job.asked.min_tokens:
             state.found_at = tree.removals
-            if done is not None and done.compressed:
-                state.report = dict(done.report)
+            if done is not None and done.progress.compressed:
+                state.report = dict(done.report.fields)
             return False
         try:
-            if done is not None and not done.compressed:
-                raise Unreadable(done.report.get("failed", "it was aborted"))
+            if done is not None and not done.progress.compressed:
+                raise Unreadable(done.report.fields.get("failed", "it was aborted"))
             if state.tries == MOST_TRIES:
                 raise Unreadable("the prefix cache dropped it before it was used")
             state.key = (req.extra_key, req.cache_salt, prefix_digest(req.origin_input_ids, end))
             if state.key not in self._readers:
                 self._readers[state.key] = self._start(req, job, Span(found, end))
         except Unreadable as reason:
-            logger.warning("a prompt of %d tokens is not read twice, and stays whole: %s", job.length, reason)
-            policy = job.choice.policy.spec
+            logger.warning("a prompt of %d tokens is not read twice, and stays whole: %s", job.asked.length, reason)
+            policy = job.asked.choice.policy.spec
             state.report = {"policy": policy, "skipped": "second_reading", "second_reading": {"failed": str(reason)}}
             req.extra_key += UNREAD
             return False
@@ -175,8 +158,8 @@ class SecondReadings:
         tokens, media, end = req.origin_input_ids, req.multimodal_inputs, missing.end
         again = _read_again(job, media, missing)
         # Where an image is fed again, what encloses it is, too.
-        between = self._request if not job.vision else tokens[end : end + 1] + self._request
-        if job.vision and again.begin:
+        between = self._request if not job.asked.vision else tokens[end : end + 1] + self._request
+        if job.asked.vision and again.begin:
             again = Span(again.begin - 1, again.end)
         ids = tokens[:end] + between + tokens[again.begin : again.end]
         self._made += 1
@@ -200,8 +183,8 @@ class SecondReadings:
         reader.tokenizer = self._scheduler.tokenizer
         if media is not None:
             reader.multimodal_inputs = repeat_media(media, again, len(between))
-        reader_job = CompressionJob(job.choice, job.vision, end, job.min_tokens, repeated=len(ids) - end)
-        setattr(reader, JOB_ATTRIBUTE, reader_job)
+        asked = Asked(job.asked.choice, job.asked.vision, end, job.asked.min_tokens, repeated=len(ids) - end)
+        give_job(reader, CompressionJob(asked))
         return reader
 
 
@@ -224,7 +207,7 @@ def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
     if any(item.has_cuda_ipc_proxy() for item in media.mm_items):
         raise Unreadable("its images are in another process's memory")
     begin = missing.begin
-    if job.vision:
+    if job.asked.vision:
         begin = min(_extent(item).begin for item in media.mm_items if not item.is_audio() and _extent(item).end > begin)
     # Media that would be cut are read from their beginning.
     extents = sorted(map(_extent, media.mm_items), key=lambda extent: extent.end, reverse=True)

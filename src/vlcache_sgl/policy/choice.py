@@ -1,31 +1,17 @@
-"""What one request asks for, and how far its compression has come."""
+"""Which policy at which budget serves a request, within the limits of the server."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
 
-import torch
-
-from vlcache_sgl.api import Grid, Prompt, Span
+from vlcache_sgl.api import Prompt
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
-from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams
+from vlcache_sgl.policy.errors import PolicyError
+from vlcache_sgl.policy.policy import Policy, resolve
 from vlcache_sgl.policy.tier import require_agnostic
 from vlcache_sgl.weights import ModelWeights
 
-if TYPE_CHECKING:
-    from vlcache_sgl.compression.recall import Recall
-    from vlcache_sgl.compression.sharing.guard import DecodeReading, GuardReading
-    from vlcache_sgl.compression.sharing.images import SharedImage
-    from vlcache_sgl.policy import Policy
-    from vlcache_sgl.scoring.scoring import Scoring
-    from vlcache_sgl.sglang_hooks.media import Run
-    from vlcache_sgl.sglang_hooks.second_reading import ReadingState
-
-Phase = Literal["prefill", "decode"]
-"""Where a guard has seen what a request misses."""
 MOST_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
@@ -161,132 +147,3 @@ class Choices:
         if not low <= share <= high:
             meant = "" if budget.fraction is not None else f", {share:.3g} of this prompt,"
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")
-
-
-@dataclass
-class CompressionJob:
-    """One request's way to a compressed prompt; lives on SGLang's request object."""
-
-    choice: Choice
-    vision: tuple[Span, ...]
-    """Vision tokens of the prompt, absolute positions."""
-    length: int
-    """Tokens of the prompt, generated ones not counted."""
-    min_tokens: int
-    runs: tuple[Run, ...] = ()
-    """What is known of each span of `vision`: for the policy, and for a report with `positions`."""
-    positions: bool = False
-    """Whether the report lists kept positions."""
-    measures_recall: bool = False
-    """Whether nothing is evicted, and the report says what of the answer's attention the decision would have kept."""
-    recall: Recall | None = None
-    """Set when the decision has fallen; only with `measures_recall`."""
-    scoring: Scoring | None = None
-    done: bool = False
-    """Whether the decision has fallen, either way."""
-    reached: int | None = None
-    """Where the last chunk ended; a chunk that begins elsewhere belongs to a new prefill."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """What was done, for the response's metadata."""
-    tokens: Sequence[int] = ()
-    """The prompt's token numbers, SGLang's array."""
-    image: SharedImage | None = None
-    """What is known of the prompt's first picture; None where nothing needs to be."""
-    base_key: str = ""
-    """The radix key's namespace, without the generation of the picture's copy."""
-    generation: int = 0
-    """Of the copy that this request looks for or makes."""
-    guard: GuardReading | None = None
-    """How well the present prefill finds what it looks for."""
-    decode_guard: DecodeReading | None = None
-    """The same for the first decode steps, also of whoever has just compressed the picture."""
-    trips: int = 0
-    """How often it did not, and started over."""
-    missed: float = 0.0
-    """The reading of the last time."""
-    missed_in: Phase = "prefill"
-    """Whose reading it was."""
-    shared: int = 0
-    """Tokens that the prefix cache served to the present prefill."""
-    shared_kept: tuple[torch.Tensor, Any | None] | None = None
-    """`[L]` float32 on the host, shares of these that each layer has, and the event after which it may be read."""
-    outcome: dict[str, Any] | None = None
-    """Report of a prefill that had ended when the request was retracted; None: it had not."""
-    counted: bool = False
-    """Whether this request is among those that were compressed or left alone."""
-    counted_hit: bool = False
-    """Whether it is among those that found an image."""
-    inherited: torch.Tensor | None = None
-    """`[L, end]` bool: what the copy before the one that this request makes has of the pictures."""
-    repeated: int = 0
-    """Tokens behind the prompt that read it again: of an internal request, which computes both and keeps the prompt."""
-    compressed: bool = False
-    """Whether something was evicted from the prompt."""
-    reading: ReadingState | None = None
-    """How far the second reading of this request's prompt has come, by another request; only where the policy asks."""
-
-    @property
-    def reads_decode(self) -> bool:
-        """Whether decode steps of this request are looked at."""
-        return self.recall is not None or (self.decode_guard is not None and not self.decode_guard.complete)
-
-    @property
-    def grids(self) -> tuple[tuple[Grid, ...], ...]:
-        """`Prompt.grids`."""
-        return tuple(run.grids for run in self.runs)
-
-    @property
-    def pictures_end(self) -> int:
-        """Position behind the last picture."""
-        return self.vision[-1].end if self.vision else 0
-
-    @property
-    def end(self) -> int:
-        """Where the decision falls: behind the prompt, or behind its second reading."""
-        return self.length + self.repeated
-
-    def holds_back(self, up_to: int) -> bool:
-        """Whether ``[0, up_to)`` must not be published yet."""
-        return not self.done and up_to < self.end
-
-    def publishes(self, up_to: int) -> int:
-        """How much of ``[0, up_to)`` the prefix tree may have: of a second reading nothing, and nothing of a prompt
-        whose compression failed in it."""
-        if not self.repeated:
-            return up_to
-        return min(up_to, self.length) if self.compressed else 0
-
-    def first_evictable(self, begin: int) -> int:
-        """Where the tokens begin that this request may evict, `begin` being where its own begin.
-
-        What lies in front of the first image, a system prompt for instance, is there for other images too.
-        """
-        return max(begin, self.vision[0].begin) if self.vision else begin
-
-    def send_back(self, missing: float, seen_in: Phase) -> None:
-        """The guard has tripped: what was done is undone, and does not count."""
-        self.trips += 1
-        self.missed, self.missed_in = round(missing, 4), seen_in
-        self.done = self.counted = False
-
-    def restart(self) -> None:
-        """Begin anew: the request was retracted and is prefilled again."""
-        if self.done:
-            self.outcome = dict(self.report)
-        self.scoring = None
-        self.done = self.compressed = False
-        self.reached = None
-        self.guard = self.decode_guard = None
-        self.shared_kept = None
-        self.report.clear()
-        if self.trips:
-            self.report.update(recomputed=self.trips, missed=self.missed, missed_in=self.missed_in)
-
-
-JOB_ATTRIBUTE = "vlcache_job"
-
-
-def job_of(req: Any) -> CompressionJob | None:
-    """The job of SGLang's request `req`; None when it is served uncompressed."""
-    job: CompressionJob | None = getattr(req, JOB_ATTRIBUTE, None)
-    return job
