@@ -49,8 +49,12 @@ class Pool:
     slots: int
 
 
-def compressed_pool(stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool) -> Pool:
+def compressed_pool(
+    stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool, host_tokens: int = 0
+) -> Pool:
     """The pool in the bytes of `stock_tokens` uncompressed tokens.
+
+    Tokens in host memory, `host_tokens` at most, have slots in addition.
 
     Out of the same memory come, per slot, its row of the residency table (4 bytes per plane), its counters and lists
     (17); per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded
@@ -58,9 +62,9 @@ def compressed_pool(stock_tokens: int, shape: KVShape, overcommit: float, *, gra
     """
     slot_bytes = 4 * shape.planes + 17
     cell_overhead = (4 + (32 if graph_lists else 0)) * shape.planes
-    share = shape.token_bytes / (shape.token_bytes + overcommit * slot_bytes + cell_overhead)
-    physical = max(1, int(stock_tokens * share))
-    return Pool(physical, int(physical * overcommit))
+    memory = stock_tokens * shape.token_bytes - host_tokens * slot_bytes
+    physical = max(1, memory // int(shape.token_bytes + overcommit * slot_bytes + cell_overhead))
+    return Pool(physical, int(physical * overcommit) + host_tokens)
 
 
 def longest_answer(prompt_tokens: int, max_new_tokens: int, capacity: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any, ClassVar, Literal, get_args
 from vlcache_sgl.spelling import did_you_mean
 
 Scope = Literal["vision", "all"]
-Share = Literal["policy", "tiered", "off"]
+HostSize = int | Literal["auto", "off"]
+"""Bytes of host memory per rank."""
+Share = Literal["exact", "policy", "tiered", "off"]
 Guard = Literal["off", "observe", "enforce"]
 
 _SHOWN = reprlib.Repr()
@@ -97,6 +100,8 @@ class KVConfig:
     weights: str = "auto"
     """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this
     start) or ``off``."""
+    host_memory: HostSize = "off"
+    """Memory beside the KV pool in which every token of a compressed prompt lies whole, per rank."""
     share: Share = "policy"
     """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
     everybody (``tiered``), or nothing (``off``)."""
@@ -210,6 +215,19 @@ def _read_switch(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(value)
     return value
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _read_size(value: object) -> HostSize:
+    if value in ("auto", "off"):
+        return "auto" if value == "auto" else "off"
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not size:
+        raise ValueError(value)
+    return size
 
 
 SWITCH = Values("true or false", _read_switch, "")
@@ -334,6 +352,12 @@ FLAGS: tuple[Flag, ...] = (
         "measured of this model before, and measures on its first start",
     ),
     Flag(
+        "--kv-host-memory",
+        Values("`auto`, `off` or a size such as 8GB", _read_size, "auto|off|SIZE"),
+        "Host memory per rank in which every token of a compressed prompt lies whole, so that later questions see all "
+        "of it; `auto` is twice the KV pool, and at most a quarter of what is free",
+    ),
+    Flag(
         "--kv-share",
         one_of(get_args(Share)),
         "What other requests find of an image: what the first request's policy kept (`policy`), a copy made for all "
@@ -380,6 +404,8 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     parsed = {flag.field: flag.read(value) for flag, value in given.items()}
     if "profile" in parsed:
         parsed.setdefault("share", "tiered")  # who has a profile expects later questions
+    if parsed.get("host_memory", "off") != "off":
+        parsed.setdefault("share", "exact")
     config = KVConfig(**parsed)
     for flag, value in given.items():
         if objection := flag.objection(config):

@@ -51,6 +51,8 @@ class Counters:
     """Prompts, up to the end of their images, that were read twice and compressed."""
     second_reading_ms: float = 0.0
     """Wall time of forwards that contained one of them."""
+    host_ms: float = 0.0
+    """Host time spent on moving tokens to host memory and on mapping what is staged."""
     prefill_ms: float = 0.0
     """Wall time of forwards that contained a compressed prompt."""
     scoring_ms: float = 0.0
@@ -112,6 +114,7 @@ class Counters:
             "guard_decode_ms": round(self.guard_decode_ms, 3),
             "second_readings": self.second_readings,
             "second_reading_ms": round(self.second_reading_ms, 3),
+            "host_ms": round(self.host_ms, 3),
             "prefill_ms": round(self.prefill_ms, 3),
             "scoring_ms": round(self.scoring_ms, 3),
             "selection_ms": round(self.selection_ms, 3),

@@ -116,7 +116,7 @@ def test_servers_that_cannot_measure_refuse(on_device: bool, ranks: int, message
     assert config is not None
     session = Session(config)
     backend = SimpleNamespace(provider=SimpleNamespace(on_device=on_device))
-    session.model.served = SimpleNamespace(backend=backend, ranks=ranks, module=None)  # type: ignore[assignment]
+    session.model.served = SimpleNamespace(backend=backend, ranks=ranks, module=None, host=None)  # type: ignore[assignment]
     refused: list[str] = []
     request = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"kv_report": "recall"}, beam_width=None),

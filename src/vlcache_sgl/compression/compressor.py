@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl.api import Prompt
+from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.compression.sharing.guard import DecodeReading
@@ -27,10 +28,10 @@ from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.events import passed_event
-from vlcache_sgl.memory.residency import EVICTED
+from vlcache_sgl.memory.residency import EVICTED, OutOfCells
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
-from vlcache_sgl.scoring.scoring import KeysValues, Scoring
+from vlcache_sgl.scoring.scoring import KeysValues, Scoring, divide_prefix
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Compressor:
         self.sharing = sharing
         self.accounting = accounting
         self._arena = accounting.arena
+        self.host: HostMemory | None = None
+        """Where prefixes that are shared without loss are; None: without host memory."""
         self._uncounted: list[tuple[Any | None, torch.Tensor]] = []
 
     # -- during the prefill -----------------------------------------------------------------------------------------
@@ -73,13 +76,14 @@ class Compressor:
             if job.report.before is None and job.asked.vision and begin > job.asked.vision[0].begin:
                 self._note_hit(job)
         job.progress.reached = end
+        job.progress.chunk = Span(begin, end)
         if job.progress.done:
             return
         if job.progress.scoring is None:
             if job.reading is not None and job.reading.report:
                 self.take_over(job, job.reading.report)
                 return
-            start = job.asked.first_evictable(begin)
+            start = job.first_evictable()
             if job.asked.length - start < job.asked.min_tokens:
                 self.skip(job, "short")
                 return
@@ -95,7 +99,7 @@ class Compressor:
                 repeated=job.asked.repeated,
             )
             try:
-                job.progress.scoring = Scoring(prompt, job.asked.choice.policy.needs, first=begin)
+                job.progress.scoring = Scoring(prompt, job.asked.choice.policy.needs, first=job.first_kept)
             except Exception as error:
                 self.fail(job, error)
 
@@ -169,7 +173,7 @@ class Compressor:
         started = time.perf_counter()
         try:
             earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
-            shared, shared_valid, own = _divide(prefix, valid, max(0, earlier))
+            shared, shared_valid, own = divide_prefix(prefix, valid, max(0, earlier))
             if earlier < 0:
                 # The chunk begins in front of the first image.  Keys that only enter the normaliser have no order.
                 front, keys = keys[:-earlier], keys[-earlier:]
@@ -262,19 +266,21 @@ class Compressor:
         if job.sharing.guard is not None:
             job.sharing.guard.close(self._heads.mean, row.device)
             self.counters.guard_ms += (time.perf_counter() - started) * 1e3
-        if job.progress.shared and job.report.before is None:
+        if job.progress.shared and job.report.before is None and job.host is None:
             job.report.shared_kept = self._kept_of(row[: job.progress.shared])
         scoring = job.progress.scoring
         if job.progress.done or scoring is None:
+            self._keep_whole(job, row)
             return
         started = time.perf_counter()
         prompt = scoring.prompt
-        front = prompt.start - job.progress.shared
+        front = prompt.start - job.first_kept
         slots = row[prompt.start : prompt.length].to(torch.int64)
         try:
             plan = self._decide(job, scoring, slots)
         except Exception as error:
             self.fail(job, error)
+            self._keep_whole(job, row)
             return
         if job.asked.measures_recall:
             job.report.recall = job.report.recall or Recall(
@@ -282,7 +288,7 @@ class Compressor:
             )  # a retracted request decides twice, and alike
             self._count_skipped(job, "recall")
         else:
-            self._evict(job, prompt, slots, plan)
+            self._evict(job, prompt, row, plan)
             job.progress.compressed = True
         per_layer = [front + tokens for tokens in plan.tokens_per_layer]
         job.report.fields.update(
@@ -306,6 +312,9 @@ class Compressor:
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
         prompt = scoring.final_prompt()
         keys_values = self._keys_values(slots)
+        if job.host is not None and not job.host.unwritten:
+            assert self.host is not None
+            keys_values = self.host.keys_values(slots)
         policy = job.asked.choice.policy
         try:
             if scoring.failure is not None:
@@ -348,20 +357,75 @@ class Compressor:
         keys = arena.cells[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
         return keys.transpose(1, 2).flatten(0, 1)
 
-    def _evict(self, job: CompressionJob, prompt: Prompt, slots: torch.Tensor, plan: EvictionPlan) -> None:
+    # -- prefixes that are shared without loss ------------------------------------------------------------------------
+
+    def stage(self, prefixes: Sequence[torch.Tensor]) -> None:
+        """Before a prefill forward: bring shared prefixes, slots `[tokens]` each, within reach of attention."""
+        if self.host is not None and prefixes:
+            started = time.perf_counter()
+            self.host.stage(prefixes)
+            self.counters.host_ms += (time.perf_counter() - started) * 1e3
+
+    def end_staging(self) -> None:
+        """After a forward."""
+        if self.host is not None:
+            self.host.staging.end()
+
+    def end_chunk(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """A chunk has been computed: copy it to host memory, and free its cells unless it is the prompt's last.
+
+        Args:
+            row: `[context]`, the request's row of `req_to_token`.
+        """
+        if job.host is None or job.host.own is not None:
+            return
+        assert self.host is not None
+        started = time.perf_counter()
+        slots = row[job.progress.chunk.begin : min(job.progress.chunk.end, job.asked.length)].to(torch.int64)
+        if slots.numel():
+            if not self.host.write_back(slots):
+                job.host.unwritten = True
+            elif job.progress.chunk.end < job.asked.end:
+                self.host.release_chunk(slots)
+        self.counters.host_ms += (time.perf_counter() - started) * 1e3
+
+    def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
+        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
+        if job.host is not None and job.host.own is None:
+            keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
+            self._take_own(job, row, keep)
+
+    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
+        """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
+        assert self.host is not None
+        assert job.host is not None
+        try:
+            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
+        except (OutOfMemory, OutOfCells) as error:
+            logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
+            job.host.abort(f"the KV cache is full: {error}")
+            return
+        row[: job.asked.length] = job.host.own.private.to(row.dtype)
+
+    def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         arena = self._arena
+        slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
         self.sharing.remember(job.sharing, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
-        eviction = arena.residency.evict(slots, keep)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
-        done = passed_event(slots.device)
-        self.accounting.retire(eviction, done)
+        if job.host is not None:
+            self._take_own(job, row, torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1))
+            done = passed_event(slots.device)
+        else:
+            eviction = arena.residency.evict(slots, keep)
+            done = passed_event(slots.device)
+            self.accounting.retire(eviction, done)
         if job.report.counted:  # it was retracted: what was done before is what counts
             return
         job.report.counted = True
         # From the plan, not from the device: the host need not wait to know them.
-        front = prompt.start - job.progress.shared
+        front = prompt.start - job.first_kept
         counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups
@@ -424,25 +488,3 @@ def _give_up(scorings: Iterable[Scoring | None], error: Exception) -> None:
     for scoring in scorings:
         if scoring is not None:
             scoring.failure = error
-
-
-def _divide(
-    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
-
-    Returns:
-        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
-        owned keys or None.
-    """
-    if prefix is None:
-        return None, None, None
-    keys = prefix[:, 0]
-    if valid is None:
-        split = keys.shape[0] - earlier
-        return keys[:split] if split else None, None, keys[split:] if earlier else None
-    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
-    split_by_head = valid.to(torch.int64) - earlier
-    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
-    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
-    return keys[: keys.shape[0] - earlier], split_by_head, own

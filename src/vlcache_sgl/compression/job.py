@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from vlcache_sgl.api import Span
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.compression.sharing.state import Phase, SharingState
+from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
 
@@ -24,6 +26,8 @@ class Progress:
     """Where the last chunk ended; a chunk that begins elsewhere belongs to a new prefill."""
     shared: int = 0
     """Tokens that the prefix cache served."""
+    chunk: Span = field(default_factory=lambda: Span(0, 0))
+    """What the present forward computes."""
     compressed: bool = False
     """Whether something was evicted from the prompt."""
 
@@ -80,6 +84,7 @@ class CompressionJob:
         progress: of the prefill, the compressor's.
         report: what is said of it.
         sharing: what sharing knows of it.
+        host: set where the prefix is shared without loss.
         reading: how far the second reading of the prompt has come, by another request; only where the policy asks.
     """
 
@@ -89,11 +94,24 @@ class CompressionJob:
         self.report = Report()
         self.sharing = SharingState(asked, self.report.fields)
         self.reading = reading
+        self.host: HostShare | None = None
 
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
         return self.report.recall is not None or self.sharing.reads_decode
+
+    @property
+    def first_kept(self) -> int:
+        """Where the tokens begin about which this request decides: its own, or all where nothing is lost."""
+        return 0 if self.host is not None else self.progress.shared
+
+    def first_evictable(self) -> int:
+        """Where the tokens begin that this request may evict.
+
+        What lies in front of the first image, a system prompt for instance, is there for other images too.
+        """
+        return max(self.first_kept, self.asked.vision[0].begin) if self.asked.vision else self.first_kept
 
     def holds_back(self, up_to: int) -> bool:
         """Whether ``[0, up_to)`` must not be published yet."""
@@ -116,6 +134,8 @@ class CompressionJob:
         if self.progress.done:
             self.report.before = dict(self.report.fields)
         self.report.shared_kept = None
+        if self.host is not None:
+            self.host.restart()
         self.report.fields.clear()
         self.progress.restart()
         self.sharing.restart()

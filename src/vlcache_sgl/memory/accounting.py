@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vlcache_sgl.memory.arena import Arena
+from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.residency import Eviction
 
 FULL_CHECK_ENTRIES = 4_000_000
@@ -39,12 +40,21 @@ class CellAccounting:
         self._evictable_cells: int | None = None
         self._pending: list[tuple[Any, Eviction]] = []
         self._returned = False
+        self.host: HostPool | None = None
+        """Where tokens lie whole; None: without host memory."""
 
     def clear(self) -> None:
         """Nobody holds anything any more."""
         self._pending.clear()
         self.residency.clear()
+        if self.host is not None:
+            self.host.clear()
         self.forget_tree()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this rank."""
+        return self.residency.num_planes // self.arena.groups
 
     # -- cells of slots ---------------------------------------------------------------------------------------------
 
@@ -57,6 +67,8 @@ class CellAccounting:
         self.settle()
         slots = slots.to(torch.int64)
         self.residency.detach(slots)
+        if self.host is not None:
+            self.host.drop(slots)
         self._in_tree[slots] = False
         self._evictable_cells = None
 
@@ -162,4 +174,5 @@ class CellAccounting:
             problems.append(f"{counted} cells are resident but {residency.used_cells} are used")
         if residency.table.numel() <= FULL_CHECK_ENTRIES:
             problems += residency.check_integrity()
+            problems += [] if self.host is None else self.host.check_integrity()
         return problems

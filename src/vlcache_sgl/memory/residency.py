@@ -92,14 +92,24 @@ class Residency:
         Raises:
             OutOfCells: when fewer than ``tokens * num_planes`` cells are free; nothing has changed then.
         """
-        need = slots.numel() * self.num_planes
-        if need > self.free_cells:
-            raise OutOfCells(f"{need} cells needed, {self.free_cells} free")
-        taken = self._free[self.free_cells - need : self.free_cells]
         # Neighbouring tokens of one plane get neighbouring cells: attention then reads runs, not single rows.
-        self.table[:, slots] = taken.flip(0).view(self.num_planes, slots.numel())
-        self.free_cells -= need
+        self.table[:, slots] = self.take(slots.numel() * self.num_planes).view(self.num_planes, slots.numel())
         self.slot_cells[slots] = self.num_planes
+
+    def take(self, count: int) -> torch.Tensor:
+        """`[count]` int32, cells that nothing is mapped to; `give` returns them.
+
+        Raises:
+            OutOfCells: fewer are free; nothing has changed then.
+        """
+        if count > self.free_cells:
+            raise OutOfCells(f"{count} cells needed, {self.free_cells} free")
+        self.free_cells -= count
+        return self._free[self.free_cells : self.free_cells + count].flip(0)
+
+    def give(self, cells: torch.Tensor) -> None:
+        """Make `cells` `[count]` int32 free, which nothing is mapped to any more."""
+        self._push(cells)
 
     def detach(self, slots: torch.Tensor) -> int:
         """Take back all cells of `slots` `[tokens]`; returns how many cells that were."""
@@ -109,6 +119,25 @@ class Residency:
         self.slot_cells[slots] = 0
         self._push(cells)
         return cells.numel()
+
+    def move(self, slots: torch.Tensor, to: torch.Tensor) -> None:
+        """The cells of `slots` `[tokens]` become those of the slots `to` `[tokens]`, which have none."""
+        self.table[:, to] = self.table[:, slots]
+        self.table[:, slots] = EVICTED
+        self.slot_cells[to] = self.slot_cells[slots]
+        self.slot_cells[slots] = 0
+
+    def attach_kept(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
+        """Give `slots` `[tokens]`, which have no cells, fresh ones where `keep` `[planes, tokens]` is set.
+
+        Raises:
+            OutOfCells: too few are free; nothing has changed then.
+        """
+        cells = self.take(int(keep.sum()))
+        table = torch.full(keep.shape, EVICTED, dtype=torch.int32, device=self.device)
+        table[keep] = cells
+        self.table[:, slots] = table
+        self.slot_cells[slots] = keep.sum(0, dtype=torch.int32)
 
     def evict(self, slots: torch.Tensor, keep: torch.Tensor) -> Eviction:
         """Unmap what `keep` does not keep; the cells become free by `reclaim`.  Does not wait for the device.

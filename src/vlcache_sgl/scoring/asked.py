@@ -62,10 +62,3 @@ class Asked:
     def end(self) -> int:
         """Where the decision falls: behind the prompt, or behind its second reading."""
         return self.length + self.repeated
-
-    def first_evictable(self, begin: int) -> int:
-        """Where the tokens begin that this request may evict, `begin` being where its own begin.
-
-        What lies in front of the first image, a system prompt for instance, is there for other images too.
-        """
-        return max(begin, self.vision[0].begin) if self.vision else begin

@@ -28,6 +28,11 @@ OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
 
 
+def consider_request(adder: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Before SGLang decides about one request: tell the budget which."""
+    adder.memory_budget.consider(req)
+
+
 @contextmanager
 def set_aside(scheduler: Any, held: Sequence[Any]) -> Iterator[None]:
     """While SGLang chooses whom to start: `held` requests are out of its queue, where an abort finds them otherwise."""

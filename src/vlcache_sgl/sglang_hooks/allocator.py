@@ -41,6 +41,11 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
             self.accounting.residency.attach(slots)
         return slots
 
+    def alloc_bare(self, count: int) -> torch.Tensor | None:
+        """`[count]` int64, slots without cells; None: there are not so many."""
+        slots: torch.Tensor | None = super().alloc(count)
+        return slots
+
     def free(self, free_index: torch.Tensor) -> None:
         if free_index.numel() and self.free_group is None:
             self.accounting.release(free_index)
@@ -60,7 +65,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         planes = residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
             # A compressed token gives back fewer cells than planes, so it may take several rounds.
-            while (missing := num_tokens * planes - residency.free_cells) > 0:
+            # Prefixes in host memory give back none, and stay.
+            while self.accounting.evictable_cells and (missing := num_tokens * planes - residency.free_cells) > 0:
                 evicted = tree_cache.evict(EvictParams(num_tokens=-(-missing // planes)))
                 if evicted.num_tokens_evicted == 0:
                     break
@@ -85,6 +91,8 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         chunk_size: int | None,
     ) -> int | None:
         capacity = min(token_capacity, self.accounting.physical_tokens)
+        if self.accounting.host is not None and longest_answer(input_tokens, max_new_tokens, capacity) is None:
+            return max_new_tokens  # host memory may hold it: decided where the request's budget is known
         return longest_answer(input_tokens, max_new_tokens, capacity)
 
     def verify_byte_accounting(self) -> list[str]:

@@ -205,6 +205,8 @@ class ResidencyBackend(AttentionBackend):
                 job, layer.layer_id, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
             )
 
+        if self.compressor.host is not None:
+            self.compressor.host.staging.fill(planes)
         output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
         if self._voting is not None:
             self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)

@@ -10,6 +10,7 @@ import torch
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.counters import Counters
+from vlcache_sgl.sglang_hooks.host_sharing import prefix_positions
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.model_start import ModelStart
 from vlcache_sgl.sglang_hooks.status import Status
@@ -55,12 +56,12 @@ class Forwards:
             if job is not None:
                 served.compressor.begin_chunk(job, int(begin), int(begin) + int(count))
                 if job.progress.scoring is not None:
+                    if job.host is not None and job.progress.chunk.begin == job.progress.shared > 0:
+                        device = forward_batch.positions.device
+                        job.progress.scoring.add_positions(prefix_positions(req, job.progress.shared, device))
                     job.progress.scoring.add_positions(_positions(forward_batch, first, int(count)))
             first += int(count)
-            attends = job is not None and (
-                job.asked.positions or job.sharing.guard is not None or job.progress.shared > 0 or not job.progress.done
-            )
-            jobs.append(job if attends else None)
+            jobs.append(job if job is not None and _attends(job) else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
 
@@ -76,23 +77,33 @@ class Forwards:
         # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
         rows: list[int] | None = getattr(forward_batch, ROWS_ATTRIBUTE, None)
         served.backend.jobs, served.backend.rows = jobs, rows
+        table = runner.req_to_token_pool.req_to_token
+        computing = (
+            []
+            if jobs is None or not forward_batch.forward_mode.is_extend()
+            else [
+                (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
+                for number, job in enumerate(jobs)
+                if job is not None
+            ]
+        )
+        compressor = served.compressor
+        compressor.stage([row[: job.progress.chunk.begin] for job, row in computing if job.host is not None])
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             served.backend.jobs = served.backend.rows = None
+            compressor.end_staging()
         if jobs is None:
             return result
         if forward_batch.forward_mode.is_decode():
-            served.compressor.end_first_steps(served.backend.first_steps)
+            compressor.end_first_steps(served.backend.first_steps)
             return result
-        table = runner.req_to_token_pool.req_to_token
-        complete = [
-            (job, table[forward_batch.req_pool_indices[number] if rows is None else rows[number]])
-            for number, job in enumerate(jobs)
-            if job is not None and (job.progress.reached or 0) >= job.asked.end
-        ]
+        for job, row in computing:
+            compressor.end_chunk(job, row)
+        complete = [(job, row) for job, row in computing if (job.progress.reached or 0) >= job.asked.end]
         for job, row in complete:
-            served.compressor.finish(job, row)
+            compressor.finish(job, row)
         elapsed = (time.perf_counter() - started) * 1e3
         if scored:
             self._counters.prefill_ms += elapsed
@@ -100,12 +111,19 @@ class Forwards:
             self._counters.second_reading_ms += elapsed
         for job, row in complete:
             if job.asked.positions:
-                served.compressor.report_positions(job, row)
+                compressor.report_positions(job, row)
         return result
 
     def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
         return bool(result) and (self._model.served is None or self._model.served.backend.fits_graph(forward_batch))
+
+
+def _attends(job: CompressionJob) -> bool:
+    """Whether anything is to be done for a job in or after a prefill forward."""
+    progress = job.progress
+    reads = job.asked.positions or job.sharing.guard is not None or progress.shared > 0
+    return job.host is not None or reads or not progress.done
 
 
 def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:

@@ -17,7 +17,9 @@ from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 from vlcache_sgl.sglang_hooks.compat import attention_tp, slot_writers
+from vlcache_sgl.sglang_hooks.host_sharing import HostSharing
 from vlcache_sgl.sglang_hooks.patching import PatchError
+from vlcache_sgl.sglang_hooks.pools import Pools
 from vlcache_sgl.sglang_hooks.rotary import model_rotary
 from vlcache_sgl.weights import find_weights
 
@@ -28,6 +30,8 @@ class ServedModel:
 
     compressor: Compressor
     backend: ResidencyBackend
+    host: HostSharing | None
+    """Where prefixes are shared without loss; None: without host memory."""
     module: torch.nn.Module
     """SGLang's."""
     ranks: int
@@ -40,6 +44,7 @@ class ModelStart:
     Args:
         config: the server's settings.
         choices: is told which model it chooses for.
+        pools: sized for the model.
         images: what is shared.
         counters: where the compressor counts.
 
@@ -47,9 +52,12 @@ class ModelStart:
         served: the model; None until SGLang has asked for its backend.
     """
 
-    def __init__(self, config: KVConfig, choices: Choices, images: SharedImages, counters: Counters) -> None:
+    def __init__(
+        self, config: KVConfig, choices: Choices, pools: Pools, images: SharedImages, counters: Counters
+    ) -> None:
         self._config = config
         self._choices = choices
+        self._pools = pools
         self._images = images
         self._counters = counters
         self.served: ServedModel | None = None
@@ -87,7 +95,11 @@ class ModelStart:
             raise ConfigError(f"--kv-profile: {error}") from error
         accounting = model_runner.token_to_kv_pool_allocator.accounting
         compressor = Compressor(prompt, HeadGather(group, rank, size), self._counters, sharing, accounting)
+        allocator = model_runner.token_to_kv_pool_allocator
+        host = HostSharing.build(self._config, self._pools.host_tokens, model_runner, allocator, prompt, group, rank)
+        if host is not None:
+            compressor.host = host.memory
         backend = ResidencyBackend(model_runner, compressor, name, prompt.num_heads // size)
         sharing.reads_decode = not backend.provider.on_device and not self._config.head_cells
-        self.served = ServedModel(compressor, backend, model_runner.model, size)
+        self.served = ServedModel(compressor, backend, host, model_runner.model, size)
         return backend

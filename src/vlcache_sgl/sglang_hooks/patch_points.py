@@ -69,6 +69,21 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "choosing each request's policy and prefix namespace",
         ),
         PatchPoint(
+            "sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
+            "after",
+            session.requests.limit_hit,
+            "computing all rows that vote, whatever the prefix cache has",
+        ),
+        *(
+            PatchPoint(
+                f"sglang.srt.managers.schedule_policy:PrefillAdder.{method}",
+                "before",
+                admission.consider_request,
+                "charging a prompt in host memory a chunk and what it keeps",
+            )
+            for method in ("add_one_req", "add_chunked_req")
+        ),
+        PatchPoint(
             f"{_SCHEDULER}.get_new_batch_prefill",
             "around",
             session.scheduling.admit_prefills,

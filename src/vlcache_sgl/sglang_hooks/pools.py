@@ -10,8 +10,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from vlcache_sgl.capacity import KVShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
 
@@ -23,20 +25,26 @@ class Pools:
 
     Attributes:
         physical_tokens: uncompressed tokens that fit; 0 until the pools are sized.
+        host_tokens: tokens that this rank would hold in host memory.
     """
 
     def __init__(self, config: KVConfig) -> None:
         self._config = config
         self.physical_tokens = 0
+        self.host_tokens = 0
+        self._accounting: CellAccounting | None = None
 
     def size(self, config: Any, configurator: Any, *_: Any, **__: Any) -> None:
         """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
         self.refuse_model(configurator)
+        stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
+        self.host_tokens = host_tokens(self._config.host_memory, shape, stock)
         pool = compressed_pool(
-            int(config.max_total_num_tokens),
-            self._shape(configurator),
+            stock,
+            shape,
             self._config.overcommit_factor,
             graph_lists=configurator.device == "cuda",
+            host_tokens=self.host_tokens,
         )
         self.physical_tokens = pool.physical_tokens
         config.max_total_num_tokens = pool.slots
@@ -87,7 +95,9 @@ class Pools:
 
     def build_allocator(self, _: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **__: Any) -> Any:
         """Instead of SGLang's slot allocator: ours, which also hands out cells."""
-        return VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
+        allocator = VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
+        self._accounting = allocator.accounting
+        return allocator
 
     def build_tree(self, original: Callable[..., Any], ctx: Any, *, cache_class: Any = None) -> Any:
         """SGLang's tree with our class."""
@@ -98,7 +108,9 @@ class Pools:
 
         def capacity(model_runner: Any) -> int:
             assert original.fget is not None
-            return min(int(original.fget(model_runner)), self.physical_tokens)
+            host = None if self._accounting is None else self._accounting.host
+            held = self.physical_tokens if host is None else max(self.physical_tokens, host.num_tokens)
+            return min(int(original.fget(model_runner)), held)
 
         return property(capacity)
 

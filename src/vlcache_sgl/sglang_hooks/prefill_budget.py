@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.sglang_hooks.jobs import job_of
+
+
+@dataclass(frozen=True)
+class HostCharge:
+    """What a prompt that shares without loss takes beside the chunk that is computed, in uncompressed tokens."""
+
+    length: int
+    layers: int
+    kept: int
+    """Tokens that it keeps at most, averaged over layers."""
+
+    @classmethod
+    def of(cls, job: CompressionJob, layers: int) -> HostCharge:
+        """For a request with `job.host`."""
+        assert job.host is not None
+        return cls(job.asked.length, layers, math.ceil(job.host.ratio * job.asked.length))
+
+    def beside(self, extend_input_len: int, chunk: int) -> int:
+        """While a chunk of the `extend_input_len` tokens that are to be computed runs, the tokens before it are staged
+        for one layer after another; at the end, what is kept of them takes cells."""
+        earlier = self.length - extend_input_len if chunk >= extend_input_len else self.length
+        return max(math.ceil(earlier / self.layers), min(earlier, self.kept))
 
 
 class CellPrefillBudget(PrefillBudget):
@@ -24,9 +50,60 @@ class CellPrefillBudget(PrefillBudget):
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         self._accounting = accounting
         self._parked = False
+        self._charge: HostCharge | None = None
+        # Beyond `total_offset`, which counts memory: what admitted prompts take of slots and of host memory.
+        self._slots = self._host_tokens = 0
+
+    def consider(self, req: Any) -> None:
+        """The next questions and reservations are about `req`."""
+        job = job_of(req)
+        self._charge = None if job is None or job.host is None else HostCharge.of(job, self._accounting.num_layers)
 
     def _available_and_evictable(self) -> int:
-        return min(int(super()._available_and_evictable()), self._accounting.evictable_physical_tokens())
+        slots = int(super()._available_and_evictable()) - self._slots
+        return min(slots, self._accounting.evictable_physical_tokens())
+
+    def _chunk(self, charge: HostCharge, extend_input_len: int, limit: int | None, others: int) -> tuple[int, int]:
+        """The next chunk of a prompt that shares without loss, and tokens that must be free beside it.
+
+        A chunk is made smaller only where it would not fit an empty arena either.
+        """
+        chunk = extend_input_len if limit is None else min(extend_input_len, limit)
+        beside = charge.beside(extend_input_len, chunk) + others
+        if chunk + beside >= self._accounting.physical_tokens:
+            beside = charge.beside(extend_input_len, 0) + others
+            chunk = max(1, min(chunk, self._accounting.physical_tokens - beside - 1))
+        return chunk, beside
+
+    def check_prefill(
+        self, *, extend_input_len: int, total_tokens: int, chunk_limit: int | None, **request: Any
+    ) -> tuple[bool, int | None]:
+        if self._parked:
+            return False, None
+        if self._charge is None:
+            fits: tuple[bool, int | None] = super().check_prefill(
+                extend_input_len=extend_input_len, total_tokens=total_tokens, chunk_limit=chunk_limit, **request
+            )
+            return fits
+        chunk, beside = self._chunk(self._charge, extend_input_len, chunk_limit, total_tokens - extend_input_len)
+        host = self._accounting.host
+        assert host is not None
+        slots = int(super()._available_and_evictable()) - self.total_offset - self._slots
+        enough = (
+            chunk + beside < self.remaining_total
+            and total_tokens + self._charge.length < slots
+            and extend_input_len + self._host_tokens <= host.free_tokens + int(self.tree_cache.evictable_size())
+        )
+        return (True, chunk if chunk < extend_input_len else chunk_limit) if enough else (False, None)
+
+    def reserve(self, extend_input_len: int, max_new_tokens: int, **options: Any) -> None:
+        super().reserve(extend_input_len, max_new_tokens, **options)
+        if self._charge is not None:
+            beside = self._charge.beside(extend_input_len, extend_input_len if max_new_tokens else 0)
+            self.total_offset += beside
+            self.current_offset += beside
+            self._slots += self._charge.length
+            self._host_tokens += self._charge.length
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         """A continuing prompt is asked for its next chunk by `fit_chunk`, which knows how long it is."""
@@ -38,7 +115,11 @@ class CellPrefillBudget(PrefillBudget):
         What they are expected to decode stays theirs.  All or nothing: a chunk of the few tokens that are left would
         cost a forward, and the running requests their next step.
         """
-        if min(extend_input_len, chunk_limit) <= self.remaining_total:
+        if self._charge is not None:
+            chunk, beside = self._chunk(self._charge, extend_input_len, chunk_limit, 0)
+            if chunk + beside <= self.remaining_total:
+                return chunk
+        elif min(extend_input_len, chunk_limit) <= self.remaining_total:
             return chunk_limit
         # SGLang counts a chunk for the parked prompt if anything else is admitted in this pass: admit nothing.
         self._parked = True
@@ -46,6 +127,3 @@ class CellPrefillBudget(PrefillBudget):
 
     def has_capacity(self) -> bool:
         return not self._parked and bool(super().has_capacity())
-
-    def check_prefill(self, **request: Any) -> tuple[bool, int | None]:
-        return (False, None) if self._parked else super().check_prefill(**request)

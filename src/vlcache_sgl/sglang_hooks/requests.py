@@ -84,6 +84,7 @@ class Requests:
             req.set_finish_with_abort(str(error))
             return
         self._status.note_change()
+        host = self._served.host
         vision = vision_spans(req.multimodal_inputs)
         reason = None
         if choice.budget.keeps_all:
@@ -96,6 +97,8 @@ class Requests:
             if not is_health_poll(req):
                 self._counters.skipped(reason)
             _report(req, {"skipped": reason})
+            if host is not None and (refused := host.fit(req, None)):
+                req.set_finish_with_abort(refused)
             return
         positions, recall = params.report == "positions", params.report == "recall"
         asked = Asked(
@@ -108,6 +111,11 @@ class Requests:
             measures_recall=recall,
         )
         job = CompressionJob(asked, ReadingState() if choice.policy.reads_twice else None)
+        if choice.share == "exact" and not recall and host is not None and host.admits(job):
+            host.begin(req, job)
+        if host is not None and (refused := host.fit(req, job)):
+            req.set_finish_with_abort(refused)
+            return
         _report(req, job.report.fields)
         give_job(req, job)
         self._name_prefix(req, job)
@@ -115,23 +123,29 @@ class Requests:
     def _name_prefix(self, req: Any, job: CompressionJob) -> None:
         """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
         user_key, choice = req.extra_key or "", job.asked.choice
+        if job.host is not None:
+            req.extra_key = f"{user_key}{NAMESPACE}exact"
+            return
         job.sharing.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
         if job.asked.measures_recall:
             req.extra_key += UNEVICTED
             req.skip_radix_cache_insert = True
             return
-        if not job.asked.vision:
-            return
-        if choice.share == "off":
+        if choice.share in ("off", "exact"):  # exact: more than fits host memory
             self._private += 1
             req.extra_key = f"{job.sharing.base_key}#private{self._private}"
             req.skip_radix_cache_insert = True
-        elif job.reading is None and (choice.share == "tiered" or self._config.guard != "off"):
+        elif job.asked.vision and job.reading is None and (choice.share == "tiered" or self._config.guard != "off"):
             job.sharing.tokens = req.origin_input_ids
             job.sharing.image = self._images.find(
                 job.sharing.tokens, job.asked.vision[0].end, (job.sharing.base_key, req.cache_salt)
             )
             Expansions.name(req, job)
+
+    def limit_hit(self, result: int, req: Any, *rest: Any) -> int:
+        """After SGLang has said how much of a prompt may come from the prefix cache."""
+        host = None if self._model.served is None else self._model.served.host
+        return result if host is None else host.limit_hit(result, req, *rest)
 
     def _require_recall(self, choice: Choice) -> None:
         """

@@ -41,7 +41,7 @@ class Session:
         self.choices = Choices(config)
         counters, images = Counters(), SharedImages()
         self.pools = Pools(config)
-        self.model = ModelStart(config, self.choices, images, counters)
+        self.model = ModelStart(config, self.choices, self.pools, images, counters)
         self.status = Status(config, self.choices, images)
         self.requests = Requests(config, self.choices, images, counters, self.model, self.status)
         self.forwards = Forwards(self.model, counters, self.status)
@@ -57,6 +57,10 @@ class Session:
         served = self._require_ours(scheduler)
         if self.choices.default.policy.reads_twice and scheduler.tree_cache.disable:
             raise ConfigError(f"--kv-policy {self.config.policy} needs the prefix cache: omit --disable-radix-cache")
+        if served.host is not None:
+            if scheduler.tree_cache.disable:
+                raise ConfigError("--kv-share exact needs the prefix cache: omit --disable-radix-cache")
+            served.host.attach(scheduler.tree_cache)
         scheduler.tree_cache.row_listener = served.backend.invalidate
         self.scheduling.start(scheduler)
         reporter = scheduler.metrics_reporter

@@ -1,0 +1,122 @@
+"""Sharing without loss: a question sees all of a shared prefix, and keeps of it what it would have kept alone.
+
+Every token of a prompt is copied to host memory before the arena gives it up.  The prefix tree owns slots of tokens
+that are in host memory and have no cells; a request that finds them attends to them through `Staging` while it is
+prefilled, its rows vote on them, and what its policy keeps is brought back into cells of *private slots*, which its row
+of `req_to_token` names from then on.  Nobody else reads private slots: an answer does not depend on who asked before.
+
+The order at the end of a forward is: copy the chunk to host memory; when the prompt is complete decide, give the kept
+tokens private slots, and free everything else; otherwise free the chunk's cells, because the next chunk is served from
+host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.events import passed_event
+from vlcache_sgl.memory.host_pool import HostFull
+from vlcache_sgl.memory.own_slots import OwnSlots
+from vlcache_sgl.memory.staging import Staging
+
+
+class OutOfMemory(RuntimeError):
+    """What a request is to keep does not fit; its answer cannot be given."""
+
+
+class HostMemory:
+    """Moves tokens between arena and host memory for requests that share without loss.
+
+    Args:
+        accounting: of the arena; with host memory.
+        alloc_bare: `[count]` int64, slots without cells; None: there are not so many.
+    """
+
+    def __init__(self, accounting: CellAccounting, alloc_bare: Callable[[int], torch.Tensor | None]) -> None:
+        assert accounting.host is not None
+        self.host = accounting.host
+        self._accounting = accounting
+        self._residency = accounting.residency
+        self._alloc_bare = alloc_bare
+        self._arena = accounting.arena.cells
+        self._groups = accounting.arena.groups
+        self.staging = Staging(accounting.arena, self.host)
+        self.staged_tokens = 0
+        """Tokens staged so far, counted once per forward."""
+        self.make_room: Callable[[int], None] = lambda tokens: None
+        """Lets the prefix tree drop what nobody uses until so many tokens fit host memory, as far as that goes."""
+
+    # -- one forward ------------------------------------------------------------------------------------------------
+
+    def stage(self, prefixes: Sequence[torch.Tensor]) -> None:
+        """Bring the prefixes of a prefill batch, slots `[tokens]` each, within reach of attention."""
+        if prefixes:
+            self._accounting.settle()
+            self.staged_tokens += self.staging.begin(torch.cat(list(prefixes)).to(torch.int64))
+
+    def write_back(self, slots: torch.Tensor) -> bool:
+        """Copy a computed chunk, slots `[tokens]` resident in all planes, to host memory.
+
+        Returns whether it is there: False when host memory is full of what requests use.
+        """
+        if self.host.free_tokens < slots.numel():
+            self.make_room(slots.numel())
+        try:
+            self.host.store(slots, self._arena, self._residency.table[:, slots])
+        except HostFull:
+            return False
+        return True
+
+    def release_chunk(self, slots: torch.Tensor) -> None:
+        """Free the cells of a chunk that is in host memory."""
+        nothing = torch.zeros((self._residency.num_planes, slots.numel()), dtype=torch.bool, device=slots.device)
+        self._retire(slots, nothing)
+
+    # -- the end of a prefill ---------------------------------------------------------------------------------------
+
+    def settle(self, slots: torch.Tensor, keep: torch.Tensor) -> OwnSlots:
+        """Give a request cells of its own for what it keeps, and free what the arena still has of its prompt.
+
+        Args:
+            slots: `[length]` int64 of the prompt, each in host memory or resident in all planes.
+            keep: `[planes, length]` bool.
+
+        Raises:
+            OutOfMemory: too few slots or cells; nothing has changed then.
+        """
+        private = self._alloc_bare(slots.numel())
+        if private is None:
+            raise OutOfMemory(f"{slots.numel()} slots are not free")
+        resident = self._residency.slot_cells[slots] > 0
+        moved, restored = resident.nonzero().flatten(), (~resident).nonzero().flatten()
+        if moved.numel():
+            self._residency.move(slots[moved], private[moved])
+            self._retire(private[moved], keep[:, moved])
+        if restored.numel():
+            self._accounting.settle()
+            self._restore(slots[restored], private[restored], keep[:, restored])
+        return OwnSlots(slots, private)
+
+    def _restore(self, slots: torch.Tensor, private: torch.Tensor, keep: torch.Tensor) -> None:
+        self._residency.attach_kept(private, keep)
+        cells = self._residency.table[:, private]
+        for plane in range(keep.shape[0]):
+            kept = keep[plane]
+            self._arena[cells[plane, kept].to(torch.int64)] = self.host.load(slice(plane, plane + 1), slots[kept])[0]
+
+    def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
+        eviction = self._residency.evict(slots, keep)
+        self._accounting.retire(eviction, passed_event(slots.device))
+
+    def keys_values(self, slots: torch.Tensor) -> Callable[[int], torch.Tensor]:
+        """How to read a layer's keys and values of `slots` `[owned]`: `[owned, 2, kv_heads, head_dim]`."""
+
+        def read(layer: int) -> torch.Tensor:
+            both = self.host.load(slice(layer * self._groups, (layer + 1) * self._groups), slots)
+            groups, tokens, two, heads, dim = both.shape
+            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+        return read

@@ -1,0 +1,39 @@
+"""What a request that shares without loss holds for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class OwnSlots:
+    """What a request's row of `req_to_token` names while it decodes, and what it named before."""
+
+    shared: torch.Tensor
+    """`[length]` int64, slots of the prompt that the prefix tree owns or will own."""
+    private: torch.Tensor
+    """`[length]` int64, slots of what this request keeps."""
+
+
+@dataclass
+class HostShare:
+    """How far a request that shares without loss has come."""
+
+    first_row: int
+    """Position of the first query row that votes: a prefix hit ends there, because rows in front of it are not
+    computed."""
+    ratio: float
+    """Share of the prompt that is kept at most, in (0, 1]: what admission counts on."""
+    abort: Callable[[str], None]
+    """Ends the request with an error."""
+    own: OwnSlots | None = None
+    """Set when the prompt has been prefilled."""
+    unwritten: bool = False
+    """Whether some of the prompt did not fit host memory: then nothing of it is published."""
+
+    def restart(self) -> None:
+        """Begin anew after a retraction, which has taken everything back."""
+        self.own, self.unwritten = None, False

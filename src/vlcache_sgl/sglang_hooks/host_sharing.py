@@ -1,0 +1,174 @@
+"""Sharing without loss, on the scheduler's side: host memory of the right size, who may use it, what it is charged.
+
+See `compression/exact.py` for what happens to tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.api.prompt import select_rows
+from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape
+from vlcache_sgl.compression.exact import HostMemory
+from vlcache_sgl.compression.job import CompressionJob
+from vlcache_sgl.config import ConfigError, HostSize, KVConfig
+from vlcache_sgl.memory.host_pool import HostPool
+from vlcache_sgl.memory.own_slots import HostShare
+from vlcache_sgl.sglang_hooks.jobs import job_of
+from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
+
+logger = logging.getLogger(__name__)
+
+MIN_CHUNK = 32
+"""Tokens of the smallest prefill chunk that a prompt larger than the arena is cut into."""
+POOLS_IN_HOST = 2
+"""With ``auto``, host memory in units of the KV pool."""
+SHARE_OF_FREE = 0.25
+"""With ``auto``, the most of the machine's free memory that is taken, per rank."""
+
+
+def host_tokens(size: HostSize, shape: KVShape, pool_tokens: int) -> int:
+    """Tokens that host memory holds, on one rank; 0: there is none.
+
+    Args:
+        size: what the user has said.
+        shape: of one token.
+        pool_tokens: uncompressed tokens of the KV pool.
+    """
+    if size == "off":
+        return 0
+    if size != "auto":
+        return int(size) // shape.token_bytes
+    free = psutil.virtual_memory().available * SHARE_OF_FREE
+    return min(POOLS_IN_HOST * pool_tokens, int(free) // shape.token_bytes)
+
+
+class HostSharing:
+    """One scheduler's host memory.
+
+    Args:
+        memory: moves tokens.
+        model: what policies are told of the model.
+        min_tokens: shorter prompts are not compressed.
+        physical_tokens: uncompressed tokens of the arena.
+        chunk_tokens: SGLang's longest prefill chunk; None: no limit.
+    """
+
+    def __init__(self, memory: HostMemory, model: Prompt, physical_tokens: int, chunk_tokens: int | None) -> None:
+        self.memory = memory
+        self._model = model
+        self._physical = physical_tokens
+        self._chunk = chunk_tokens
+        self.tree: Any = None
+
+    @classmethod
+    def build(
+        cls, config: KVConfig, tokens: int, model_runner: Any, allocator: Any, prompt: Prompt, group: Any, rank: int
+    ) -> HostSharing | None:
+        """Host memory for `tokens` tokens, those of rank 0 on all ranks; None: there is none.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        if group is not None:
+            tokens = group.broadcast_object(tokens if rank == 0 else None, src=0)
+        if tokens < 1:
+            if config.host_memory not in ("auto", "off"):
+                raise ConfigError(f"--kv-host-memory {config.host_memory} holds no token")
+            return None
+        accounting = allocator.accounting
+        try:
+            accounting.host = HostPool(
+                accounting.residency.num_planes, accounting.residency.num_slots, tokens, accounting.arena.cells
+            )
+        except MemoryError as error:
+            raise ConfigError(f"--kv-host-memory: {error}") from error
+        memory = HostMemory(accounting, allocator.alloc_bare)
+        chunk = model_runner.server_args.chunked_prefill_size
+        return cls(memory, prompt, accounting.physical_tokens, chunk if chunk and chunk > 0 else None)
+
+    def attach(self, tree: Any) -> None:
+        """The prefix tree exists now."""
+        self.tree = tree
+        self.memory.make_room = self._make_room
+
+    def _make_room(self, tokens: int) -> None:
+        host = self.memory.host
+        while (missing := tokens - host.free_tokens) > 0:
+            if self.tree.evict(EvictParams(num_tokens=missing)).num_tokens_evicted == 0:
+                return
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def admits(self, job: CompressionJob) -> bool:
+        """Whether host memory can hold the prompt at all."""
+        return job.asked.length <= self.memory.host.num_tokens
+
+    def begin(self, req: Any, job: CompressionJob) -> None:
+        """Let `req` share without loss."""
+        prompt = Prompt(
+            length=job.asked.length,
+            start=job.asked.vision[0].begin if job.asked.vision else 0,
+            vision=job.asked.vision,
+            num_layers=self._model.num_layers,
+            num_heads=self._model.num_heads,
+            num_kv_heads=self._model.num_kv_heads,
+            head_dim=self._model.head_dim,
+            device=torch.device("cpu"),
+        )
+        rows = [select_rows(need.rows, prompt) for need in job.asked.choice.policy.needs if need.rows.kind != "none"]
+        first_row = min((span.begin for span in rows if span.end > span.begin), default=job.asked.length)
+        owned = prompt.owned
+        kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
+        if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
+            kept = owned
+        ratio = min(1.0, (prompt.start + kept) / max(1, job.asked.length))
+
+        def abort(message: str) -> None:
+            req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+        job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
+
+    def fit(self, req: Any, job: CompressionJob | None) -> str | None:
+        """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits.
+
+        SGLang has done so already for prompts that fit the arena whole.
+        """
+        length = len(req.origin_input_ids)
+        if length + RESERVED_TOKENS <= self._physical:
+            return None
+        if job is None or job.host is None:
+            return (
+                f"the prompt has {length} tokens, more than the {self._physical} that the KV cache holds uncompressed"
+            )
+        charge = HostCharge.of(job, self._model.num_layers)
+        room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(length, 0)
+        if room < 1:
+            return (
+                f"the prompt has {length} tokens, of which {charge.kept} are kept: with a chunk and a staged layer "
+                f"more than the {self._physical} that the KV cache holds uncompressed"
+            )
+        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+        return None
+
+    def limit_hit(self, result: int, req: Any, *_: Any) -> int:
+        """After SGLang has said how much of a prompt may come from the prefix cache: no row that votes."""
+        job = job_of(req)
+        return int(result) if job is None or job.host is None else min(int(result), job.host.first_row)
+
+
+def prefix_positions(req: Any, end: int, device: torch.device) -> torch.Tensor:
+    """Rotary positions of the first `end` tokens of a prompt, `[end]` or `[3, end]`."""
+    mrope = None if req.multimodal_inputs is None else req.multimodal_inputs.mrope_positions
+    if mrope is None:
+        return torch.arange(end, device=device)
+    positions: torch.Tensor = mrope[:, :end].to(device)
+    return positions
