@@ -22,6 +22,7 @@ from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
 from vlcache_sgl.scoring.batch import BatchScoring
+from vlcache_sgl.sglang_hooks import triton_kernels
 
 
 class ResidencyBackend(AttentionBackend):
@@ -45,7 +46,9 @@ class ResidencyBackend(AttentionBackend):
         )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
-        self.provider: Provider = make_provider(provider, self._memory, shape, kv_splits=splits)
+        self.provider: Provider = make_provider(
+            provider, self._memory, shape, triton_kernels.attention_kernels, kv_splits=splits
+        )
         # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
         self._cells = torch.empty(0)
         self._numbers = torch.empty(0, dtype=torch.int64)
