@@ -20,6 +20,7 @@ from vlcache_sgl.sglang_hooks.compat import (
     unsupported_arguments,
     unsupported_model,
 )
+from vlcache_sgl.sglang_hooks.facades import ServerArgs
 from vlcache_sgl.sglang_hooks.settings import give_config
 from vlcache_sgl.spelling import nearest
 from vlcache_sgl.weights import read_weights
@@ -141,7 +142,7 @@ def _blaming(flag: str) -> Iterator[None]:
         raise ConfigError(message if message.startswith("--kv-") else f"{flag}: {message}") from error
 
 
-def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
+def attach_config(server_args: ServerArgs, values: Mapping[str, Any]) -> None:
     """Read our flags from `values` and, when a policy is asked for, check them against the model and SGLang's flags.
 
     Raises:

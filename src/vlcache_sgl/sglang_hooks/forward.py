@@ -10,6 +10,7 @@ import torch
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.counters import Counters
+from vlcache_sgl.sglang_hooks.facades import ForwardBatch, ModelRunner, ScheduleBatch
 from vlcache_sgl.sglang_hooks.host_sharing import prefix_positions
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.model_start import ModelStart
@@ -35,7 +36,7 @@ class Forwards:
         self._counters = counters
         self._status = status
 
-    def begin(self, forward_batch: Any, cls: Any, batch: Any, *_: Any, **__: Any) -> None:
+    def begin(self, forward_batch: ForwardBatch, cls: Any, batch: ScheduleBatch, *_: Any, **__: Any) -> None:
         """After a ForwardBatch is built: tell the compressor which chunks it will compute."""
         served = self._model.served
         if served is None:
@@ -65,7 +66,9 @@ class Forwards:
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
 
-    def run(self, original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
+    def run(
+        self, original: Callable[..., Any], runner: ModelRunner, forward_batch: ForwardBatch, *args: Any, **kw: Any
+    ) -> Any:
         """Around the model's forward: at its end, compress the prompts that are complete."""
         served = self._model.served
         if served is None:
@@ -114,7 +117,7 @@ class Forwards:
                 compressor.report_positions(job, row)
         return result
 
-    def fits_graph(self, result: bool, _: Any, forward_batch: Any) -> bool:
+    def fits_graph(self, result: bool, _: Any, forward_batch: ForwardBatch) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
         return bool(result) and (self._model.served is None or self._model.served.backend.fits_graph(forward_batch))
 
@@ -126,7 +129,7 @@ def _attends(job: CompressionJob) -> bool:
     return job.host is not None or reads or not progress.done
 
 
-def _positions(forward_batch: Any, first: int, count: int) -> torch.Tensor:
+def _positions(forward_batch: ForwardBatch, first: int, count: int) -> torch.Tensor:
     """Rotary positions of `count` tokens of the batch, `[count]` or `[3, count]`."""
     mrope = forward_batch.mrope_positions
     positions: torch.Tensor = forward_batch.positions if mrope is None else mrope

@@ -22,6 +22,7 @@ from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
+from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
 
@@ -71,7 +72,14 @@ class HostSharing:
 
     @classmethod
     def build(
-        cls, config: KVConfig, tokens: int, model_runner: Any, allocator: Any, prompt: Prompt, group: Any, rank: int
+        cls,
+        config: KVConfig,
+        tokens: int,
+        model_runner: ModelRunner,
+        allocator: Any,
+        prompt: Prompt,
+        group: Any,
+        rank: int,
     ) -> HostSharing | None:
         """Host memory for `tokens` tokens, those of rank 0 on all ranks; None: there is none.
 
@@ -112,7 +120,7 @@ class HostSharing:
         """Whether host memory can hold the prompt at all."""
         return job.asked.length <= self.memory.host.num_tokens
 
-    def begin(self, req: Any, job: CompressionJob) -> None:
+    def begin(self, req: Req, job: CompressionJob) -> None:
         """Let `req` share without loss."""
         prompt = Prompt(
             length=job.asked.length,
@@ -137,7 +145,7 @@ class HostSharing:
 
         job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
 
-    def fit(self, req: Any, job: CompressionJob | None) -> str | None:
+    def fit(self, req: Req, job: CompressionJob | None) -> str | None:
         """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits.
 
         SGLang has done so already for prompts that fit the arena whole.
@@ -159,13 +167,13 @@ class HostSharing:
         req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
         return None
 
-    def limit_hit(self, result: int, req: Any, *_: Any) -> int:
+    def limit_hit(self, result: int, req: Req, *_: Any) -> int:
         """After SGLang has said how much of a prompt may come from the prefix cache: no row that votes."""
         job = job_of(req)
         return int(result) if job is None or job.host is None else min(int(result), job.host.first_row)
 
 
-def prefix_positions(req: Any, end: int, device: torch.device) -> torch.Tensor:
+def prefix_positions(req: Req, end: int, device: torch.device) -> torch.Tensor:
     """Rotary positions of the first `end` tokens of a prompt, `[end]` or `[3, end]`."""
     mrope = None if req.multimodal_inputs is None else req.multimodal_inputs.mrope_positions
     if mrope is None:

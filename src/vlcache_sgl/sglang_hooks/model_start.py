@@ -17,6 +17,7 @@ from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 from vlcache_sgl.sglang_hooks.compat import attention_tp, slot_writers
+from vlcache_sgl.sglang_hooks.facades import ModelRunner
 from vlcache_sgl.sglang_hooks.host_sharing import HostSharing
 from vlcache_sgl.sglang_hooks.patching import PatchError
 from vlcache_sgl.sglang_hooks.pools import Pools
@@ -62,7 +63,7 @@ class ModelStart:
         self._counters = counters
         self.served: ServedModel | None = None
 
-    def build_backend(self, name: str, model_runner: Any) -> Any:
+    def build_backend(self, name: str, model_runner: ModelRunner) -> Any:
         """Instead of SGLang's attention backend `name`."""
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")

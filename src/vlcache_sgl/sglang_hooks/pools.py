@@ -13,6 +13,7 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.facades import Configurator, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
@@ -34,7 +35,7 @@ class Pools:
         self.host_tokens = 0
         self._accounting: CellAccounting | None = None
 
-    def size(self, config: Any, configurator: Any, *_: Any, **__: Any) -> None:
+    def size(self, config: PoolConfig, configurator: Configurator, *_: Any, **__: Any) -> None:
         """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
         self.refuse_model(configurator)
         stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
@@ -49,7 +50,7 @@ class Pools:
         self.physical_tokens = pool.physical_tokens
         config.max_total_num_tokens = pool.slots
 
-    def refuse_model(self, configurator: Any) -> None:
+    def refuse_model(self, configurator: Configurator) -> None:
         """Raise for models whose KV cache is not plain keys and values of all tokens in all layers."""
         kinds = {
             "multi-head latent attention (MLA)": configurator.use_mla_backend,
@@ -60,7 +61,7 @@ class Pools:
             if present:
                 raise ConfigError(f"--kv-policy does not support {kind}")
 
-    def _shape(self, configurator: Any) -> KVShape:
+    def _shape(self, configurator: Configurator) -> KVShape:
         """What this rank stores per token."""
         parallel = get_parallel()
         model = configurator.model_config
@@ -73,7 +74,9 @@ class Pools:
             groups=heads if self._config.head_cells else 1,
         )
 
-    def build_pool(self, _: Callable[..., Any], configurator: Any, *, max_total_num_tokens: int, **__: Any) -> Any:
+    def build_pool(
+        self, _: Callable[..., Any], configurator: Configurator, *, max_total_num_tokens: int, **__: Any
+    ) -> Any:
         """Instead of SGLang's token pool: the arena."""
         shape = self._shape(configurator)
         return KVArena(
@@ -93,7 +96,9 @@ class Pools:
             enable_alt_stream=False,
         )
 
-    def build_allocator(self, _: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **__: Any) -> Any:
+    def build_allocator(
+        self, _: Callable[..., Any], configurator: Configurator, *, token_to_kv_pool: Any, **__: Any
+    ) -> Any:
         """Instead of SGLang's slot allocator: ours, which also hands out cells."""
         allocator = VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
         self._accounting = allocator.accounting
@@ -106,7 +111,7 @@ class Pools:
     def physical_capacity(self, original: property) -> property:
         """The longest prompt is bounded by physical tokens, however many slots there are."""
 
-        def capacity(model_runner: Any) -> int:
+        def capacity(model_runner: ModelRunner) -> int:
             assert original.fget is not None
             host = None if self._accounting is None else self._accounting.host
             held = self.physical_tokens if host is None else max(self.physical_tokens, host.num_tokens)
@@ -114,7 +119,7 @@ class Pools:
 
         return property(capacity)
 
-    def show_physical_tokens(self, stats: Any, observer: Any) -> Any:
+    def show_physical_tokens(self, stats: Any, observer: PoolStatsObserver) -> Any:
         """After SGLang has counted its pool in slots: usage in its logs and metrics is that of the memory.
 
         Free and evictable slots stay as they are: SGLang's leak checks add them up.

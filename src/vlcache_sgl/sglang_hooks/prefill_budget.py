@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
@@ -54,7 +55,7 @@ class CellPrefillBudget(PrefillBudget):
         # Beyond `total_offset`, which counts memory: what admitted prompts take of slots and of host memory.
         self._slots = self._host_tokens = 0
 
-    def consider(self, req: Any) -> None:
+    def consider(self, req: Req) -> None:
         """The next questions and reservations are about `req`."""
         job = job_of(req)
         self._charge = None if job is None or job.host is None else HostCharge.of(job, self._accounting.num_layers)

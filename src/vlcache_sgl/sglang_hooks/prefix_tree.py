@@ -8,13 +8,14 @@ import torch
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from vlcache_sgl.compression.job import CompressionJob
+from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
 class CompressedPrefixTree(UnifiedRadixCache):
     """The stock tree; it stores virtual slots and never learns that some of them are evicted in some layers."""
 
-    def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         job = job_of(req)
         if job is not None and job.holds_back(up_to):
             # A prompt is published after compression only: others must not rely on tokens that are about to go.
@@ -39,7 +40,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
         # Where another request published the same tokens first, the row now names that request's slots.
         self.row_listener(row)
 
-    def _publish_shared(self, req: Any, job: CompressionJob, up_to: int, **kwargs: Any) -> None:
+    def _publish_shared(self, req: Req, job: CompressionJob, up_to: int, **kwargs: Any) -> None:
         """Publish what host memory holds of a prompt, under the slots that its row named before it had its own.
 
         Answers are not published: their keys and values depend on what the request keeps.
@@ -59,7 +60,7 @@ class CompressedPrefixTree(UnifiedRadixCache):
             share.own.shared = row[: job.asked.length].to(torch.int64)
             row[: job.asked.length] = share.own.private.to(row.dtype)
 
-    def claim_kv_row(self, req: Any) -> bool:
+    def claim_kv_row(self, req: Req) -> bool:
         """Before SGLang gives back what a request holds: its row names the slots again that it named at first."""
         job = job_of(req)
         if job is not None and job.host is not None and job.host.own is not None:

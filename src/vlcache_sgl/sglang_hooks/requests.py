@@ -13,6 +13,7 @@ from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.compat import is_health_poll
 from vlcache_sgl.sglang_hooks.expansion import Expansions
+from vlcache_sgl.sglang_hooks.facades import Req, Scheduler
 from vlcache_sgl.sglang_hooks.gate import NAMESPACE, read_request
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 from vlcache_sgl.sglang_hooks.media import vision_runs, vision_spans
@@ -60,7 +61,7 @@ class Requests:
         assert served is not None, "requests are queued after the model has started"
         return served
 
-    def admit(self, scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+    def admit(self, scheduler: Scheduler, req: Req, *_: Any, **__: Any) -> None:
         """Before a request is queued: decide whether and how it will be compressed."""
         if (known := job_of(req)) is not None:
             known.restart()  # it was retracted
@@ -120,7 +121,7 @@ class Requests:
         give_job(req, job)
         self._name_prefix(req, job)
 
-    def _name_prefix(self, req: Any, job: CompressionJob) -> None:
+    def _name_prefix(self, req: Req, job: CompressionJob) -> None:
         """Give a request its namespace in the radix tree: compressed and full variants of a prefix never mix."""
         user_key, choice = req.extra_key or "", job.asked.choice
         if job.host is not None:
@@ -142,7 +143,7 @@ class Requests:
             )
             Expansions.name(req, job)
 
-    def limit_hit(self, result: int, req: Any, *rest: Any) -> int:
+    def limit_hit(self, result: int, req: Req, *rest: Any) -> int:
         """After SGLang has said how much of a prompt may come from the prefix cache."""
         host = None if self._model.served is None else self._model.served.host
         return result if host is None else host.limit_hit(result, req, *rest)
@@ -160,6 +161,6 @@ class Requests:
             raise ConfigError(f"kv_report recall cannot be had with {choice.policy.spec}: its prompt is read elsewhere")
 
 
-def _report(req: Any, report: dict[str, Any]) -> None:
+def _report(req: Req, report: dict[str, Any]) -> None:
     """Let the response's `meta_info` carry `report`, which may still be filled in."""
     req.customized_info = {**(req.customized_info or {}), REPORT_KEY: [report]}

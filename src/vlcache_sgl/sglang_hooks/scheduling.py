@@ -10,6 +10,7 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.sglang_hooks.admission import reopen
 from vlcache_sgl.sglang_hooks.expansion import Expansions
+from vlcache_sgl.sglang_hooks.facades import Req, ScheduleBatch, Scheduler
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.model_start import ModelStart
 from vlcache_sgl.sglang_hooks.second_reading import SecondReadings, clients_of
@@ -33,7 +34,7 @@ class Scheduling:
         self._expansions: Expansions | None = None
         self._readings: SecondReadings | None = None
 
-    def start(self, scheduler: Any) -> None:
+    def start(self, scheduler: Scheduler) -> None:
         """SGLang's scheduler has been built."""
         config = self._config
         enforce = config.guard == "enforce"
@@ -42,21 +43,21 @@ class Scheduling:
         scheduler.tree_cache.copy_listener = self._expansions.published
         scheduler.tree_cache.reset_listener = self._images.clear
 
-    def before_next_batch(self, _: Any, *, running_batch: Any, last_batch: Any) -> None:
+    def before_next_batch(self, _: Any, *, running_batch: ScheduleBatch, last_batch: ScheduleBatch | None) -> None:
         """Before SGLang chooses its next batch: send questions back that their picture's copy cannot answer."""
         if self._expansions is not None:
             self._expansions.before_next_batch(running_batch, last_batch)
 
-    def before_prefill_result(self, _: Any, batch: Any, *__: Any) -> None:
+    def before_prefill_result(self, _: Any, batch: ScheduleBatch, *__: Any) -> None:
         """Before SGLang publishes the first tokens of a prefill batch; under overlap scheduling that has been done."""
         if self._expansions is not None:
             self._expansions.judge(batch)
 
-    def withholds(self, result: bool, req: Any, *_: Any) -> bool:
+    def withholds(self, result: bool, req: Req, *_: Any) -> bool:
         """After SGLang has said whether what a stream has to say must wait: so must an answer that is not judged."""
         return bool(result) or (self._expansions is not None and self._expansions.withholds(req))
 
-    def admit_prefills(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    def admit_prefills(self, original: Callable[..., Any], scheduler: Scheduler, running_batch: ScheduleBatch) -> Any:
         """Around the choice of prompts to start: some memory has come back, some prompts must wait for another."""
         reopen(scheduler, running_batch)
         if self._expansions is None or self._readings is None:
@@ -65,7 +66,7 @@ class Scheduling:
             return original(scheduler, running_batch)
 
     def send_answers(
-        self, original: Callable[..., Any], streamer: Any, reqs: Sequence[Any], *args: Any, **options: Any
+        self, original: Callable[..., Any], streamer: Any, reqs: Sequence[Req], *args: Any, **options: Any
     ) -> Any:
         """Around sending what `reqs` have said: only to clients, with what is known at the end of an answer only."""
         answered = clients_of(reqs)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import Req as SGLangReq
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -31,6 +31,7 @@ from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import prefix_digest
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.admission import set_aside
+from vlcache_sgl.sglang_hooks.facades import MediaItem, MultimodalInputs, Req, Scheduler
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Unreadable(Exception):
     """A prefix that cannot be read twice; the message says why."""
 
 
-def is_reader(req: Any) -> bool:
+def is_reader(req: Req) -> bool:
     """Whether `req` is internal: nobody waits for its answer."""
     job = job_of(req)
     return job is not None and job.asked.repeated > 0
@@ -60,7 +61,7 @@ class SecondReadings:
         scheduler: SGLang's.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._readers: dict[tuple[Any, ...], Any] = {}
         self._made = 0
@@ -74,7 +75,7 @@ class SecondReadings:
         with set_aside(self._scheduler, self.held()):
             yield
 
-    def held(self) -> list[Any]:
+    def held(self) -> list[Req]:
         """Waiting requests that must not start yet; makes the readers that are missing."""
         queue = list(self._scheduler.waiting_queue)
         waiting = {id(req) for req in queue}
@@ -86,7 +87,7 @@ class SecondReadings:
                 held.append(req)
         return held
 
-    def _waits(self, req: Any, job: CompressionJob, state: ReadingState) -> bool:
+    def _waits(self, req: Req, job: CompressionJob, state: ReadingState) -> bool:
         if state.given_up:
             return False
         if state.reader is not None and self._readers.get(state.key) is state.reader:
@@ -121,12 +122,12 @@ class SecondReadings:
         state.tries += 1
         return True
 
-    def _found(self, req: Any, end: int) -> int:
+    def _found(self, req: Req, end: int) -> int:
         """How much of the prefix of `req` the tree has."""
         key = RadixKey(req.origin_input_ids[:end], req.extra_key, cache_salt=req.cache_salt)
         return int(self._scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len)
 
-    def _start(self, req: Any, job: CompressionJob, missing: Span) -> Any:
+    def _start(self, req: Req, job: CompressionJob, missing: Span) -> Any:
         """Queue a reader before `req`.
 
         Args:
@@ -148,7 +149,7 @@ class SecondReadings:
         reader.arrival_processed_tokens = scheduler.processed_tokens_counter
         return reader
 
-    def _reader(self, req: Any, job: CompressionJob, missing: Span) -> Any:
+    def _reader(self, req: Req, job: CompressionJob, missing: Span) -> Any:
         if self._scheduler.tree_cache.disable:
             raise Unreadable("there is no prefix cache (--disable-radix-cache)")
         if req.input_embeds is not None or req.positional_embed_overrides is not None:
@@ -165,7 +166,7 @@ class SecondReadings:
         self._made += 1
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         sampling.normalize(self._scheduler.tokenizer)
-        reader = Req(
+        reader: Req = SGLangReq(
             f"vlcache-second-reading-{self._made}",
             "",
             ids,
@@ -188,12 +189,12 @@ class SecondReadings:
         return reader
 
 
-def _lives(reader: Any, waiting: set[int]) -> bool:
+def _lives(reader: Req, waiting: set[int]) -> bool:
     """Whether a reader will still come to its end: aborted ones have left the queue without having started."""
     return not reader.finished() and (id(reader) in waiting or bool(reader.kv.holds_kv))
 
 
-def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
+def _read_again(job: CompressionJob, media: MultimodalInputs | None, missing: Span) -> Span:
     """What of the prefix is read a second time: what the tree does not have, from the beginning of an image on.
 
     Raises:
@@ -216,7 +217,7 @@ def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
     return Span(begin, missing.end)
 
 
-def _extent(item: Any) -> Span:
+def _extent(item: MediaItem) -> Span:
     """From the first token of a medium to its last."""
     return Span(int(min(begin for begin, _ in item.offsets)), int(max(last for _, last in item.offsets)) + 1)
 
@@ -247,7 +248,7 @@ def repeat_positions(positions: torch.Tensor, again: Span, between: int) -> torc
     return torch.cat([first, following.expand(3, -1), second], dim=1)
 
 
-def _copy(item: Any, shift: int) -> Any:
+def _copy(item: MediaItem, shift: int) -> Any:
     """A medium with features of its own to release, `shift` tokens further on."""
     copied = copy.copy(item)
     copied.model_specific_data = dict(item.model_specific_data)
@@ -255,6 +256,6 @@ def _copy(item: Any, shift: int) -> Any:
     return copied
 
 
-def clients_of(reqs: Sequence[Any]) -> list[Any]:
+def clients_of(reqs: Sequence[Req]) -> list[Req]:
     """Those of `reqs` that somebody waits for."""
     return [req for req in reqs if not is_reader(req)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.facades import Scheduler
 from vlcache_sgl.sglang_hooks.forward import Forwards
 from vlcache_sgl.sglang_hooks.model_start import ModelStart, ServedModel
 from vlcache_sgl.sglang_hooks.patching import PatchError
@@ -48,7 +48,7 @@ class Session:
         self.scheduling = Scheduling(config, images, counters, self.model)
         self.weights = WeightChange(self.choices, self.status)
 
-    def check_started(self, scheduler: Any) -> None:
+    def check_started(self, scheduler: Scheduler) -> None:
         """After SGLang has built everything: is it built from our parts?
 
         Raises:
@@ -68,7 +68,7 @@ class Session:
         self.status.start(served.compressor, scheduler.token_to_kv_pool_allocator, labels)
         self._say_what_is_served()
 
-    def _require_ours(self, scheduler: Any) -> ServedModel:
+    def _require_ours(self, scheduler: Scheduler) -> ServedModel:
         served = self.model.served
         parts = {
             "the KV allocator": isinstance(scheduler.token_to_kv_pool_allocator, VirtualSlotAllocator),

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vlcache_sgl.sglang_hooks.facades import Scheduler, ServerArgs, Tokenizers
 from vlcache_sgl.sglang_hooks.flags import add_flags, engine_arguments, read_command_line
 from vlcache_sgl.sglang_hooks.patching import Patches, PatchPoint
 from vlcache_sgl.sglang_hooks.settings import config_of
 
 
-def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+def start_scheduler(
+    original: Callable[..., None], scheduler: Scheduler, server_args: ServerArgs, *args: Any, **kwargs: Any
+) -> None:
     """Around ``Scheduler.__init__``: here an error stops the server, unlike in SGLang's plugin loading."""
     config = config_of(server_args)
     if config is None:
@@ -32,7 +35,9 @@ def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: 
     session.check_started(scheduler)
 
 
-def start_tokenizer(original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+def start_tokenizer(
+    original: Callable[..., None], manager: Tokenizers, server_args: ServerArgs, *args: Any, **kwargs: Any
+) -> None:
     """Around ``TokenizerManager.__init__``, in the process that reads requests."""
     config = config_of(server_args)
     if config is None:

@@ -11,6 +11,7 @@ from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.facades import StateOutput
 from vlcache_sgl.sglang_hooks.metrics import Metrics
 
 
@@ -57,7 +58,7 @@ class Status:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def add_state(self, output: Any, *_: Any, **__: Any) -> None:
+    def add_state(self, output: StateOutput, *_: Any, **__: Any) -> None:
         """After SGLang has collected its internal state."""
         if self._started is not None:
             output.internal_state["kv_policy"] = self._state(self._started)

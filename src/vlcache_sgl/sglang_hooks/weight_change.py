@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
 from vlcache_sgl.policy.choice import Choices
+from vlcache_sgl.sglang_hooks.facades import StateRequest
 from vlcache_sgl.sglang_hooks.status import Status
 from vlcache_sgl.sglang_hooks.weight_knobs import are_knobs, weights_of
 
@@ -27,7 +28,7 @@ class WeightChange:
         self._choices = choices
         self._status = status
 
-    def set_internal_state(self, original: Callable[..., Any], controller: Any, request: Any) -> Any:
+    def set_internal_state(self, original: Callable[..., Any], controller: Any, request: StateRequest) -> Any:
         """Around the change of SGLang's settings while it serves: weights of the model may be among them.
 
         Requests that were admitted before keep what they were admitted with, and the prefixes that they leave.
