@@ -45,6 +45,68 @@ def foreign(path: Path, *allowed: str) -> set[str]:
     return {m for m in imports(path) if m.split(".")[0] not in STDLIB and not under(m, *allowed)}
 
 
+def graph() -> dict[str, set[str]]:
+    """Which modules of vlcache_sgl each of them imports, inside functions and under TYPE_CHECKING too."""
+    paths = {".".join(("vlcache_sgl", *path.relative_to(SGL).with_suffix("").parts)): path for path in files(SGL)}
+    modules = {dotted.removesuffix(".__init__"): path for dotted, path in paths.items()}
+
+    def module_of(imported: str) -> str:
+        """The module that has an imported name, or is it."""
+        while imported and imported not in modules:
+            imported = imported.rpartition(".")[0]
+        return imported
+
+    return {module: {module_of(i) for i in imports(path)} - {"", module} for module, path in modules.items()}
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Nodes that lie on a common circle, a list per circle."""
+
+    def reachable(begin: str) -> set[str]:
+        seen: set[str] = set()
+        left = [begin]
+        while left:
+            new = edges[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    reach = {node: reachable(node) for node in edges}
+    found = {frozenset(m for m in reach[n] if n in reach[m]) for n in edges if n in reach[n]}
+    return sorted(map(sorted, found))
+
+
+def folders(modules: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same between folders; a module beside them, such as `vlcache_sgl.config`, is one of its own."""
+    packages = {str(path.parent.relative_to(SGL.parent)).replace("/", ".") for path in files(SGL)} - {"vlcache_sgl"}
+
+    def folder(module: str) -> str:
+        parent = module if module in packages else module.rpartition(".")[0]
+        return parent if parent in packages else module
+
+    edges: dict[str, set[str]] = {}
+    for module, imported in modules.items():
+        edges.setdefault(folder(module), set()).update(map(folder, imported))
+    return {name: imported - {name} for name, imported in edges.items()}
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
+    lazy = folders({"vlcache_sgl.memory.x": {"vlcache_sgl.api.y", "vlcache_sgl.config"}, "vlcache_sgl.api.y": set()})
+    assert lazy == {"vlcache_sgl.memory": {"vlcache_sgl.api", "vlcache_sgl.config"}, "vlcache_sgl.api": set()}
+    known = graph()
+    assert "vlcache_sgl.sglang_hooks.session" in known["vlcache_sgl.sglang_hooks.startup"], "inside a function"
+    assert "vlcache_sgl.evaluation.calibration" in known["vlcache_sgl.sglang_hooks.background_calibration"]
+
+
+def test_no_circle_between_files():
+    assert circles(graph()) == []
+
+
+def test_no_circle_between_folders():
+    assert circles(folders(graph())) == []
+
+
 @pytest.mark.parametrize("path", files(SGL), ids=name)
 def test_sglang_is_known_in_one_package_and_the_platform_only(path):
     at_the_edge = path.relative_to(SGL).parts[0] in ("sglang_hooks", "platform")
@@ -79,7 +141,8 @@ def test_kernels_know_no_product(path):
 
 @pytest.mark.parametrize("path", files(SGL / "api", SGL / "policy"), ids=name)
 def test_the_pure_part_stays_pure(path):
-    inside = ("api", "policy", "plan", "prompt", "budget", "spelling", "_version")
+    # Settings are read by what a request may ask for, and know nothing themselves.
+    inside = ("api", "policy", "config", "weights", "spelling", "_version")
     # Selection is the one kernel among them: it decides alike on every device.
     kernels = ("vlcache_kernels.select",) if path.name == "plan.py" else ()
     assert not foreign(path, *(f"vlcache_sgl.{part}" for part in inside), *kernels, "torch", "pluggy")

@@ -9,7 +9,7 @@ def register() -> None:
     SGLang logs and ignores whatever is raised here; `Scheduler.__init__` then fails to find its settings, and flags
     that were given are refused as unknown: nobody is served uncompressed by accident.
     """
-    from vlcache_sgl.sglang_hooks.flags import FLAG_POINTS
     from vlcache_sgl.sglang_hooks.patching import Patches
+    from vlcache_sgl.sglang_hooks.startup import START_POINTS
 
-    Patches(FLAG_POINTS).install()
+    Patches(START_POINTS).install()

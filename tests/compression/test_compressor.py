@@ -14,11 +14,13 @@ from sharing_parts import make_sharing
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.attention.torch import Gather, prefix_keys_values
 from vlcache_sgl.compression.compressor import Compressor
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.decode_index import collect
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.scoring.job import Choice, CompressionJob
+from vlcache_sgl.policy.choice import Choice
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
@@ -63,7 +65,7 @@ class Bench:
         self.keys, self.values = torch.randn(2, LAYERS, LENGTH, KV_HEADS, DIM)
 
     def job(self, policy: str, budget: float = 0.25, min_tokens: int = 8) -> CompressionJob:
-        return CompressionJob(Choice(resolve(policy), KVBudget(fraction=budget)), VISION, LENGTH, min_tokens)
+        return CompressionJob(Asked(Choice(resolve(policy), KVBudget(fraction=budget)), VISION, LENGTH, min_tokens))
 
     def prefill(
         self, job: CompressionJob, chunks: list[int], row: torch.Tensor | None = None, *, finish: bool = True
@@ -80,13 +82,13 @@ class Bench:
                 part = slice(begin, begin + count)
                 planes = self.arena.planes_of(layer)
                 self.arena.write(cells[planes], self.keys[layer, part], self.values[layer, part])
-                if job.scoring is not None and job.scoring.rows_in(begin, begin + count):
+                if job.progress.scoring is not None and job.progress.scoring.rows_in(begin, begin + count):
                     prefix, valid = self.prefix(layer, row) if begin else (None, None)
                     self.compressor.observe(
                         job, layer, begin, self.queries[layer, part], self.keys[layer, part], prefix, valid, SCALE
                     )
             row = torch.cat([row, slots])
-        if row.numel() >= job.length and finish:
+        if row.numel() >= job.asked.length and finish:
             self.compressor.finish(job, row.int())
         return row
 
@@ -123,7 +125,7 @@ def test_budget_is_exact_and_memory_comes_back() -> None:
     row = bench.prefill(job, [60, 36])
     target = kept_of(0.25)
     assert bench.arena.residency.used_cells == target == int(bench.kept(row).sum())
-    assert job.report["kept_tokens_per_layer"] == bench.kept(row).sum(1).tolist()
+    assert job.report.fields["kept_tokens_per_layer"] == bench.kept(row).sum(1).tolist()
     assert bench.counters.cells_kept == target
     assert bench.counters.cells_seen == LENGTH * LAYERS
     assert bench.allocator.verify_byte_accounting() == []
@@ -151,7 +153,7 @@ def test_a_shared_prefix_is_not_touched() -> None:
     kept = bench.kept(row)
     assert bool(kept[:, :30].all())
     assert int(kept[:, 30:].sum()) == round(0.25 * (LENGTH - 30) * LAYERS)
-    assert job.report["shared_tokens"] == 30
+    assert job.report.fields["shared_tokens"] == 30
 
 
 @pytest.mark.parametrize("chunks", [[46], [20, 26], [1, 40, 5]], ids=str)
@@ -163,8 +165,8 @@ def test_heads_may_have_kept_different_parts_of_a_shared_prefix(chunks: list[int
     assert bool((there.sum(-1).amin(1) < there.sum(-1).amax(1)).any()), "ragged, or there is nothing to see"
     job = bench.job("vlcache:paper")
     bench.prefill(job, chunks, row=shared, finish=False)
-    assert job.scoring is not None
-    views, _ = job.scoring.views(lambda layer: torch.empty(0))
+    assert job.progress.scoring is not None
+    views, _ = job.progress.scoring.views(lambda layer: torch.empty(0))
     for layer, view in enumerate(views):
         assert view.row_positions is not None
         q = bench.queries[layer, view.row_positions].double()
@@ -186,7 +188,7 @@ def test_short_own_parts_are_left_alone() -> None:
     job = bench.job("vlcache", min_tokens=8)
     assert bool(bench.kept(bench.prefill(job, [6], row=prefix))[:, 90:].all())
     bench.compressor.report_shared(job)
-    assert job.report == {
+    assert job.report.fields == {
         "policy": "vlcache",
         "budget": "0.25",
         "skipped": "short",
@@ -208,8 +210,8 @@ def test_what_lies_in_front_of_the_first_image_stays(policy: str, chunks: list[i
     assert bool(kept[..., :FRONT].all())
     if policy != "compactor":
         assert int(kept.sum()) == kept_of(0.1) * groups == bench.counters.cells_kept
-        assert job.report["front_tokens"] == FRONT
-        assert sum(job.report["kept_tokens_per_layer"]) == kept_of(0.1)
+        assert job.report.fields["front_tokens"] == FRONT
+        assert sum(job.report.fields["kept_tokens_per_layer"]) == kept_of(0.1)
 
 
 def test_the_front_only_enters_the_normaliser() -> None:
@@ -220,10 +222,10 @@ def test_the_front_only_enters_the_normaliser() -> None:
     front = hit.prefill(hit.job("h2o", min_tokens=1000), [FRONT])
     other = hit.job("h2o")
     hit.prefill(other, [46, 46], row=front, finish=False)
-    assert one.scoring is not None
-    assert other.scoring is not None
+    assert one.progress.scoring is not None
+    assert other.progress.scoring is not None
     for mine, theirs in zip(
-        *(s.views(lambda layer: torch.empty(0))[0] for s in (one.scoring, other.scoring)), strict=True
+        *(s.views(lambda layer: torch.empty(0))[0] for s in (one.progress.scoring, other.progress.scoring)), strict=True
     ):
         torch.testing.assert_close(mine.column_sum, theirs.column_sum)
 
@@ -233,18 +235,18 @@ def test_a_retracted_request_reports_and_counts_what_was_done() -> None:
     bench = Bench()
     job = bench.job("vlcache")
     row = bench.prefill(job, [50, 46])
-    done, counted = dict(job.report), bench.counters.as_dict()
+    done, counted = dict(job.report.fields), bench.counters.as_dict()
     for begin in (LENGTH - 1, LENGTH):
         job.restart()
         bench.compressor.begin_chunk(job, begin, LENGTH + 3)
         bench.compressor.finish(job, row.int())
         bench.compressor.report_shared(job)
-        assert job.report == done
-        assert job.guard is None
+        assert job.report.fields == done
+        assert job.sharing.guard is None
     # Its prompt is gone from the tree: prefilled and compressed once more, counted once.
     bench.allocator.free(row)
     bench.prefill(job, [LENGTH])
-    assert job.report == done
+    assert job.report.fields == done
     times = ("scoring_ms", "selection_ms", "guard_ms", "prefill_ms")
     assert {k: v for k, v in bench.counters.as_dict().items() if k not in times} == {
         k: v for k, v in counted.items() if k not in times
@@ -276,7 +278,7 @@ def test_heads_may_keep_different_tokens(allocator: str) -> None:
     assert torch.equal(counts[:, 0], counts[:, 1]) == (allocator == "vlcache")
     assert not torch.equal(kept[:, 0], kept[:, 1])
     assert int(counts.sum()) == kept_of(0.25) * KV_HEADS == bench.arena.residency.used_cells
-    assert job.report["kept_tokens_per_layer"] == counts.float().mean(1).tolist()
+    assert job.report.fields["kept_tokens_per_layer"] == counts.float().mean(1).tolist()
     assert bench.allocator.verify_byte_accounting() == []
 
 
@@ -287,7 +289,7 @@ def test_a_broken_policy_costs_the_compression_only(broken: str, caplog: pytest.
 
     class Broken:
         query_aware = False
-        needs = job.choice.policy.scorer.needs
+        needs = job.asked.choice.policy.scorer.needs
 
         def score(self, layer: Any, prompt: Prompt) -> torch.Tensor:
             if broken == "raises":
@@ -297,13 +299,13 @@ def test_a_broken_policy_costs_the_compression_only(broken: str, caplog: pytest.
 
     if broken == "needs":
         Broken.needs = property(lambda self: 1 / 0)  # type: ignore[assignment]
-    policy = job.choice.policy
+    policy = job.asked.choice.policy
     object.__setattr__(policy, "scorer", Broken())
     row = bench.prefill(job, [50, 46])
     assert bool(bench.kept(row).all())
     assert bench.counters.policy_failures == 1
     assert bench.counters.requests_compressed == 0
-    assert "failed" in job.report
+    assert "failed" in job.report.fields
     assert not job.holds_back(50)
     assert len([record for record in caplog.records if "full cache" in record.message]) == 1
 
@@ -342,8 +344,8 @@ class Ranks:
             job = bench.job(policy)
             bench.compressor.begin_chunk(job, 0, 0)
             if number == 1 and broken is not None:
-                assert job.scoring is not None
-                object.__setattr__(job.scoring, broken, lambda *_: 1 / 0)
+                assert job.progress.scoring is not None
+                object.__setattr__(job.progress.scoring, broken, lambda *_: 1 / 0)
             return bench, job, bench.kept(bench.prefill(job, [50, 46]))
 
         with ThreadPoolExecutor(2) as pool:
@@ -365,7 +367,7 @@ def test_a_failure_on_one_rank_costs_both_the_compression(policy: str, broken: s
     for bench, job, kept in Ranks().run(policy, broken):
         assert bool(kept.all())
         assert bench.counters.policy_failures == 1
-        assert "failed" in job.report
+        assert "failed" in job.report.fields
 
 
 @pytest.mark.parametrize("groups", [1, KV_HEADS])
@@ -396,6 +398,6 @@ def test_reported_positions_are_what_resides() -> None:
     job = bench.job("vlcache")
     row = bench.prefill(job, [50, 46])
     bench.compressor.report_positions(job, row.int())
-    positions = job.report["kept_positions"]
+    positions = job.report.fields["kept_positions"]
     assert positions == [layer.nonzero().flatten().tolist() for layer in bench.kept(row)]
-    assert [len(layer) for layer in positions] == job.report["kept_tokens_per_layer"]
+    assert [len(layer) for layer in positions] == job.report.fields["kept_tokens_per_layer"]

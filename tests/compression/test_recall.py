@@ -115,8 +115,8 @@ def test_servers_that_cannot_measure_refuse(on_device: bool, ranks: int, message
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
     session = Session(config)
-    session._backend = SimpleNamespace(provider=SimpleNamespace(on_device=on_device))
-    session._ranks = ranks
+    backend = SimpleNamespace(provider=SimpleNamespace(on_device=on_device))
+    session.model.served = SimpleNamespace(backend=backend, ranks=ranks, module=None, host=None)  # type: ignore[assignment]
     refused: list[str] = []
     request = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"kv_report": "recall"}, beam_width=None),
@@ -127,6 +127,6 @@ def test_servers_that_cannot_measure_refuse(on_device: bool, ranks: int, message
         stream=False,
         set_finish_with_abort=refused.append,
     )
-    session.admit_request(None, request)
+    session.requests.admit(None, request)
     assert len(refused) == (message is not None)
     assert message is None or message in refused[0]

@@ -14,11 +14,13 @@ from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.sharing.guard import DecodeReading, GuardReading
 from vlcache_sgl.compression.sharing.images import LEVELS, SharedImage, SharedImages, StaleCopy, prefix_digest
 from vlcache_sgl.compression.sharing.sharing import Sharing
+from vlcache_sgl.compression.sharing.state import SharingState
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import PolicyError, resolve
+from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.policy.tier import layer_weights, require_agnostic
-from vlcache_sgl.scoring.job import Choice, CompressionJob
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 LAYERS, HEADS, KV_HEADS, DIM = 4, 4, 2, 32
@@ -37,11 +39,10 @@ def profile(tmp_path: Path) -> str:
     return str(path)
 
 
-def make_job(share: str = "tiered", min_tokens: int = 64, image: SharedImage | None = None) -> CompressionJob:
+def make_job(share: str = "tiered", min_tokens: int = 64, image: SharedImage | None = None) -> SharingState:
     choice = Choice(resolve("vlcache"), KVBudget(fraction=0.1), share)  # type: ignore[arg-type]
-    job = CompressionJob(choice, (VISION,), LENGTH, min_tokens, tokens=TOKENS)
-    job.image = image or SharedImage(1)
-    return job
+    asked = Asked(choice, (VISION,), LENGTH, min_tokens)
+    return SharingState(asked, {}, TOKENS, image or SharedImage(1))
 
 
 def own_plan(kept: list[int]) -> EvictionPlan:
@@ -65,7 +66,7 @@ def keys_of(layer: int, which: torch.Tensor) -> torch.Tensor:
     return keys[which.expand(KV_HEADS, -1)].view(KV_HEADS, -1, DIM)
 
 
-def copy_of(sharing: Sharing, job: CompressionJob, needed: list[int]) -> torch.Tensor:
+def copy_of(sharing: Sharing, job: SharingState, needed: list[int]) -> torch.Tensor:
     """`[L, n]` bool."""
     plan = sharing.copy_plan(job, PROMPT, own_plan(needed), keys_values, ALONE)
     assert torch.equal(plan.counts, plan.keep.sum(-1))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vlcache_sgl.config import ConfigError, KVBudget, config_from
 from vlcache_sgl.policy import PolicyError, custom_params
+from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams, misplaced
-from vlcache_sgl.scoring.job import Choice, Choices
 
 LONGEST_MESSAGE = 4000
 

@@ -17,12 +17,14 @@ from vlcache_kernels.attention_stats import StatsRequest
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.attention.base import Provider
 from vlcache_sgl.compression.compressor import Compressor
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.batches import Memory
 from vlcache_sgl.policy import resolve
+from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.scoring import batch as batch_scoring
-from vlcache_sgl.scoring.job import Choice, CompressionJob
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 
@@ -63,11 +65,11 @@ class World:
 
     def job(self, row: int, policy: str) -> None:
         choice = Choice(resolve(policy), KVBudget(fraction=0.3))
-        self.jobs[row] = CompressionJob(choice, VISION, LENGTH, min_tokens=8)
+        self.jobs[row] = CompressionJob(Asked(choice, VISION, LENGTH, min_tokens=8))
 
     def job_read_twice(self, row: int, policy: str) -> None:
         choice = Choice(resolve(policy), KVBudget(fraction=0.3))
-        self.jobs[row] = CompressionJob(choice, (Span(4, 60),), 60, min_tokens=8, repeated=LENGTH - 60)
+        self.jobs[row] = CompressionJob(Asked(choice, (Span(4, 60),), 60, min_tokens=8, repeated=LENGTH - 60))
 
     def share(self, source: int, row: int, tokens: int) -> None:
         """A prefix hit."""
@@ -106,14 +108,14 @@ class World:
         )
         self.backend.rows = rows
         jobs = [self.jobs.get(row) for row in rows]
-        self.backend.jobs = [job if job is not None and not job.done else None for job in jobs]
+        self.backend.jobs = [job if job is not None and not job.progress.done else None for job in jobs]
         self.backend.init_forward_metadata(batch)
         for layer in range(LAYERS):
             q, k, v = (torch.cat([tensors[n][layer] for tensors in new]) for n in range(3))
             self.backend.forward_extend(q.flatten(1), k, v, layer_of_model(layer), batch)
         for row, job in zip(rows, jobs, strict=True):
-            if job is not None and job.scoring is not None and (job.reached or 0) >= job.end:
-                self.scorings[row] = job.scoring
+            if job is not None and job.progress.scoring is not None and (job.progress.reached or 0) >= job.asked.end:
+                self.scorings[row] = job.progress.scoring
                 self.compressor.finish(job, self.table[row])
 
     def kept(self, row: int) -> torch.Tensor:
@@ -173,7 +175,7 @@ def test_a_batch_is_scored_as_its_requests_are(one_by_one: World, launches: list
                     a, b = getattr(mine.stats[layer], field.name), getattr(theirs.stats[layer], field.name)
                     torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=lambda m, f=field: f"{f.name}: {m}")
         assert torch.equal(together.kept(row), one_by_one.kept(row)), row
-        assert together.jobs[row].report == one_by_one.jobs[row].report
+        assert together.jobs[row].report.fields == one_by_one.jobs[row].report.fields
     assert bool(together.kept(6).all())
     assert together.allocator.verify_byte_accounting() == []
 
@@ -209,7 +211,7 @@ def test_a_failing_launch_costs_the_compression_only(provider: Make, monkeypatch
     assert world.counters.policy_failures == 2
     assert bool(world.kept(1).all())
     assert bool(world.kept(2).all())
-    assert "out of memory" in world.jobs[2].report["failed"]
+    assert "out of memory" in world.jobs[2].report.fields["failed"]
 
 
 @pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)

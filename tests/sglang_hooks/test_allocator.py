@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 from vlcache_sgl.capacity import KVShape, Pool, requests_in_flight
 from vlcache_sgl.config import config_from
-from vlcache_sgl.sglang_hooks.session import Session
+from vlcache_sgl.sglang_hooks.pools import Pools
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -176,11 +176,11 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
         model_config=SimpleNamespace(head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp, dcp: 2),
     )
     sizes = SimpleNamespace(max_total_num_tokens=stock_tokens)
-    session = Session(config)
+    pools = Pools(config)
     with get_parallel().override(attn_tp_size=1, attn_dcp_size=1):
-        session.size_pools(sizes, configurator)
-        pool = session.build_pool(lambda: None, configurator, max_total_num_tokens=sizes.max_total_num_tokens)
-    allocator = session.build_allocator(lambda: None, configurator, token_to_kv_pool=pool)
+        pools.size(sizes, configurator)
+        pool = pools.build_pool(lambda: None, configurator, max_total_num_tokens=sizes.max_total_num_tokens)
+    allocator = pools.build_allocator(lambda: None, configurator, token_to_kv_pool=pool)
     arena, residency = pool.arena, pool.arena.residency
     tensors = [arena.cells, *(value for value in vars(residency).values() if isinstance(value, torch.Tensor))]
     tensors += [
@@ -191,6 +191,6 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
     ours = sum(tensor.nbytes for tensor in tensors)
     shape = KVShape(layers=4, kv_heads=2, head_dim=64, element_bytes=2, groups=2 if head_cells else 1)
     assert arena.cell_bytes == shape.cell_bytes
-    assert residency.num_cells == session.physical_tokens * shape.planes
+    assert residency.num_cells == pools.physical_tokens * shape.planes
     stock = stock_tokens * (shape.token_bytes + 8)  # SGLang's own list of free slots
     assert 0.98 * stock < ours <= 1.0005 * stock

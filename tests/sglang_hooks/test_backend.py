@@ -35,7 +35,7 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
     arena = pool.arena
     table = torch.zeros(5, 64, dtype=torch.int32, device=DEVICE)
     name = request.node.callspec.params["provider"]
-    backend = make_backend(name, pool, table, SimpleNamespace(observe=None))
+    backend = make_backend(name, pool, table, SimpleNamespace(observe=None, host=None))
     world = bench.Requests(groups)
     world.memory, world.residency = backend_memory(backend, table), arena.residency
     rows, lengths, slot = [2, 4], [0, 0], itertools.count(1)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from vlcache_sgl.config import KVConfig, config_from
+from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.policy.custom_params import RequestParams
-from vlcache_sgl.scoring.job import Choices
 from vlcache_sgl.sglang_hooks import background_calibration as background
 from vlcache_sgl.sglang_hooks.background_calibration import OwnServer, objection, wants_weights
-from vlcache_sgl.sglang_hooks.flags import CONFIG_ATTRIBUTE
 from vlcache_sgl.sglang_hooks.session import Session
+from vlcache_sgl.sglang_hooks.settings import give_config
 from vlcache_sgl.sglang_hooks.weight_knobs import are_knobs, knobs_of, weights_of
 from vlcache_sgl.weights import ModelWeights, cache_file, model_key, read_weights
 
@@ -87,7 +87,7 @@ def test_a_scheduler_uses_them_from_then_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     def change(numbers: dict[str, float]) -> Any:
         request = SimpleNamespace(server_args=numbers)
-        return session.set_internal_state(lambda controller, request: "SGLang's", "controller", request)
+        return session.weights.set_internal_state(lambda controller, request: "SGLang's", "controller", request)
 
     def chosen() -> Any:
         return session.choices.select(RequestParams(), 1000)
@@ -141,7 +141,7 @@ def test_why_a_server_cannot_measure(flags: dict[str, str], given: dict[str, Any
 
 def test_the_reason_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     server_args = arguments()
-    setattr(server_args, CONFIG_ATTRIBUTE, config(kv_allow_policies="none"))
+    give_config(server_args, config(kv_allow_policies="none"))
     before = threading.active_count()
     background.start(None, server_args)
     assert threading.active_count() == before

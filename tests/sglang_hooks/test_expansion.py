@@ -11,8 +11,9 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_context
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.sharing.images import SharedImage
-from vlcache_sgl.scoring.job import CompressionJob, job_of
+from vlcache_sgl.sglang_hooks.jobs import job_of
 
 SYSTEM = (1, 2, 3)
 PICTURE = tuple(range(100, 120))
@@ -67,11 +68,11 @@ def test_a_copy_is_replaced_while_it_is_read() -> None:
     assert not tripper.output_ids, "nothing of the deficient answer is published"
     world.prefill()
     assert world.image.generation == 1
-    assert (job(tripper).generation, job(reader).generation) == (1, 0)
+    assert (job(tripper).sharing.generation, job(reader).sharing.generation) == (1, 0)
     assert torch.equal(world.visible(reader), before), "a reader keeps its copy to the end"
     assert world.visible(tripper).data_ptr() != before.data_ptr()
     late = world.ask(4, tokens=2)
-    assert job(late).generation == 1
+    assert job(late).sharing.generation == 1
     assert late.cached_tokens_seen >= SPAN.end, "the new copy serves those who come later"
     assert len(world.image.stale) == 1
     world.finish(reader)
@@ -101,7 +102,7 @@ def test_many_questions_at_once_cause_one_recompute() -> None:
     assert world.expansions._counters.expansions == 1
     assert world.image.generation == 1
     assert world.image.settled, "six different questions missed something: the picture is kept whole"
-    assert all(req is not None and job(req).generation == 1 for req in storm)
+    assert all(req is not None and job(req).sharing.generation == 1 for req in storm)
 
 
 def test_others_wait_no_longer_when_the_maker_of_the_copy_is_gone() -> None:
@@ -153,7 +154,7 @@ def test_an_answer_that_misses_much_goes_on_with_the_whole_picture(heard: bool) 
     assert world.batch.reqs == []
     world.prefill()
     assert world.image.settled, "what it looks up just in time no copy could have kept for it"
-    assert (job(req).generation, job(req).missed_in) == (1, "decode")
+    assert (job(req).sharing.generation, job(req).sharing.missed_in) == (1, "decode")
     assert len(req.output_ids) == (4 if heard else 1)
     world.run_dry()
     world.check()
@@ -168,9 +169,9 @@ def test_a_retracted_reader_looks_for_the_present_copy() -> None:
     world.ask(3, trips=True, tokens=2)
     world.prefill()
     world.retract(reader)
-    assert job(reader).generation == 1
+    assert job(reader).sharing.generation == 1
     world.prefill()
-    assert job(reader).report["start"] >= SPAN.end
+    assert job(reader).report.fields["start"] >= SPAN.end
     world.run_dry()
     world.check()
 

@@ -12,7 +12,8 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, Mul
 from vlcache_sgl.api import Grid, Span
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.scoring.job import Choice, CompressionJob
+from vlcache_sgl.policy.choice import Choice
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.media import vision_runs, vision_spans
 
 SIDE, TILE = 6, 84
@@ -60,9 +61,9 @@ def test_a_job_tells_its_policy_the_grids() -> None:
     video = item(Modality.VIDEO, [(2, 5)], video_grid_thw=torch.tensor([[2, 2, 4]]))
     found = inputs(image, video)
     choice = Choice(resolve("streaming"), KVBudget(fraction=0.5))
-    job = CompressionJob(choice, vision_spans(found), 20, min_tokens=0, runs=vision_runs(found, None))
-    assert job.vision == (Span(2, 6), Span(10, 16))
-    assert job.grids == ((Grid(1, 2), Grid(1, 2)), (Grid(2, 3),))
+    asked = Asked(choice, vision_spans(found), 20, min_tokens=0, runs=vision_runs(found, None))
+    assert asked.vision == (Span(2, 6), Span(10, 16))
+    assert asked.grids == ((Grid(1, 2), Grid(1, 2)), (Grid(2, 3),))
 
 
 def test_a_layout_that_cannot_be_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from vlcache_sgl.config import config_from
-from vlcache_sgl.sglang_hooks.flags import FLAG_POINTS
 from vlcache_sgl.sglang_hooks.gate import Gate
-from vlcache_sgl.sglang_hooks.patch_points import HTTP_POINTS, MEDIA_POINTS, gate_points, runtime_points
+from vlcache_sgl.sglang_hooks.patch_points import runtime_points
 from vlcache_sgl.sglang_hooks.patching import PatchError, Patches, PatchPoint, locate
+from vlcache_sgl.sglang_hooks.request_points import HTTP_POINTS, MEDIA_POINTS, gate_points
 from vlcache_sgl.sglang_hooks.session import Session
+from vlcache_sgl.sglang_hooks.startup import START_POINTS
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_every_target_exists_in_sglang() -> None:
         num_attention_layers=2, num_attention_heads=4, get_total_num_kv_heads=lambda: 2, head_dim=16
     )
     gate = gate_points(Gate(config, model, ranks=1))
-    points = [*FLAG_POINTS, *MEDIA_POINTS, *HTTP_POINTS, *gate, *runtime_points(Session(config))]
+    points = [*START_POINTS, *MEDIA_POINTS, *HTTP_POINTS, *gate, *runtime_points(Session(config))]
     for one in points:
         locate(one.target)
     assert len({one.target for one in points}) == len(points)
@@ -113,9 +114,10 @@ def test_every_target_exists_in_sglang() -> None:
 def test_session_leaves_sglang_as_it_was() -> None:
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
-    session = Session(config)
-    places = [locate(one.target) for one in runtime_points(session)]
-    session.install()
+    points = runtime_points(Session(config))
+    places = [locate(one.target) for one in points]
+    patches = Patches(points)
+    patches.install()
     assert all(place.get() is not place.raw for place in places)
-    session.uninstall()
+    patches.uninstall()
     assert all(place.get() is place.raw for place in places)

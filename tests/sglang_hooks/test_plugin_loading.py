@@ -22,12 +22,12 @@ import sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
-from vlcache_sgl.sglang_hooks import flags
+from vlcache_sgl.sglang_hooks import startup
 arguments = prepare_server_args(["--model-path", sys.argv[1], "--device", "cpu", *sys.argv[2:]])
 if len(sys.argv) == 2:
     # What is patched without a policy: the constructors of both processes.
-    flags.start_scheduler(lambda *_: None, object(), arguments)
-    flags.start_tokenizer(lambda *_: None, object(), arguments)
+    startup.start_scheduler(lambda *_: None, object(), arguments)
+    startup.start_tokenizer(lambda *_: None, object(), arguments)
 print("loaded:", sorted(name for name in ("vlcache_policies", "broken_policies") if name in sys.modules))
 """
 

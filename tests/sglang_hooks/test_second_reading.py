@@ -14,18 +14,20 @@ from sharing_parts import make_sharing
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.compressor import Compressor
+from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.config import KVBudget, config_from
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.policy import PolicyError, resolve
-from vlcache_sgl.scoring.job import Choice, Choices, CompressionJob, job_of
+from vlcache_sgl.policy.choice import Choice, Choices
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.admission import retract_parked
+from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.second_reading import (
     MOST_TRIES,
-    ReadingState,
     clients_of,
     is_reader,
     repeat_media,
@@ -104,16 +106,16 @@ def test_a_prompt_that_is_not_read_twice_is_left_alone() -> None:
     )
     compressor = Compressor(model, HeadGather(None, 0, 1), counters, make_sharing(model), CellAccounting(arena, 1))
     choice = Choice(resolve("kvzip"), KVBudget(fraction=0.2))
-    job = CompressionJob(choice, (), 200, 16, reading=ReadingState())
+    job = CompressionJob(Asked(choice, (), 200, 16), ReadingState())
     compressor.begin_chunk(job, 100, 200)
-    assert job.done
-    assert job.scoring is None
-    assert job.report["skipped"] == "second_reading"
+    assert job.progress.done
+    assert job.progress.scoring is None
+    assert job.report.fields["skipped"] == "second_reading"
     told = {"policy": "kvzip", "skipped": "second_reading", "second_reading": {"failed": "too long"}}
-    job = CompressionJob(choice, (), 200, 16, reading=ReadingState(report=told))
+    job = CompressionJob(Asked(choice, (), 200, 16), ReadingState(report=told))
     compressor.begin_chunk(job, 0, 200)
-    assert job.done
-    assert job.report == told
+    assert job.progress.done
+    assert job.report.fields == told
     assert counters.requests_skipped == {"second_reading": 2}
     assert counters.policy_failures == 0
 

@@ -23,10 +23,11 @@ from attention_reference import reference
 
 from vlcache_sgl.attention import flashinfer as flashinfer_provider
 from vlcache_sgl.attention import triton as triton_provider
-from vlcache_sgl.attention.base import HeadShape, Provider
+from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.memory.batches import DecodeBatch, Memory
 from vlcache_sgl.memory.residency import Residency
+from vlcache_sgl.sglang_hooks import triton_kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -174,7 +175,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     name = request.param
     if name == "triton" and not CUDA:
         functions = request.getfixturevalue("kernels")
-        monkeypatch.setattr(triton_provider, "_kernels", lambda: functions)
+        monkeypatch.setattr(triton_kernels, "attention_kernels", lambda: AttentionKernels(*functions))
         use_our_kernels(monkeypatch)
     monkeypatch.setattr(triton_provider, "MIN_PART", 32)  # so that short sequences are cut, too
     monkeypatch.setattr(triton_provider, "PROGRAMS_PER_CORE", 1000)
@@ -186,7 +187,9 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         )
         monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
         monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
-    return lambda memory: make_provider(name, memory, HeadShape(HEADS, DTYPE), kv_splits=3)
+    return lambda memory: make_provider(
+        name, memory, HeadShape(HEADS, DTYPE), triton_kernels.attention_kernels, kv_splits=3
+    )
 
 
 # -- a memory with requests in it --------------------------------------------------------------------------------------

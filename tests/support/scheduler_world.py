@@ -24,16 +24,19 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import config_from
 from vlcache_sgl.counters import Counters
-from vlcache_sgl.scoring.job import JOB_ATTRIBUTE, Choices, CompressionJob, job_of
+from vlcache_sgl.policy.choice import Choices
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.expansion import Expansions
+from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
-from vlcache_sgl.sglang_hooks.second_reading import ReadingState, SecondReadings
+from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 
 PLANES = 3
 SLOTS = 600
@@ -185,13 +188,14 @@ class World:
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=room), extra_key=key)
         if compress:
             vision = () if picture is None else (picture,)
-            job = CompressionJob(self.choice, vision, len(ids), MIN_TOKENS, tokens=req.origin_input_ids)
-            setattr(req, JOB_ATTRIBUTE, job)
-            job.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
+            job = CompressionJob(Asked(self.choice, vision, len(ids), MIN_TOKENS))
+            job.sharing.tokens = req.origin_input_ids
+            give_job(req, job)
+            job.sharing.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
             if twice:
                 job.reading = ReadingState()
             if picture is not None and not twice:
-                job.image = self.images.find(job.tokens, picture.end, (job.base_key,))
+                job.sharing.image = self.images.find(job.sharing.tokens, picture.end, (job.sharing.base_key,))
                 self.expansions.name(req, job)
         self.waiting.append(req)
         return req
@@ -287,20 +291,20 @@ class World:
             req.extend_batch_idx += 1
             job = job_of(req)
             if job is not None:
-                if job.reached is not None and job.reached != req.prefix_len:
+                if job.progress.reached is not None and job.progress.reached != req.prefix_len:
                     job.restart()
-                if job.reached is None:
-                    job.report["start"] = req.prefix_len
-                    job.done = job.length - req.prefix_len < MIN_TOKENS or job.reading is not None
-                job.reached = req.extend_end
-                if not job.done and req.extend_end >= job.end:
+                if job.progress.reached is None:
+                    job.report.fields["start"] = req.prefix_len
+                    job.progress.done = job.asked.length - req.prefix_len < MIN_TOKENS or job.reading is not None
+                job.progress.reached = req.extend_end
+                if not job.progress.done and req.extend_end >= job.asked.end:
                     self._compress(req, job)
-                hit = job.image is not None and job.report["start"] >= job.pictures_end
+                hit = job.sharing.image is not None and job.report.fields["start"] >= job.asked.pictures_end
                 if hit and req is not self.chunked_req:
                     if self.random.random() < self.trip_share:
-                        job.guard = Reading()  # type: ignore[assignment]
+                        job.sharing.guard = Reading()  # type: ignore[assignment]
                     elif self.random.random() < self.late_trip_share:
-                        job.decode_guard = LateReading(req)  # type: ignore[assignment]
+                        job.sharing.decode_guard = LateReading(req)  # type: ignore[assignment]
         self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
         for req in reqs:
             if req.is_retracted:
@@ -313,17 +317,17 @@ class World:
         self._finish_those_at_their_end()
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
-        if job.image is not None and job.generation > job.image.generation:
-            self.images.learn(job.image)
-        start = job.report["start"]
-        slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.length].long()
+        if job.sharing.image is not None and job.sharing.generation > job.sharing.image.generation:
+            self.images.learn(job.sharing.image)
+        start = job.report.fields["start"]
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.asked.length].long()
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])
         event = Event() if self.random.random() < self.late_share else None
         eviction = self.arena.residency.evict(slots, keep)
         self.allocator.accounting.retire(eviction, event)
         if event is not None:
             self.evictions.append((event, eviction.cells))
-        job.done = job.compressed = True
+        job.progress.done = job.progress.compressed = True
 
     def decode(self) -> None:
         """One token for every running request; who does not fit is sent back, the last chunk first."""
@@ -490,7 +494,7 @@ class World:
                 f"{req.rid} reads others"
             )
             job = job_of(req)
-            if job is None or not job.done:
+            if job is None or not job.progress.done:
                 own = kept[:, req.kv.cache_protected_len :]
                 assert own.all(), "evicted before the decision"
             assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"

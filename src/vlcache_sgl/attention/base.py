@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -74,6 +74,13 @@ class Provider(Protocol):
 
     def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
         """Whether a step of these requests fits what `init_graphs` laid out; the same on all tensor-parallel ranks."""
+
+
+class AttentionKernels(NamedTuple):
+    """The serving engine's Triton kernels; which arguments they take is written where they are launched."""
+
+    extend: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 @dataclass(frozen=True)

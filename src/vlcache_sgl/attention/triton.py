@@ -9,14 +9,12 @@ The host never waits for the device, and after a change of rows only as `device_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.attention.base import HeadShape, Observe
+from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Observe
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
@@ -47,12 +45,13 @@ class TritonProvider:
     Args:
         memory: arena, residency and rows.
         shape: the queries.
+        kernels: SGLang's.
         kv_splits: most parts that one sequence's keys are cut into.
     """
 
     on_device = True
 
-    def __init__(self, memory: Memory, shape: HeadShape, *, kv_splits: int = 8) -> None:
+    def __init__(self, memory: Memory, shape: HeadShape, kernels: AttentionKernels, *, kv_splits: int = 8) -> None:
         self._memory = memory
         self._keys, self._values = memory.arena[:, 0], memory.arena[:, 1]
         self._heads = shape.num_heads // memory.groups
@@ -64,7 +63,7 @@ class TritonProvider:
         self._decode: DecodePlan | None = None
         self._partial = self._new_partial(0)
         self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
-        self._extend_kernel, self._decode_kernel = _kernels()
+        self._extend_kernel, self._decode_kernel = kernels
 
     def invalidate(self, row: int) -> None:
         self._index.invalidate(row)
@@ -194,12 +193,3 @@ def count_parts(indptr: torch.Tensor, programs: int, cores: int, most: int) -> t
     lengths = indptr.diff(dim=1)
     size = (-(-lengths.amax(1, keepdim=True) // wanted)).clamp(min=MIN_PART)
     return (-(-lengths // size)).clamp(1, most).to(torch.int32)
-
-
-def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """SGLang's extend and decode attention."""
-    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
-    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
-
-    opaque: Callable[..., Any] = torch.compiler.disable  # as SGLang calls them under --enable-torch-compile
-    return opaque(extend_attention_fwd), opaque(decode_attention_fwd)

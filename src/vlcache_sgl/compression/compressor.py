@@ -20,6 +20,7 @@ import torch
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.compression.sharing.guard import DecodeReading
 from vlcache_sgl.compression.sharing.sharing import Sharing
@@ -30,8 +31,7 @@ from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.residency import EVICTED, OutOfCells
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
-from vlcache_sgl.scoring.job import CompressionJob
-from vlcache_sgl.scoring.scoring import KeysValues, Scoring
+from vlcache_sgl.scoring.scoring import KeysValues, Scoring, divide_prefix
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 logger = logging.getLogger(__name__)
@@ -68,80 +68,82 @@ class Compressor:
 
     def begin_chunk(self, job: CompressionJob, begin: int, end: int) -> None:
         """A chunk ``[begin, end)`` of the job's prompt is about to be computed."""
-        if job.reached is not None and begin != job.reached:
+        if job.progress.reached is not None and begin != job.progress.reached:
             job.restart()
-        if job.reached is None:
-            job.shared = begin
+        if job.progress.reached is None:
+            job.progress.shared = begin
             # Who was retracted while it decoded finds what it has published itself.
-            if job.outcome is None and job.vision and begin > job.vision[0].begin:
+            if job.report.before is None and job.asked.vision and begin > job.asked.vision[0].begin:
                 self._note_hit(job)
-        job.reached = end
-        job.chunk = Span(begin, end)
-        if job.done:
+        job.progress.reached = end
+        job.progress.chunk = Span(begin, end)
+        if job.progress.done:
             return
-        if job.scoring is None:
+        if job.progress.scoring is None:
             if job.reading is not None and job.reading.report:
                 self.take_over(job, job.reading.report)
                 return
             start = job.first_evictable()
-            if job.length - start < job.min_tokens:
+            if job.asked.length - start < job.asked.min_tokens:
                 self.skip(job, "short")
                 return
             if job.reading is not None:
                 self.skip(job, "second_reading")
                 return
             prompt = replace(
-                job.choice.of_model(self._model),
-                length=job.length,
+                job.asked.choice.of_model(self._model),
+                length=job.asked.length,
                 start=start,
-                vision=job.vision,
-                grids=job.grids,
-                repeated=job.repeated,
+                vision=job.asked.vision,
+                grids=job.asked.grids,
+                repeated=job.asked.repeated,
             )
             try:
-                job.scoring = Scoring(prompt, job.choice.policy.needs, first=job.first_kept)
+                job.progress.scoring = Scoring(prompt, job.asked.choice.policy.needs, first=job.first_kept)
             except Exception as error:
                 self.fail(job, error)
 
     def _note_hit(self, job: CompressionJob) -> None:
         """A prompt has found an image in the prefix cache."""
-        if not job.counted_hit:
-            self.counters.prefix_hit(job.shared)
-            job.counted_hit = True
-        self.sharing.watch(job, job.shared)
+        if not job.report.counted_hit:
+            self.counters.prefix_hit(job.progress.shared)
+            job.report.counted_hit = True
+        self.sharing.watch(job.sharing, job.progress.shared)
 
     def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
         """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
-        job.done = True
-        job.report.update(report)
+        job.progress.done = True
+        job.report.fields.update(report)
         if "skipped" in report:
             self._count_skipped(job, report["skipped"])
 
     def skip(self, job: CompressionJob, reason: str) -> None:
         """Leave the rest of a request alone; one that comes back from a retraction keeps the report of its prefill."""
-        job.done = True
-        if job.outcome is not None:
-            job.report.update(job.outcome)
+        job.progress.done = True
+        if job.report.before is not None:
+            job.report.fields.update(job.report.before)
             return
-        job.report.update(policy=job.choice.policy.spec, skipped=reason)
-        if job.shared:
-            job.report.update(budget=str(job.choice.budget), prompt_tokens=job.length, shared_tokens=job.shared)
+        job.report.fields.update(policy=job.asked.choice.policy.spec, skipped=reason)
+        if job.progress.shared:
+            job.report.fields.update(
+                budget=str(job.asked.choice.budget), prompt_tokens=job.asked.length, shared_tokens=job.progress.shared
+            )
         self._count_skipped(job, reason)
 
     def _count_skipped(self, job: CompressionJob, reason: str) -> None:
-        if not job.counted:
+        if not job.report.counted:
             self.counters.skipped(reason)
-            job.counted = True
+            job.report.counted = True
 
     def fail(self, job: CompressionJob, error: Exception) -> None:
         """A policy does not keep its contract: the request keeps its full cache."""
-        job.done = True
-        job.scoring = None
-        job.report.update(policy=job.choice.policy.spec, failed=f"{type(error).__name__}: {error}")
+        job.progress.done = True
+        job.progress.scoring = None
+        job.report.fields.update(policy=job.asked.choice.policy.spec, failed=f"{type(error).__name__}: {error}")
         self.counters.policy_failures += 1
         logger.error(
             "policy %s failed, the request keeps its full cache: %s: %s",
-            job.choice.policy.spec,
+            job.asked.choice.policy.spec,
             type(error).__name__,
             error,
         )
@@ -165,13 +167,13 @@ class Compressor:
             prefix: `[P, 2, K, D]`, the layer's kept keys and values of all positions before `begin`.
             valid: `[K]`, leading entries of `prefix` that exist per KV head; None = all `P`.
         """
-        scoring = job.scoring
+        scoring = job.progress.scoring
         if scoring is None or scoring.failure is not None:
             return
         started = time.perf_counter()
         try:
             earlier = begin - scoring.prompt.start  # owned tokens of earlier chunks: nothing of them is evicted yet
-            shared, shared_valid, own = _divide(prefix, valid, max(0, earlier))
+            shared, shared_valid, own = divide_prefix(prefix, valid, max(0, earlier))
             if earlier < 0:
                 # The chunk begins in front of the first image.  Keys that only enter the normaliser have no order.
                 front, keys = keys[:-earlier], keys[-earlier:]
@@ -181,17 +183,17 @@ class Compressor:
             owned = owned[: scoring.end - scoring.prompt.start]  # a retracted request recomputes generated tokens too
             scoring.observe(layer, begin, queries, owned, shared, shared_valid, scale)
         except Exception as error:
-            self._give_up([job], error)
+            _give_up([scoring], error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     def plan_batch(
-        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
+        self, memory: Memory, requests: Sequence[ExtendRequest], scorings: Sequence[Scoring | None]
     ) -> BatchScoring | None:
         """Prepare `observe_batch` for one forward; see `BatchScoring` for the arguments."""
         try:
-            return BatchScoring(memory, requests, jobs)
+            return BatchScoring(memory, requests, scorings)
         except Exception as error:
-            self._give_up(jobs, error)
+            _give_up(scorings, error)
             return None
 
     def observe_batch(
@@ -202,7 +204,7 @@ class Compressor:
         try:
             voting.observe(planes, queries, scale, lse)
         except Exception as error:
-            self._give_up(voting.jobs, error)
+            _give_up(voting.scorings, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     def read_guards(
@@ -221,11 +223,11 @@ class Compressor:
         """
         started = time.perf_counter()
         for job, rows in guarded:
-            if job.guard is not None:
+            if job.sharing.guard is not None:
                 try:
-                    job.guard.observe(layer, queries[rows], lse[rows], scale)
+                    job.sharing.guard.observe(layer, queries[rows], lse[rows], scale)
                 except Exception as error:
-                    job.guard.failure = error
+                    job.sharing.guard.failure = error
         self.counters.guard_ms += (time.perf_counter() - started) * 1e3
 
     def read_first_steps(self, steps: Sequence[FirstStep], layer: int, queries: torch.Tensor, scale: float) -> None:
@@ -252,12 +254,6 @@ class Compressor:
             reading.end_step(keys_of, self._heads.mean)
         self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
 
-    def _give_up(self, jobs: Iterable[CompressionJob | None], error: Exception) -> None:
-        """Count no more for these jobs.  They fail in `finish`, where all tensor-parallel ranks meet."""
-        for job in jobs:
-            if job is not None and job.scoring is not None:
-                job.scoring.failure = error
-
     # -- at its end -------------------------------------------------------------------------------------------------
 
     def finish(self, job: CompressionJob, row: torch.Tensor) -> None:
@@ -267,13 +263,13 @@ class Compressor:
             row: `[context]`, the request's row of `req_to_token`.
         """
         started = time.perf_counter()
-        if job.guard is not None:
-            job.guard.close(self._heads.mean, row.device)
+        if job.sharing.guard is not None:
+            job.sharing.guard.close(self._heads.mean, row.device)
             self.counters.guard_ms += (time.perf_counter() - started) * 1e3
-        if job.shared and job.outcome is None and job.host is None:
-            job.shared_kept = self._kept_of(row[: job.shared])
-        scoring = job.scoring
-        if job.done or scoring is None:
+        if job.progress.shared and job.report.before is None and job.host is None:
+            job.report.shared_kept = self._kept_of(row[: job.progress.shared])
+        scoring = job.progress.scoring
+        if job.progress.done or scoring is None:
             self._keep_whole(job, row)
             return
         started = time.perf_counter()
@@ -286,29 +282,31 @@ class Compressor:
             self.fail(job, error)
             self._keep_whole(job, row)
             return
-        if job.measures_recall:
-            job.recall = job.recall or Recall(plan.keep, prompt)  # a retracted request decides twice, and alike
+        if job.asked.measures_recall:
+            job.report.recall = job.report.recall or Recall(
+                plan.keep, prompt
+            )  # a retracted request decides twice, and alike
             self._count_skipped(job, "recall")
         else:
             self._evict(job, prompt, row, plan)
-            job.compressed = True
+            job.progress.compressed = True
         per_layer = [front + tokens for tokens in plan.tokens_per_layer]
-        job.report.update(
-            policy=job.choice.policy.spec,
-            budget=str(job.choice.budget),
+        job.report.fields.update(
+            policy=job.asked.choice.policy.spec,
+            budget=str(job.asked.choice.budget),
             prompt_tokens=prompt.length,
-            shared_tokens=job.shared,
+            shared_tokens=job.progress.shared,
             front_tokens=front,
             kept_tokens_per_layer=per_layer,
             ratio=round(sum(per_layer) / ((front + prompt.owned) * len(per_layer)), 4),
         )
         if plan.differs_by_head:
-            job.report["kept_tokens_per_head"] = plan.counts.tolist()
-        if job.repeated:
-            job.report["second_reading"] = {"tokens": job.repeated}
+            job.report.fields["kept_tokens_per_head"] = plan.counts.tolist()
+        if job.asked.repeated:
+            job.report.fields["second_reading"] = {"tokens": job.asked.repeated}
             self.counters.second_readings += 1
-        job.scoring = None
-        job.done = True
+        job.progress.scoring = None
+        job.progress.done = True
         self.counters.selection_ms += (time.perf_counter() - started) * 1e3
 
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
@@ -317,7 +315,7 @@ class Compressor:
         if job.host is not None and not job.host.unwritten:
             assert self.host is not None
             keys_values = self.host.keys_values(slots)
-        policy = job.choice.policy
+        policy = job.asked.choice.policy
         try:
             if scoring.failure is not None:
                 raise scoring.failure
@@ -325,9 +323,9 @@ class Compressor:
         except Exception:
             self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
             raise
-        total = job.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
+        total = job.asked.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
         plan = self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
-        return self.sharing.copy_plan(job, prompt, plan, keys_values, self._heads)
+        return self.sharing.copy_plan(job.sharing, prompt, plan, keys_values, self._heads)
 
     def _keys_values(self, slots: torch.Tensor) -> KeysValues:
         """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
@@ -383,18 +381,18 @@ class Compressor:
             return
         assert self.host is not None
         started = time.perf_counter()
-        slots = row[job.chunk.begin : min(job.chunk.end, job.length)].to(torch.int64)
+        slots = row[job.progress.chunk.begin : min(job.progress.chunk.end, job.asked.length)].to(torch.int64)
         if slots.numel():
             if not self.host.write_back(slots):
                 job.host.unwritten = True
-            elif job.chunk.end < job.end:
+            elif job.progress.chunk.end < job.asked.end:
                 self.host.release_chunk(slots)
         self.counters.host_ms += (time.perf_counter() - started) * 1e3
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
         if job.host is not None and job.host.own is None:
-            keep = torch.ones((self._arena.num_planes, job.length), dtype=torch.bool, device=row.device)
+            keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
             self._take_own(job, row, keep)
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
@@ -402,18 +400,18 @@ class Compressor:
         assert self.host is not None
         assert job.host is not None
         try:
-            job.host.own = self.host.settle(row[: job.length].to(torch.int64), keep)
+            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
         except (OutOfMemory, OutOfCells) as error:
-            logger.error("a prompt of %d tokens is lost: %s", job.length, error)
+            logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")
             return
-        row[: job.length] = job.host.own.private.to(row.dtype)
+        row[: job.asked.length] = job.host.own.private.to(row.dtype)
 
     def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
-        self.sharing.remember(job, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
+        self.sharing.remember(job.sharing, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
         if job.host is not None:
@@ -423,9 +421,9 @@ class Compressor:
             eviction = arena.residency.evict(slots, keep)
             done = passed_event(slots.device)
             self.accounting.retire(eviction, done)
-        if job.counted:  # it was retracted: what was done before is what counts
+        if job.report.counted:  # it was retracted: what was done before is what counts
             return
-        job.counted = True
+        job.report.counted = True
         # From the plan, not from the device: the host need not wait to know them.
         front = prompt.start - job.first_kept
         counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
@@ -436,7 +434,7 @@ class Compressor:
         self.settle_counts()
 
     def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
-        """Share of `slots` that each layer has; see `CompressionJob.shared_kept`.  Nobody waits for it here."""
+        """Share of `slots` that each layer has; see `Report.shared_kept`.  Nobody waits for it here."""
         arena = self._arena
         resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
         shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
@@ -446,13 +444,13 @@ class Compressor:
 
     def report_shared(self, job: CompressionJob) -> None:
         """Add to the job's report what each layer has of the prefix that it was served."""
-        if job.shared_kept is None:
+        if job.report.shared_kept is None:
             return
-        shares, copied = job.shared_kept
+        shares, copied = job.report.shared_kept
         if copied is not None:
             copied.synchronize()
-        job.report["shared_kept_per_layer"] = [round(share, 4) for share in shares.tolist()]
-        job.shared_kept = None
+        job.report.fields["shared_kept_per_layer"] = [round(share, 4) for share in shares.tolist()]
+        job.report.shared_kept = None
 
     @property
     def all_counted(self) -> bool:
@@ -479,29 +477,14 @@ class Compressor:
             row: `[context]`, the request's row of `req_to_token`.
         """
         arena = self._arena
-        cells = arena.residency.table[:, row[: job.length].to(torch.int64)]
-        resident = (cells != EVICTED).view(-1, arena.groups, job.length).any(1)
-        job.report["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
-        job.report["vision"] = [run.as_dict() for run in job.runs]
+        cells = arena.residency.table[:, row[: job.asked.length].to(torch.int64)]
+        resident = (cells != EVICTED).view(-1, arena.groups, job.asked.length).any(1)
+        job.report.fields["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
+        job.report.fields["vision"] = [run.as_dict() for run in job.asked.runs]
 
 
-def _divide(
-    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
-
-    Returns:
-        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
-        owned keys or None.
-    """
-    if prefix is None:
-        return None, None, None
-    keys = prefix[:, 0]
-    if valid is None:
-        split = keys.shape[0] - earlier
-        return keys[:split] if split else None, None, keys[split:] if earlier else None
-    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
-    split_by_head = valid.to(torch.int64) - earlier
-    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
-    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
-    return keys[: keys.shape[0] - earlier], split_by_head, own
+def _give_up(scorings: Iterable[Scoring | None], error: Exception) -> None:
+    """Count no more for these prompts.  They fail in `finish`, where all tensor-parallel ranks meet."""
+    for scoring in scorings:
+        if scoring is not None:
+            scoring.failure = error

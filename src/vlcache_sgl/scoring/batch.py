@@ -14,7 +14,6 @@ import torch
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.device_index import copy_to, look_up
-from vlcache_sgl.scoring.job import CompressionJob
 from vlcache_sgl.scoring.scoring import RowGroup, Scoring
 
 
@@ -22,7 +21,6 @@ from vlcache_sgl.scoring.scoring import RowGroup, Scoring
 class Voter:
     """Rows of one request that vote for one kind of statistics in this forward."""
 
-    job: CompressionJob
     scoring: Scoring
     group: RowGroup
     request: ExtendRequest
@@ -41,8 +39,8 @@ class Voter:
 
     @property
     def counts(self) -> bool:
-        """Whether the job has not failed meanwhile."""
-        return self.job.scoring is self.scoring and self.scoring.failure is None
+        """Whether scoring has not failed meanwhile."""
+        return self.scoring.failure is None
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,19 @@ class BatchScoring:
     Args:
         memory: arena, residency and rows; the new tokens' slots are in place.
         requests: the batch.
-        jobs: for each of them its job where it votes in this chunk, None otherwise.
+        scorings: for each of them its scoring where it votes in this chunk, None otherwise.
     """
 
-    def __init__(
-        self, memory: Memory, requests: Sequence[ExtendRequest], jobs: Sequence[CompressionJob | None]
-    ) -> None:
+    def __init__(self, memory: Memory, requests: Sequence[ExtendRequest], scorings: Sequence[Scoring | None]) -> None:
         self._memory = memory
         wanted: dict[StatsRequest, list[Voter]] = {}
-        for request, job in zip(requests, jobs, strict=True):
-            if job is None or job.scoring is None:
+        for request, scoring in zip(requests, scorings, strict=True):
+            if scoring is None:
                 continue
-            for group in job.scoring.groups:
+            for group in scoring.groups:
                 positions = group.within(request.begin, request.begin + request.count)
                 if positions.numel():
-                    voter = Voter(job, job.scoring, group, request, positions)
+                    voter = Voter(scoring, group, request, positions)
                     wanted.setdefault(group.want, []).append(voter)
         self._polls = [self._poll(want, tuple(voters)) for want, voters in wanted.items()]
 
@@ -109,9 +105,9 @@ class BatchScoring:
         )
 
     @property
-    def jobs(self) -> list[CompressionJob]:
-        """Jobs that vote."""
-        return list({id(v.job): v.job for poll in self._polls for v in poll.voters}.values())
+    def scorings(self) -> list[Scoring]:
+        """Of the requests that vote."""
+        return list({id(v.scoring): v.scoring for poll in self._polls for v in poll.voters}.values())
 
     @property
     def takes_lse(self) -> bool:

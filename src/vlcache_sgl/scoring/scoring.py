@@ -223,3 +223,25 @@ def _nothing_like(stats: AttentionStats) -> AttentionStats:
         entropy_sum=zero(stats.entropy_sum),
         probabilities=None if stats.probabilities is None else stats.probabilities.narrow(1, 0, 0),
     )
+
+
+def divide_prefix(
+    prefix: torch.Tensor | None, valid: torch.Tensor | None, earlier: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Kept keys before a chunk, divided into what the prefix cache served and the last `earlier`, which are owned.
+
+    Returns:
+        `[S, K, D]` shared keys or None, `[K]` how many of them exist per KV head or None for all, and `[earlier, K, D]`
+        owned keys or None.
+    """
+    if prefix is None:
+        return None, None, None
+    keys = prefix[:, 0]
+    if valid is None:
+        split = keys.shape[0] - earlier
+        return keys[:split] if split else None, None, keys[split:] if earlier else None
+    # Heads that were evicted separately: each has its owned keys behind its own number of shared ones.
+    split_by_head = valid.to(torch.int64) - earlier
+    at = split_by_head + torch.arange(earlier, device=keys.device)[:, None]
+    own = keys.gather(0, at[..., None].expand(-1, -1, keys.shape[2])) if earlier else None
+    return keys[: keys.shape[0] - earlier], split_by_head, own

@@ -18,6 +18,8 @@ from sglang.srt.managers.schedule_batch import retract_all
 from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
 from sglang.srt.mem_cache.common import match_kv_cache
 
+from vlcache_sgl.sglang_hooks.facades import Req, ScheduleBatch, SchedulePolicy, Scheduler
+
 logger = logging.getLogger(__name__)
 
 MOST_OVERTAKEN = 4
@@ -28,13 +30,13 @@ OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
 
 
-def consider_request(adder: Any, req: Any, *_: Any, **__: Any) -> None:
+def consider_request(adder: Any, req: Req, *_: Any, **__: Any) -> None:
     """Before SGLang decides about one request: tell the budget which."""
     adder.memory_budget.consider(req)
 
 
 @contextmanager
-def set_aside(scheduler: Any, held: Sequence[Any]) -> Iterator[None]:
+def set_aside(scheduler: Scheduler, held: Sequence[Req]) -> Iterator[None]:
     """While SGLang chooses whom to start: `held` requests are out of its queue, where an abort finds them otherwise."""
     if not held:
         yield
@@ -47,13 +49,13 @@ def set_aside(scheduler: Any, held: Sequence[Any]) -> Iterator[None]:
         scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
 
-def reopen(scheduler: Any, running_batch: Any) -> None:
+def reopen(scheduler: Scheduler, running_batch: ScheduleBatch) -> None:
     """Before prompts are admitted: SGLang closes a full batch until a request leaves; compression also makes room."""
     if scheduler.token_to_kv_pool_allocator.accounting.take_returned():
         running_batch.batch_is_full = False
 
 
-def spare_waiting_prefixes(_: None, policy: Any, waiting_queue: list[Any], *__: Any, **___: Any) -> None:
+def spare_waiting_prefixes(_: None, policy: SchedulePolicy, waiting_queue: list[Req], *__: Any, **___: Any) -> None:
     """After SGLang has ordered the queue: requests whose prefix may be pushed out go before the prompt that would.
 
     Once admitted they lock what they need, mostly in the same pass; those that are not have their prefixes marked as
@@ -74,13 +76,13 @@ def spare_waiting_prefixes(_: None, policy: Any, waiting_queue: list[Any], *__: 
         waiting_queue.sort(key=lambda req: id(req) not in hits)
 
 
-def _own_tokens(req: Any, tree: Any) -> int:
+def _own_tokens(req: Req, tree: Any) -> int:
     """Tokens that a waiting request has to compute, as things are."""
     match_kv_cache(req, tree)
     return len(req.origin_input_ids) + len(req.output_ids) - int(req.num_matched_prefix_tokens)
 
 
-def make_room(original: Any, scheduler: Any, batch: Any) -> Any:
+def make_room(original: Any, scheduler: Scheduler, batch: ScheduleBatch) -> Any:
     """Around a decode step: a prompt parked between its chunks gives way before a running request does.
 
     It is the youngest and has answered nothing yet, and what it holds could otherwise cost the last running request
@@ -92,7 +94,7 @@ def make_room(original: Any, scheduler: Any, batch: Any) -> Any:
     return original(scheduler, batch)
 
 
-def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
+def retract_parked(scheduler: Scheduler, req: Req, running: Sequence[Req]) -> None:
     """Send a prompt back to the queue in the middle of its prefill.
 
     Under overlap scheduling its last chunk may be in flight: SGLang drops the result of a retracted request, and on the
@@ -107,7 +109,7 @@ def retract_parked(scheduler: Any, req: Any, running: Sequence[Any]) -> None:
     scheduler._add_request_to_queue(req, is_retracted=True)
 
 
-def unsay(req: Any) -> None:
+def unsay(req: Req) -> None:
     """Let a retracted request answer from the beginning, unless somebody has heard some of its answer.
 
     What it has said stays, too, where more than its text depends on it.
@@ -118,7 +120,7 @@ def unsay(req: Any) -> None:
     req.output_ids = array("q")
 
 
-def retract(scheduler: Any, req: Any) -> None:
+def retract(scheduler: Scheduler, req: Req) -> None:
     """Release what a request holds, as SGLang does for want of memory; the caller queues it again."""
     retract_all(
         reqs=[req],

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 
 from vlcache_sgl.memory.arena import Arena
+from vlcache_sgl.sglang_hooks.facades import AttentionLayer
 
 
 class KVArena(MHATokenToKVPool):
@@ -43,7 +44,9 @@ class KVArena(MHATokenToKVPool):
         half = self.arena.nbytes // 2
         return half, half
 
-    def set_kv_buffer(self, layer: Any, loc_info: Any, cache_k: torch.Tensor, cache_v: torch.Tensor, *_: Any) -> None:
+    def set_kv_buffer(
+        self, layer: AttentionLayer, loc_info: Any, cache_k: torch.Tensor, cache_v: torch.Tensor, *_: Any
+    ) -> None:
         slots, _, _ = unwrap_write_loc(loc_info)
         cells = self.arena.write_cells(slots)[self.arena.planes_of(layer.layer_id)]
         self.arena.write(cells, cache_k, cache_v)

@@ -17,11 +17,13 @@ from vlcache_kernels.arena_write import arena_write
 from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.compression.compressor import Compressor, FirstStep
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
 from vlcache_sgl.scoring.batch import BatchScoring
-from vlcache_sgl.scoring.job import CompressionJob
+from vlcache_sgl.sglang_hooks import triton_kernels
+from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
 
 
 class ResidencyBackend(AttentionBackend):
@@ -34,7 +36,7 @@ class ResidencyBackend(AttentionBackend):
         num_heads: query heads of this rank.
     """
 
-    def __init__(self, model_runner: Any, compressor: Compressor, provider: str, num_heads: int) -> None:
+    def __init__(self, model_runner: ModelRunner, compressor: Compressor, provider: str, num_heads: int) -> None:
         super().__init__()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.arena: Arena = self.token_to_kv_pool.arena
@@ -45,7 +47,9 @@ class ResidencyBackend(AttentionBackend):
         )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
-        self.provider: Provider = make_provider(provider, self._memory, shape, kv_splits=splits)
+        self.provider: Provider = make_provider(
+            provider, self._memory, shape, triton_kernels.attention_kernels, kv_splits=splits
+        )
         # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
         self._cells = torch.empty(0)
         self._numbers = torch.empty(0, dtype=torch.int64)
@@ -71,14 +75,14 @@ class ResidencyBackend(AttentionBackend):
         """The slots of a request row have changed."""
         self.provider.invalidate(row)
 
-    def fits_graph(self, forward_batch: Any) -> bool:
+    def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether the recorded buffers hold what this decode step reads; beyond that it runs without a graph."""
         lengths = forward_batch.seq_lens_cpu.tolist()
         return self.provider.fits_graph(self._rows_of(forward_batch), lengths)
 
     # -- once per forward -------------------------------------------------------------------------------------------
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode.is_idle():
             return
         slots = forward_batch.out_cache_loc
@@ -94,7 +98,13 @@ class ResidencyBackend(AttentionBackend):
         else:
             self._plan_extend(forward_batch)
 
-    def _plan_decode(self, forward_batch: Any, cells: torch.Tensor, padding: int = 0, recorded: bool = False) -> None:
+    def _plan_decode(
+        self,
+        forward_batch: ForwardBatch | GraphForwardBatch,
+        cells: torch.Tensor,
+        padding: int = 0,
+        recorded: bool = False,
+    ) -> None:
         real = forward_batch.batch_size - padding
         self.provider.plan_decode(
             DecodeBatch(
@@ -108,7 +118,7 @@ class ResidencyBackend(AttentionBackend):
             )
         )
 
-    def _plan_extend(self, forward_batch: Any) -> None:
+    def _plan_extend(self, forward_batch: ForwardBatch) -> None:
         rows = self._rows_of(forward_batch)
         jobs = self.jobs or [None] * len(rows)
         requests, self._observed, self._guarded = [], [], []
@@ -116,16 +126,22 @@ class ResidencyBackend(AttentionBackend):
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
         ):
-            votes = job is not None and job.scoring is not None and job.scoring.rows_in(begin, begin + count)
+            votes = (
+                job is not None
+                and job.progress.scoring is not None
+                and job.progress.scoring.rows_in(begin, begin + count)
+            )
             requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
             self._observed.append(job if votes else None)
-            if job is not None and job.guard is not None:
-                read = job.guard.rows(int(begin), count)
+            if job is not None and job.sharing.guard is not None:
+                read = job.sharing.guard.rows(int(begin), count)
                 self._guarded.append((job, slice(first + read.start, first + read.stop)))
             first += count
         self._requests = tuple(requests)
         if self.provider.on_device and any(request.votes for request in requests):
-            self._voting = self.compressor.plan_batch(self._memory, self._requests, self._observed)
+            self._voting = self.compressor.plan_batch(
+                self._memory, self._requests, [None if job is None else job.progress.scoring for job in self._observed]
+            )
         self.provider.plan_extend(
             ExtendBatch(
                 self._requests,
@@ -136,19 +152,19 @@ class ResidencyBackend(AttentionBackend):
             )
         )
 
-    def _plan_recall(self, forward_batch: Any) -> None:
+    def _plan_recall(self, forward_batch: ForwardBatch) -> None:
         """Look up the cells of requests whose attention is looked at: few, or for few steps."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
-            if job is not None and job.recall is not None:
+            if job is not None and job.report.recall is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
-                self._watched.append((number, job.recall, self.arena.write_cells(slots.to(torch.int64))))
+                self._watched.append((number, job.report.recall, self.arena.write_cells(slots.to(torch.int64))))
             length = int(forward_batch.seq_lens_cpu[number])
-            guard = None if job is None else job.decode_guard
+            guard = None if job is None else job.sharing.decode_guard
             if guard is not None and guard.wants(length):
                 slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
                 self.first_steps.append((number, guard, slots))
 
-    def _rows_of(self, forward_batch: Any) -> list[int]:
+    def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
             return self.rows
         rows: list[int] = forward_batch.req_pool_indices.tolist()  # waits for the device: warm-up only
@@ -166,7 +182,7 @@ class ResidencyBackend(AttentionBackend):
         """Padded requests are row 0 of `req_to_token`, whose first slot is the padding slot, which has one cell."""
         return 1
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: GraphForwardBatch, in_capture: bool = False) -> None:
         """Fill what the graph of this batch size reads: cells to write to and lists, at fixed addresses."""
         size = forward_batch.batch_size
         padding = size if in_capture else forward_batch.num_padding
@@ -181,7 +197,14 @@ class ResidencyBackend(AttentionBackend):
     # -- once per layer ---------------------------------------------------------------------------------------------
 
     def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **options: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
         planes = self.arena.planes_of(layer.layer_id)
@@ -209,7 +232,14 @@ class ResidencyBackend(AttentionBackend):
         return output.view(q.shape[0], -1)
 
     def forward_decode(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **options: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
         planes = self.arena.planes_of(layer.layer_id)

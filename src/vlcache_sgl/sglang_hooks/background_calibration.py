@@ -19,9 +19,10 @@ import httpx
 from vlcache_sgl._version import __version__
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig
 from vlcache_sgl.policy import PolicyError
+from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.policy.custom_params import RequestParams
-from vlcache_sgl.scoring.job import Choices
-from vlcache_sgl.sglang_hooks.flags import config_of
+from vlcache_sgl.sglang_hooks.facades import ServerArgs
+from vlcache_sgl.sglang_hooks.settings import config_of
 from vlcache_sgl.sglang_hooks.weight_knobs import knobs_of
 from vlcache_sgl.weights import ModelWeights, cache_file, checkpoint_folder, find_weights, model_key
 
@@ -51,7 +52,7 @@ class OwnServer:
     verify: ssl.SSLContext | bool
 
     @classmethod
-    def of(cls, server_args: Any) -> OwnServer:
+    def of(cls, server_args: ServerArgs) -> OwnServer:
         """As SGLang's own warm-up reaches it."""
         from sglang.srt.arg_groups.serving_hook import ssl_verify_of
 
@@ -69,7 +70,7 @@ class OwnServer:
         return httpx.Client(base_url=self.url, headers=headers, verify=self.verify, timeout=timeout_s)
 
 
-def start(_: object, server_args: Any, *__: Any, **___: Any) -> None:
+def start(_: object, server_args: ServerArgs, *__: Any, **___: Any) -> None:
     """After SGLang has found itself ready: measure, where the weights of the model are asked for and not known."""
     config = config_of(server_args)
     if config is None or not wants_weights(config, server_args.model_path):
@@ -89,7 +90,7 @@ def wants_weights(config: KVConfig, model: str) -> bool:
     return find_weights("auto", model) is None
 
 
-def objection(config: KVConfig, server_args: Any) -> str | None:
+def objection(config: KVConfig, server_args: ServerArgs) -> str | None:
     """Why the server cannot measure its model; None: it can, as far as shows without asking it."""
     from vlcache_sgl.evaluation.calibration import BUDGET, POLICY, TOKENS
 

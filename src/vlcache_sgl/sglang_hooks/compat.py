@@ -1,4 +1,9 @@
-"""What depends on the version of SGLang, and what of SGLang we cannot serve.  The only such file."""
+"""What of SGLang and of models we cannot serve, and what SGLang says of them.
+
+Other things that depend on SGLang's version: what is read (`facades.py`, found by a test), what is replaced
+(`patch_points.py`, `request_points.py` and `startup.py`, found before a server starts) and what is subclassed
+(`allocator.py`, `arena.py`, `backend.py`, `prefill_budget.py`, `prefix_tree.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req, ServerArgs
 
 TESTED_SGLANG = "0.5.23"
 
@@ -47,7 +54,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def unsupported_arguments(server_args: Any) -> Iterator[str]:
+def unsupported_arguments(server_args: ServerArgs) -> Iterator[str]:
     """One line per flag of SGLang that cannot be combined with --kv-policy: the flag and the reason."""
     for name, is_set, reason in _UNSUPPORTED_ARGUMENTS:
         value = getattr(server_args, name, None)
@@ -67,12 +74,12 @@ def _records_prefills(config: Any) -> bool:
     return isinstance(config, dict) and config.get("prefill", {}).get("backend") not in (None, "disabled")
 
 
-def _has_cuda(server_args: Any) -> bool:
+def _has_cuda(server_args: ServerArgs) -> bool:
     # Counted through NVML: `torch.cuda.is_available` may initialise CUDA, which forked children cannot use then.
     return getattr(server_args, "device", None) in (None, "cuda") and torch.cuda.device_count() > 0
 
 
-def choose_defaults(server_args: Any, model: dict[str, Any]) -> None:
+def choose_defaults(server_args: ServerArgs, model: dict[str, Any]) -> None:
     """Set flags of SGLang that were not given and whose default is not for us.
 
     Done before SGLang resolves them.  The attention backend is chosen on a CUDA device only: a CPU has one.
@@ -126,7 +133,7 @@ _IGNORES_WINDOW = frozenset({"qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text
 """Families that write a window into their configuration and leave it off unless `use_sliding_window` is true."""
 
 
-def model_config_dict(server_args: Any) -> dict[str, Any]:
+def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
     """The model's Hugging Face configuration as stored; empty when it cannot be read without loading the model."""
     from transformers import PretrainedConfig
 
@@ -152,7 +159,7 @@ def reads_no_images(config: dict[str, Any]) -> bool:
     return bool(architectures) and not is_multimodal_model(architectures)
 
 
-def is_health_poll(req: Any) -> bool:
+def is_health_poll(req: Req) -> bool:
     """Whether a request is `GET /health_generate`'s own."""
     from sglang.srt.managers.utils import is_health_check_generate_req
 
@@ -172,7 +179,7 @@ def slot_writers(model: Any) -> list[str]:
     )
 
 
-def attention_tp(model_runner: Any) -> tuple[Any, int, int]:
+def attention_tp(model_runner: ModelRunner) -> tuple[Any, int, int]:
     """Group, rank and size over which attention heads are divided."""
     from sglang.srt.runtime_context import get_parallel
 

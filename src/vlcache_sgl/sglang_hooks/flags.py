@@ -20,18 +20,10 @@ from vlcache_sgl.sglang_hooks.compat import (
     unsupported_arguments,
     unsupported_model,
 )
-from vlcache_sgl.sglang_hooks.patching import PatchPoint
+from vlcache_sgl.sglang_hooks.facades import ServerArgs
+from vlcache_sgl.sglang_hooks.settings import give_config
 from vlcache_sgl.spelling import nearest
 from vlcache_sgl.weights import read_weights
-
-CONFIG_ATTRIBUTE = "_vlcache_config"
-"""Where a `KVConfig` travels on SGLang's ServerArgs: underscored attributes survive pickling into child processes."""
-
-
-def config_of(server_args: Any) -> KVConfig | None:
-    """The settings that came with `server_args`; None when no policy was asked for."""
-    config: KVConfig | None = getattr(server_args, CONFIG_ATTRIBUTE, None)
-    return config
 
 
 def add_flags(_: object, parser: argparse.ArgumentParser) -> None:
@@ -102,7 +94,7 @@ def check_flags(values: Mapping[str, Any]) -> KVConfig | None:
     config = config_from(values)
     if config is None:
         return None
-    from vlcache_sgl.scoring.job import Choices
+    from vlcache_sgl.policy.choice import Choices
 
     with _blaming("--kv-policy"):
         registry().require_sound()
@@ -150,7 +142,7 @@ def _blaming(flag: str) -> Iterator[None]:
         raise ConfigError(message if message.startswith("--kv-") else f"{flag}: {message}") from error
 
 
-def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
+def attach_config(server_args: ServerArgs, values: Mapping[str, Any]) -> None:
     """Read our flags from `values` and, when a policy is asked for, check them against the model and SGLang's flags.
 
     Raises:
@@ -171,7 +163,7 @@ def attach_config(server_args: Any, values: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(f"--kv-weights {config.weights} {error}") from error
     choose_defaults(server_args, model)
-    setattr(server_args, CONFIG_ATTRIBUTE, config)
+    give_config(server_args, config)
 
 
 def engine_arguments(server_args_class: Any) -> Any:
@@ -185,51 +177,3 @@ def engine_arguments(server_args_class: Any) -> Any:
         return server_args
 
     return staticmethod(build)
-
-
-def start_scheduler(original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Around ``Scheduler.__init__``: here an error stops the server, unlike in SGLang's plugin loading."""
-    config = config_of(server_args)
-    if config is None:
-        original(scheduler, server_args, *args, **kwargs)
-        return
-    from vlcache_sgl.sglang_hooks.session import Session
-
-    session = Session(config)
-    session.install()
-    original(scheduler, server_args, *args, **kwargs)
-    session.check_started(scheduler)
-
-
-def start_tokenizer(original: Callable[..., None], manager: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Around ``TokenizerManager.__init__``, in the process that reads requests."""
-    config = config_of(server_args)
-    if config is None:
-        original(manager, server_args, *args, **kwargs)
-        return
-    from vlcache_sgl.sglang_hooks.gate import Gate
-    from vlcache_sgl.sglang_hooks.patch_points import HTTP_POINTS, MEDIA_POINTS, gate_points
-    from vlcache_sgl.sglang_hooks.patching import Patches
-
-    # `sgl.Engine` has no HTTP server, and importing one would configure logging and event loops.
-    http = HTTP_POINTS if "sglang.srt.entrypoints.http_server" in sys.modules else ()
-    Patches([*MEDIA_POINTS, *http]).install()
-    original(manager, server_args, *args, **kwargs)
-    Patches(gate_points(Gate(config, manager.model_config, int(server_args.tp_size or 1)))).install()
-
-
-FLAG_POINTS = (
-    PatchPoint("sglang.srt.server_args:ServerArgs.add_cli_args", "after", add_flags, "flags in --help"),
-    PatchPoint("sglang.srt.server_args:ServerArgs.from_cli_args", "around", read_command_line, "reading flags"),
-    PatchPoint(
-        "sglang.srt.entrypoints.engine:Engine.server_args_class", "replace", engine_arguments, "sgl.Engine(kv_policy=)"
-    ),
-    PatchPoint("sglang.srt.managers.scheduler:Scheduler.__init__", "around", start_scheduler, "starting compression"),
-    PatchPoint(
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager.__init__",
-        "around",
-        start_tokenizer,
-        "a 400 for what cannot be read or served",
-    ),
-)
-"""All that is patched without --kv-policy; each of these does nothing then."""

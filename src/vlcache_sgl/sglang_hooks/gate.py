@@ -15,15 +15,16 @@ import torch
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import RequestParams, misplaced
-from vlcache_sgl.scoring.job import Choice, Choices
+from vlcache_sgl.sglang_hooks.facades import ModelConfig, SamplingParams, TokenizedRequest
 
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
 
 
 def read_request(
-    choices: Choices, sampling_params: Any, *, extra_key: str | None, length: int, stream: bool
+    choices: Choices, sampling_params: SamplingParams, *, extra_key: str | None, length: int, stream: bool
 ) -> tuple[RequestParams, Choice]:
     """What a request asks for, and what serves it.
 
@@ -55,7 +56,7 @@ class Gate:
         ranks: over which attention heads are divided.
     """
 
-    def __init__(self, config: KVConfig, model_config: Any, ranks: int) -> None:
+    def __init__(self, config: KVConfig, model_config: ModelConfig, ranks: int) -> None:
         self._choices = Choices(config)
         model = Prompt(
             length=0,
@@ -71,7 +72,7 @@ class Gate:
         )
         self._choices.serve(model, ranks)
 
-    def check(self, tokenized: Any, *_: Any, **__: Any) -> None:
+    def check(self, tokenized: TokenizedRequest, *_: Any, **__: Any) -> None:
         """After SGLang has tokenized a request: an error here is its 400."""
         read_request(
             self._choices,

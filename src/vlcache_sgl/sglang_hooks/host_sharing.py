@@ -18,10 +18,12 @@ from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.prompt import select_rows
 from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape, longest_answer
 from vlcache_sgl.compression.exact import HostMemory
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
-from vlcache_sgl.scoring.job import CompressionJob, job_of
+from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req
+from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,14 @@ class HostSharing:
 
     @classmethod
     def build(
-        cls, config: KVConfig, tokens: int, model_runner: Any, allocator: Any, prompt: Prompt, group: Any, rank: int
+        cls,
+        config: KVConfig,
+        tokens: int,
+        model_runner: ModelRunner,
+        allocator: Any,
+        prompt: Prompt,
+        group: Any,
+        rank: int,
     ) -> HostSharing | None:
         """Host memory for `tokens` tokens, those of rank 0 on all ranks; None: there is none.
 
@@ -109,27 +118,27 @@ class HostSharing:
 
     def admits(self, job: CompressionJob) -> bool:
         """Whether host memory can hold the prompt at all."""
-        return job.length <= self.memory.host.num_tokens
+        return job.asked.length <= self.memory.host.num_tokens
 
-    def begin(self, req: Any, job: CompressionJob) -> None:
+    def begin(self, req: Req, job: CompressionJob) -> None:
         """Let `req` share without loss."""
         prompt = Prompt(
-            length=job.length,
-            start=job.vision[0].begin if job.vision else 0,
-            vision=job.vision,
+            length=job.asked.length,
+            start=job.asked.vision[0].begin if job.asked.vision else 0,
+            vision=job.asked.vision,
             num_layers=self._model.num_layers,
             num_heads=self._model.num_heads,
             num_kv_heads=self._model.num_kv_heads,
             head_dim=self._model.head_dim,
             device=torch.device("cpu"),
         )
-        rows = [select_rows(need.rows, prompt) for need in job.choice.policy.needs if need.rows.kind != "none"]
-        first_row = min((span.begin for span in rows if span.end > span.begin), default=job.length)
+        rows = [select_rows(need.rows, prompt) for need in job.asked.choice.policy.needs if need.rows.kind != "none"]
+        first_row = min((span.begin for span in rows if span.end > span.begin), default=job.asked.length)
         owned = prompt.owned
-        kept = job.choice.budget.target(owned, job.length, self._model.num_layers) / self._model.num_layers
-        if getattr(job.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.min_tokens:
+        kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
+        if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
             kept = owned
-        ratio = min(1.0, (prompt.start + kept) / max(1, job.length))
+        ratio = min(1.0, (prompt.start + kept) / max(1, job.asked.length))
 
         def abort(message: str) -> None:
             req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
@@ -141,7 +150,7 @@ class HostSharing:
         """The longest prompt that may be tried."""
         return self.memory.host.num_tokens
 
-    def fit(self, req: Any, job: CompressionJob | None) -> str | None:
+    def fit(self, req: Req, job: CompressionJob | None) -> str | None:
         """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits."""
         length, wanted = len(req.origin_input_ids), req.sampling_params.max_new_tokens
         if job is None or job.host is None:
@@ -160,13 +169,13 @@ class HostSharing:
         req.sampling_params.min_new_tokens = min(req.sampling_params.min_new_tokens, room)
         return None
 
-    def limit_hit(self, result: int, req: Any, *_: Any) -> int:
+    def limit_hit(self, result: int, req: Req, *_: Any) -> int:
         """After SGLang has said how much of a prompt may come from the prefix cache: no row that votes."""
         job = job_of(req)
         return int(result) if job is None or job.host is None else min(int(result), job.host.first_row)
 
 
-def prefix_positions(req: Any, end: int, device: torch.device) -> torch.Tensor:
+def prefix_positions(req: Req, end: int, device: torch.device) -> torch.Tensor:
     """Rotary positions of the first `end` tokens of a prompt, `[end]` or `[3, end]`."""
     mrope = None if req.multimodal_inputs is None else req.multimodal_inputs.mrope_positions
     if mrope is None:

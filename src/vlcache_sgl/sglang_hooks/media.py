@@ -11,41 +11,23 @@ import logging
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from vlcache_sgl.api import Grid, Span
+from vlcache_sgl.scoring.asked import Run
+from vlcache_sgl.sglang_hooks.facades import MediaItem, MultimodalInputs
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive vision tokens of a prompt."""
-
-    begin: int
-    end: int
-    """Exclusive."""
-    modality: str
-    """``image`` or ``video``."""
-    item: int
-    """Which picture or video of the prompt, from 0; a video may have one run per frame."""
-    grids: tuple[Grid, ...] = ()
-    """In the order of the tokens: one per frame, or LLaVA's overview and its tiles; empty where it is not known."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "grids": [asdict(grid) for grid in self.grids]}
-
-
-def vision_spans(mm_inputs: Any) -> tuple[Span, ...]:
+def vision_spans(mm_inputs: MultimodalInputs | None) -> tuple[Span, ...]:
     """Image and video tokens of SGLang's multimodal inputs, ascending; audio is not vision."""
     return tuple(sorted(Span(begin, end) for begin, end, _, _ in _found(mm_inputs)))
 
 
-def vision_runs(mm_inputs: Any, model: Any) -> tuple[Run, ...]:
+def vision_runs(mm_inputs: MultimodalInputs | None, model: Any) -> tuple[Run, ...]:
     """The same with all that is known of each; `model` is SGLang's, LLaVA's geometry is its attributes."""
     found = list(_found(mm_inputs))
     lengths: dict[int, int] = {}
@@ -69,7 +51,7 @@ def _warn_once(text: str) -> None:
     logger.warning(text)
 
 
-def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:
+def _found(mm_inputs: MultimodalInputs | None) -> Iterator[tuple[int, int, Any, int]]:
     """Begin, end (exclusive), item and its number, of every run of vision tokens."""
     if mm_inputs is None:
         return
@@ -86,7 +68,7 @@ def _found(mm_inputs: Any) -> Iterator[tuple[int, int, Any, int]]:
             yield int(begin), int(end) + 1, item, number  # SGLang's ends are inclusive
 
 
-def _patches(item: Any, tokens: int, of_item: int) -> tuple[Grid, ...]:
+def _patches(item: MediaItem, tokens: int, of_item: int) -> tuple[Grid, ...]:
     """Qwen's: patches of the whole item are known, how many make a token follows from its length."""
     data = item.model_specific_data
     thw = data.get("image_grid_thw", data.get("video_grid_thw"))
@@ -103,7 +85,7 @@ def _patches(item: Any, tokens: int, of_item: int) -> tuple[Grid, ...]:
     return (grid,) * (tokens // grid.tokens) if tokens % grid.tokens == 0 else ()
 
 
-def _tiles(item: Any, tokens: int, model: Any) -> tuple[Grid, ...]:
+def _tiles(item: MediaItem, tokens: int, model: Any) -> tuple[Grid, ...]:
     """LLaVA's: one square look at everything and, with ``anyres``, the tiles that the picture was cut into."""
     side = getattr(model, "num_patches_per_side", None)
     data = item.model_specific_data

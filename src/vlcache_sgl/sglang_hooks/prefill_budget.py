@@ -9,8 +9,10 @@ from typing import Any
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.memory.accounting import CellAccounting
-from vlcache_sgl.scoring.job import CompressionJob, job_of
+from vlcache_sgl.sglang_hooks.facades import Req
+from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class HostCharge:
     def of(cls, job: CompressionJob, layers: int) -> HostCharge:
         """For a request with `job.host`."""
         assert job.host is not None
-        return cls(job.length, layers, math.ceil(job.host.ratio * job.length))
+        return cls(job.asked.length, layers, math.ceil(job.host.ratio * job.asked.length))
 
     def beside(self, extend_input_len: int, chunk: int) -> int:
         """While a chunk of the `extend_input_len` tokens that are to be computed runs, the tokens before it are staged
@@ -53,7 +55,7 @@ class CellPrefillBudget(PrefillBudget):
         # Beyond `total_offset`, which counts memory: what admitted prompts take of slots and of host memory.
         self._slots = self._host_tokens = 0
 
-    def consider(self, req: Any) -> None:
+    def consider(self, req: Req) -> None:
         """The next questions and reservations are about `req`."""
         job = job_of(req)
         self._charge = None if job is None or job.host is None else HostCharge.of(job, self._accounting.num_layers)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from vlcache_sgl.scoring.job import CompressionJob, job_of
+from vlcache_sgl.compression.job import CompressionJob
+from vlcache_sgl.sglang_hooks.facades import Req
+from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
 class CompressedPrefixTree(UnifiedRadixCache):
     """The stock tree; it stores virtual slots and never learns that some of them are evicted in some layers."""
 
-    def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+    def checkpoint_into_tree(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
         job = job_of(req)
         if job is not None and job.holds_back(up_to):
             # A prompt is published after compression only: others must not rely on tokens that are about to go.
@@ -22,12 +24,13 @@ class CompressedPrefixTree(UnifiedRadixCache):
         if job is not None and job.host is not None:
             self._publish_shared(req, job, up_to, **kwargs)
             return
-        if job is not None and job.repeated:
+        if job is not None and job.asked.repeated:
             up_to = job.publishes(up_to)
             if up_to <= before:
                 return
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        if job is not None and job.image is not None and job.image.leader is req and up_to >= job.length:
+        image = None if job is None else job.sharing.image
+        if job is not None and image is not None and image.leader is req and up_to >= job.asked.length:
             self.copy_listener(req, job)
         after = req.kv.cache_protected_len
         row = req.kv.req_pool_idx
@@ -37,33 +40,33 @@ class CompressedPrefixTree(UnifiedRadixCache):
         # Where another request published the same tokens first, the row now names that request's slots.
         self.row_listener(row)
 
-    def _publish_shared(self, req: Any, job: CompressionJob, up_to: int, **kwargs: Any) -> None:
+    def _publish_shared(self, req: Req, job: CompressionJob, up_to: int, **kwargs: Any) -> None:
         """Publish what host memory holds of a prompt, under the slots that its row named before it had its own.
 
         Answers are not published: their keys and values depend on what the request keeps.
         """
         share, before = job.host, req.kv.cache_protected_len
         assert share is not None
-        up_to = min(up_to, job.length)
+        up_to = min(up_to, job.asked.length)
         if share.unwritten or up_to <= before:
             return
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         if share.own is not None:
-            row[: job.length] = share.own.shared.to(row.dtype)
+            row[: job.asked.length] = share.own.shared.to(row.dtype)
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.token_to_kv_pool_allocator.accounting.adopt(row[before : req.kv.cache_protected_len].long())
         if share.own is not None:
             # Where another request published the same tokens first, the row now names that request's slots.
-            share.own.shared = row[: job.length].to(torch.int64)
-            row[: job.length] = share.own.private.to(row.dtype)
+            share.own.shared = row[: job.asked.length].to(torch.int64)
+            row[: job.asked.length] = share.own.private.to(row.dtype)
 
-    def claim_kv_row(self, req: Any) -> bool:
+    def claim_kv_row(self, req: Req) -> bool:
         """Before SGLang gives back what a request holds: its row names the slots again that it named at first."""
         job = job_of(req)
         if job is not None and job.host is not None and job.host.own is not None:
             own, job.host.own = job.host.own, None
             row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-            row[: job.length] = own.shared.to(row.dtype)
+            row[: job.asked.length] = own.shared.to(row.dtype)
             self.token_to_kv_pool_allocator.free(own.private)
         claimed: bool = super().claim_kv_row(req)
         return claimed

@@ -17,20 +17,23 @@ import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import Req as SGLangReq
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vlcache_sgl.api import Span
 from vlcache_sgl.capacity import longest_answer
+from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import prefix_digest
-from vlcache_sgl.scoring.job import JOB_ATTRIBUTE, CompressionJob, job_of
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.admission import set_aside
+from vlcache_sgl.sglang_hooks.facades import MediaItem, MultimodalInputs, Req, Scheduler
+from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +45,14 @@ MOST_TRIES = 2
 """Readings that a request waits for; the prefix tree may drop a prefix before the request has started."""
 
 
-@dataclass
-class ReadingState:
-    """How far the second reading of a request's prefix has come."""
-
-    reader: Any = None
-    """The request that reads, SGLang's object; None: nobody does."""
-    key: tuple[Any, ...] = ()
-    """Names the prefix."""
-    tries: int = 0
-    found_at: int = -1
-    """`CompressedPrefixTree.removals` when the tree had the prefix."""
-    report: dict[str, Any] = field(default_factory=dict)
-    """What the reader did, or why there is none; empty for those who found the prefix."""
-
-    @property
-    def given_up(self) -> bool:
-        return "skipped" in self.report
-
-
 class Unreadable(Exception):
     """A prefix that cannot be read twice; the message says why."""
 
 
-def is_reader(req: Any) -> bool:
+def is_reader(req: Req) -> bool:
     """Whether `req` is internal: nobody waits for its answer."""
     job = job_of(req)
-    return job is not None and job.repeated > 0
+    return job is not None and job.asked.repeated > 0
 
 
 class SecondReadings:
@@ -78,7 +62,7 @@ class SecondReadings:
         scheduler: SGLang's.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._readers: dict[tuple[Any, ...], Any] = {}
         self._made = 0
@@ -92,7 +76,7 @@ class SecondReadings:
         with set_aside(self._scheduler, self.held()):
             yield
 
-    def held(self) -> list[Any]:
+    def held(self) -> list[Req]:
         """Waiting requests that must not start yet; makes the readers that are missing."""
         queue = list(self._scheduler.waiting_queue)
         waiting = {id(req) for req in queue}
@@ -104,7 +88,7 @@ class SecondReadings:
                 held.append(req)
         return held
 
-    def _waits(self, req: Any, job: CompressionJob, state: ReadingState) -> bool:
+    def _waits(self, req: Req, job: CompressionJob, state: ReadingState) -> bool:
         if state.given_up:
             return False
         if state.reader is not None and self._readers.get(state.key) is state.reader:
@@ -113,25 +97,25 @@ class SecondReadings:
         if state.found_at == tree.removals:
             return False
         reader, state.reader = state.reader, None
-        end = job.pictures_end or len(req.origin_input_ids) - 1
+        end = job.asked.pictures_end or len(req.origin_input_ids) - 1
         found = self._found(req, end)
         done = None if reader is None else job_of(reader)
-        if end - found < job.min_tokens:
+        if end - found < job.asked.min_tokens:
             state.found_at = tree.removals
-            if done is not None and done.compressed:
-                state.report = dict(done.report)
+            if done is not None and done.progress.compressed:
+                state.report = dict(done.report.fields)
             return False
         try:
-            if done is not None and not done.compressed:
-                raise Unreadable(done.report.get("failed", "it was aborted"))
+            if done is not None and not done.progress.compressed:
+                raise Unreadable(done.report.fields.get("failed", "it was aborted"))
             if state.tries == MOST_TRIES:
                 raise Unreadable("the prefix cache dropped it before it was used")
             state.key = (req.extra_key, req.cache_salt, prefix_digest(req.origin_input_ids, end))
             if state.key not in self._readers:
                 self._readers[state.key] = self._start(req, job, Span(found, end))
         except Unreadable as reason:
-            logger.warning("a prompt of %d tokens is not read twice, and stays whole: %s", job.length, reason)
-            policy = job.choice.policy.spec
+            logger.warning("a prompt of %d tokens is not read twice, and stays whole: %s", job.asked.length, reason)
+            policy = job.asked.choice.policy.spec
             state.report = {"policy": policy, "skipped": "second_reading", "second_reading": {"failed": str(reason)}}
             req.extra_key += UNREAD
             return False
@@ -139,12 +123,12 @@ class SecondReadings:
         state.tries += 1
         return True
 
-    def _found(self, req: Any, end: int) -> int:
+    def _found(self, req: Req, end: int) -> int:
         """How much of the prefix of `req` the tree has."""
         key = RadixKey(req.origin_input_ids[:end], req.extra_key, cache_salt=req.cache_salt)
         return int(self._scheduler.tree_cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len)
 
-    def _start(self, req: Any, job: CompressionJob, missing: Span) -> Any:
+    def _start(self, req: Req, job: CompressionJob, missing: Span) -> Any:
         """Queue a reader before `req`.
 
         Args:
@@ -168,7 +152,7 @@ class SecondReadings:
         reader.arrival_processed_tokens = scheduler.processed_tokens_counter
         return reader
 
-    def _reader(self, req: Any, job: CompressionJob, missing: Span) -> Any:
+    def _reader(self, req: Req, job: CompressionJob, missing: Span) -> Any:
         if self._scheduler.tree_cache.disable:
             raise Unreadable("there is no prefix cache (--disable-radix-cache)")
         if req.input_embeds is not None or req.positional_embed_overrides is not None:
@@ -178,14 +162,14 @@ class SecondReadings:
         tokens, media, end = req.origin_input_ids, req.multimodal_inputs, missing.end
         again = _read_again(job, media, missing)
         # Where an image is fed again, what encloses it is, too.
-        between = self._request if not job.vision else tokens[end : end + 1] + self._request
-        if job.vision and again.begin:
+        between = self._request if not job.asked.vision else tokens[end : end + 1] + self._request
+        if job.asked.vision and again.begin:
             again = Span(again.begin - 1, again.end)
         ids = tokens[:end] + between + tokens[again.begin : again.end]
         self._made += 1
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         sampling.normalize(self._scheduler.tokenizer)
-        reader = Req(
+        reader: Req = SGLangReq(
             f"vlcache-second-reading-{self._made}",
             "",
             ids,
@@ -203,17 +187,17 @@ class SecondReadings:
         reader.tokenizer = self._scheduler.tokenizer
         if media is not None:
             reader.multimodal_inputs = repeat_media(media, again, len(between))
-        reader_job = CompressionJob(job.choice, job.vision, end, job.min_tokens, repeated=len(ids) - end)
-        setattr(reader, JOB_ATTRIBUTE, reader_job)
+        asked = Asked(job.asked.choice, job.asked.vision, end, job.asked.min_tokens, repeated=len(ids) - end)
+        give_job(reader, CompressionJob(asked))
         return reader
 
 
-def _lives(reader: Any, waiting: set[int]) -> bool:
+def _lives(reader: Req, waiting: set[int]) -> bool:
     """Whether a reader will still come to its end: aborted ones have left the queue without having started."""
     return not reader.finished() and (id(reader) in waiting or bool(reader.kv.holds_kv))
 
 
-def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
+def _read_again(job: CompressionJob, media: MultimodalInputs | None, missing: Span) -> Span:
     """What of the prefix is read a second time: what the tree does not have, from the beginning of an image on.
 
     Raises:
@@ -227,7 +211,7 @@ def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
     if any(item.has_cuda_ipc_proxy() for item in media.mm_items):
         raise Unreadable("its images are in another process's memory")
     begin = missing.begin
-    if job.vision:
+    if job.asked.vision:
         begin = min(_extent(item).begin for item in media.mm_items if not item.is_audio() and _extent(item).end > begin)
     # Media that would be cut are read from their beginning.
     extents = sorted(map(_extent, media.mm_items), key=lambda extent: extent.end, reverse=True)
@@ -236,7 +220,7 @@ def _read_again(job: CompressionJob, media: Any, missing: Span) -> Span:
     return Span(begin, missing.end)
 
 
-def _extent(item: Any) -> Span:
+def _extent(item: MediaItem) -> Span:
     """From the first token of a medium to its last."""
     return Span(int(min(begin for begin, _ in item.offsets)), int(max(last for _, last in item.offsets)) + 1)
 
@@ -267,7 +251,7 @@ def repeat_positions(positions: torch.Tensor, again: Span, between: int) -> torc
     return torch.cat([first, following.expand(3, -1), second], dim=1)
 
 
-def _copy(item: Any, shift: int) -> Any:
+def _copy(item: MediaItem, shift: int) -> Any:
     """A medium with features of its own to release, `shift` tokens further on."""
     copied = copy.copy(item)
     copied.model_specific_data = dict(item.model_specific_data)
@@ -275,6 +259,6 @@ def _copy(item: Any, shift: int) -> Any:
     return copied
 
 
-def clients_of(reqs: Sequence[Any]) -> list[Any]:
+def clients_of(reqs: Sequence[Req]) -> list[Req]:
     """Those of `reqs` that somebody waits for."""
     return [req for req in reqs if not is_reader(req)]

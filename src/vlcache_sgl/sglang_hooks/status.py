@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from vlcache_sgl._version import __version__
+from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import KVConfig
-from vlcache_sgl.scoring.job import Choices
+from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.facades import StateOutput
 from vlcache_sgl.sglang_hooks.metrics import Metrics
 
-if TYPE_CHECKING:
-    from vlcache_sgl.compression.compressor import Compressor
+
+@dataclass(frozen=True)
+class _Started:
+    """What there is to tell of once SGLang has built everything."""
+
+    compressor: Compressor
+    allocator: VirtualSlotAllocator
+    metrics: Metrics | None
+    """None: no metrics are published."""
 
 
 class Status:
-    """Everything that is shown comes from running totals and from the allocator.
+    """Everything that is shown comes from running totals and from the allocator.  Shows nothing until `start`.
 
     Args:
         config: the server's settings.
-        default: the choice of requests that ask for nothing else.
-        compressor: counts.
-        allocator: slots and cells.
+        choices: say what requests get that ask for nothing else.
         images: what is shared.
-        labels: those of SGLang's own figures; None: no metrics are published.
     """
 
-    def __init__(
-        self,
-        config: KVConfig,
-        choices: Choices,
-        compressor: Compressor,
-        allocator: VirtualSlotAllocator,
-        images: SharedImages,
-        labels: dict[str, Any] | None,
-    ) -> None:
+    def __init__(self, config: KVConfig, choices: Choices, images: SharedImages) -> None:
         self._config = config
         self._choices = choices
-        self._compressor = compressor
-        self._allocator = allocator
-        self._accounting = allocator.accounting
         self._images = images
-        self._metrics = None if labels is None else Metrics(labels)
-        self.stale = True
-        """Whether something has happened since metrics were published."""
+        self._started: _Started | None = None
+        self._stale = True
         self._published_free = -1
 
-    def state(self) -> dict[str, Any]:
+    def start(self, compressor: Compressor, allocator: VirtualSlotAllocator, labels: dict[str, Any] | None) -> None:
+        """SGLang has built everything.
+
+        Args:
+            compressor: counts.
+            allocator: slots and cells.
+            labels: those of SGLang's own figures; None: no metrics are published.
+        """
+        self._started = _Started(compressor, allocator, None if labels is None else Metrics(labels))
+
+    def note_change(self) -> None:
+        """Something has happened since metrics were published."""
+        self._stale = True
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def add_state(self, output: StateOutput, *_: Any, **__: Any) -> None:
+        """After SGLang has collected its internal state."""
+        if self._started is not None:
+            output.internal_state["kv_policy"] = self._state(self._started)
+
+    def publish_metrics(self, *_: Any, **__: Any) -> None:
+        """After SGLang has published its own figures."""
+        started = self._started
+        if started is not None and started.metrics is not None:
+            self._publish(started, started.metrics)
+
+    def publish_when_idle(self, *_: Any, **__: Any) -> None:
+        """After SGLang's idle housekeeping, which spins: once per change."""
+        started = self._started
+        if started is None or started.metrics is None:
+            return
+        free = started.allocator.accounting.residency.free_cells
+        if self._stale or free != self._published_free:
+            self._published_free = free
+            self._publish(started, started.metrics)
+
+    # -- what they show ---------------------------------------------------------------------------------------------
+
+    def _state(self, started: _Started) -> dict[str, Any]:
         """What ``/server_info`` shows under ``internal_states[i].kv_policy``."""
-        allocator, cells = self._allocator, self._accounting
+        allocator, cells = started.allocator, started.allocator.accounting
         cells.settle()
-        self._compressor.settle_counts(wait=True)
+        started.compressor.settle_counts(wait=True)
         residency = cells.residency
         slots_used = residency.num_slots - allocator.available_size()
         return {
@@ -79,18 +113,19 @@ class Status:
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
-            **self._host_figures(),
+            **self._host_figures(started),
             "guard": self._config.guard,
             "pictures_known": len(self._images),
             "pictures_whole": self._images.settled,
             "sketch_bytes": self._images.sketch_bytes,
             "integrity": cells.verify(),
-            **self._compressor.counters.as_dict(),
+            **started.compressor.counters.as_dict(),
         }
 
-    def _host_figures(self) -> dict[str, int]:
+    @staticmethod
+    def _host_figures(started: _Started) -> dict[str, int]:
         """Of host memory, zeros where there is none."""
-        memory = self._compressor.host
+        memory = started.compressor.host
         host = None if memory is None else memory.host
         return {
             "host_tokens_total": 0 if host is None else host.num_tokens,
@@ -101,16 +136,14 @@ class Status:
             "staged_tokens": 0 if memory is None else memory.staged_tokens,
         }
 
-    def publish(self) -> None:
+    def _publish(self, started: _Started, metrics: Metrics) -> None:
         """Publish all figures."""
-        if self._metrics is None:
-            return
-        cells = self._accounting
+        cells = started.allocator.accounting
         cells.settle()
-        self._compressor.settle_counts()
+        started.compressor.settle_counts()
         residency = cells.residency
-        self._metrics.publish(
-            self._compressor.counters,
+        metrics.publish(
+            started.compressor.counters,
             {
                 "cells_total": residency.num_cells,
                 "cells_used": residency.used_cells,
@@ -121,17 +154,8 @@ class Status:
                 "sketch_bytes": self._images.sketch_bytes,
                 "cell_bytes": cells.arena.cell_bytes,
                 "cells_per_token": residency.num_planes,
-                **self._host_figures(),
+                **self._host_figures(started),
             },
-            counted=self._compressor.all_counted,
+            counted=started.compressor.all_counted,
         )
-        self.stale = False
-
-    def publish_when_idle(self) -> None:
-        """The same, once per change."""
-        if self._metrics is None:
-            return
-        free = self._accounting.residency.free_cells
-        if self.stale or free != self._published_free:
-            self._published_free = free
-            self.publish()
+        self._stale = False

@@ -12,11 +12,11 @@ from vlcache_sgl.api import Prompt
 from vlcache_sgl.compression.sharing.guard import LAST_ROWS, DecodeReading, GuardReading
 from vlcache_sgl.compression.sharing.images import PrefixSketch, SharedImages, prefix_digest
 from vlcache_sgl.compression.sharing.sketch import SHARE, KeySketch
+from vlcache_sgl.compression.sharing.state import SharingState
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy import Policy
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.policy.tier import copy_policy, copy_total, joined, layer_weights
-from vlcache_sgl.scoring.job import CompressionJob
 from vlcache_sgl.scoring.scoring import KeysValues, Scoring
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
@@ -47,38 +47,38 @@ class Sharing:
     # -- what a copy keeps ------------------------------------------------------------------------------------------
 
     def copy_plan(
-        self, job: CompressionJob, prompt: Prompt, own: EvictionPlan, keys_values: KeysValues, heads: HeadGather
+        self, state: SharingState, prompt: Prompt, own: EvictionPlan, keys_values: KeysValues, heads: HeadGather
     ) -> EvictionPlan:
         """The request's `own` plan, or the one that serves everybody where a copy is to be made.
 
         The question behind the last picture is not shared with other questions: it stays whole if it is shorter than
         --kv-min-tokens, as questions after a prefix hit do, and keeps what `own` keeps of it otherwise.
         """
-        image = job.image
+        image = state.image
         if image is None:
             return own
-        if image.leader is not None and job.generation > image.generation:
+        if image.leader is not None and state.generation > image.generation:
             self._images.learn(image)
-        split = job.pictures_end - prompt.start
-        if split <= 0 or (job.choice.share != "tiered" and image.level == 0):
+        split = state.asked.pictures_end - prompt.start
+        if split <= 0 or (state.asked.choice.share != "tiered" and image.level == 0):
             return own
-        stretch = replace(prompt, length=job.pictures_end)
-        inherited = None if job.inherited is None else job.inherited[:, prompt.start : job.pictures_end]
+        stretch = replace(prompt, length=state.asked.pictures_end)
+        inherited = None if state.inherited is None else state.inherited[:, prompt.start : state.asked.pictures_end]
         share = image.budget(self._config.share_budget)
         policy = copy_policy(self._policy, stretch, own.keep[..., :split].any(1), inherited)
         views = Scoring(stretch, policy.needs).views(lambda layer: keys_values(layer)[:split])
         copy = heads.decide(policy, *views, stretch, copy_total(stretch, share))
         tail = own.keep[..., split:]
-        if tail.shape[-1] < job.min_tokens:
+        if tail.shape[-1] < state.asked.min_tokens:
             tail = torch.ones_like(tail)
-        job.report.update(share="tiered", share_budget=share, generation=job.generation)
+        state.report.update(share="tiered", share_budget=share, generation=state.generation)
         return joined(copy, tail)
 
     # -- what it lacks ----------------------------------------------------------------------------------------------
 
     def remember(
         self,
-        job: CompressionJob,
+        state: SharingState,
         prompt: Prompt,
         keep: torch.Tensor,
         keys_of: Callable[[int, torch.Tensor], torch.Tensor],
@@ -90,20 +90,20 @@ class Sharing:
             keys_of: layer and `[G, n]` bool, equally many per group -> `[K, e, D]`, the keys of those of the first
                 `n` owned tokens.
         """
-        split = job.pictures_end - prompt.start
-        if self._config.guard == "off" or job.image is None or split <= 0:
+        split = state.asked.pictures_end - prompt.start
+        if self._config.guard == "off" or state.image is None or split <= 0:
             return
         try:
             groups = self._sketch(keep[..., :split], keys_of)
         except Exception as error:  # a picture without a sketch is shared without a guard
             logger.warning("no sketch of a picture: %s: %s", type(error).__name__, error)
             return
-        digest = prefix_digest(job.tokens, job.pictures_end, str(job.generation).encode())
-        sketch = PrefixSketch(job.generation, job.pictures_end, groups)
-        self._images.remember(job.image, digest, sketch, self._most_bytes)
+        digest = prefix_digest(state.tokens, state.asked.pictures_end, str(state.generation).encode())
+        sketch = PrefixSketch(state.generation, state.asked.pictures_end, groups)
+        self._images.remember(state.image, digest, sketch, self._most_bytes)
         if groups and self.reads_decode:
-            earlier = () if job.decode_guard is None else job.decode_guard.sketches
-            job.decode_guard = DecodeReading((*earlier, sketch), self.weights, job.length)
+            earlier = () if state.decode_guard is None else state.decode_guard.sketches
+            state.decode_guard = DecodeReading((*earlier, sketch), self.weights, state.asked.length)
 
     def _sketch(
         self, keep: torch.Tensor, keys_of: Callable[[int, torch.Tensor], torch.Tensor]
@@ -121,19 +121,19 @@ class Sharing:
                 groups.append((tuple(evicted_by_layer), sketch))
         return tuple(groups)
 
-    def watch(self, job: CompressionJob, hit: int) -> None:
+    def watch(self, state: SharingState, hit: int) -> None:
         """A prompt begins with `hit` tokens from the prefix cache: read what it misses of their pictures."""
-        image = job.image
+        image = state.image
         if self._config.guard == "off" or image is None:
             return
-        begin = str(job.generation).encode()
+        begin = str(state.generation).encode()
         known = tuple(
             sketch
             for digest, sketch in image.sketches.items()
-            if sketch.end <= hit and sketch.groups and digest == prefix_digest(job.tokens, sketch.end, begin)
+            if sketch.end <= hit and sketch.groups and digest == prefix_digest(state.tokens, sketch.end, begin)
         )
         if known:
-            first_row = max(hit, job.pictures_end, job.length - LAST_ROWS)
-            job.guard = GuardReading(known, first_row, job.length, self.weights)
+            first_row = max(hit, state.asked.pictures_end, state.asked.length - LAST_ROWS)
+            state.guard = GuardReading(known, first_row, state.asked.length, self.weights)
             if self.reads_decode:
-                job.decode_guard = DecodeReading(known, self.weights, job.length)
+                state.decode_guard = DecodeReading(known, self.weights, state.asked.length)

@@ -1,0 +1,137 @@
+"""Sizes and builds what SGLang keeps KV cache in, and says in tokens of memory how full it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sglang.srt.runtime_context import get_parallel
+
+from vlcache_sgl.capacity import KVShape, compressed_pool
+from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.facades import Configurator, ModelRunner, PoolConfig, PoolStatsObserver
+from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
+from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
+
+
+class Pools:
+    """Builds arena, slot allocator and prefix tree in the place of SGLang's.
+
+    Args:
+        config: the server's settings.
+
+    Attributes:
+        physical_tokens: uncompressed tokens that fit; 0 until the pools are sized.
+        host_tokens: tokens that this rank would hold in host memory.
+    """
+
+    def __init__(self, config: KVConfig) -> None:
+        self._config = config
+        self.physical_tokens = 0
+        self.host_tokens = 0
+        self._accounting: CellAccounting | None = None
+
+    def size(self, config: PoolConfig, configurator: Configurator, *_: Any, **__: Any) -> None:
+        """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
+        self.refuse_model(configurator)
+        stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
+        self.host_tokens = host_tokens(self._config.host_memory, shape, stock)
+        pool = compressed_pool(
+            stock,
+            shape,
+            self._config.overcommit_factor,
+            graph_lists=configurator.device == "cuda",
+            host_tokens=self.host_tokens,
+        )
+        self.physical_tokens = pool.physical_tokens
+        config.max_total_num_tokens = pool.slots
+
+    def refuse_model(self, configurator: Configurator) -> None:
+        """Raise for models whose KV cache is not plain keys and values of all tokens in all layers."""
+        kinds = {
+            "multi-head latent attention (MLA)": configurator.use_mla_backend,
+            "sliding-window attention": configurator.is_hybrid_swa,
+            "linear-attention or state-space layers": configurator.mambaish_config is not None,
+        }
+        for kind, present in kinds.items():
+            if present:
+                raise ConfigError(f"--kv-policy does not support {kind}")
+
+    def _shape(self, configurator: Configurator) -> KVShape:
+        """What this rank stores per token."""
+        parallel = get_parallel()
+        model = configurator.model_config
+        heads = int(model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
+        return KVShape(
+            layers=int(configurator.layer_info.num_effective_layers),
+            kv_heads=heads,
+            head_dim=int(model.head_dim),
+            element_bytes=configurator.kv_cache_dtype.itemsize,
+            groups=heads if self._config.head_cells else 1,
+        )
+
+    def build_pool(
+        self, _: Callable[..., Any], configurator: Configurator, *, max_total_num_tokens: int, **__: Any
+    ) -> Any:
+        """Instead of SGLang's token pool: the arena."""
+        shape = self._shape(configurator)
+        return KVArena(
+            num_cells=self.physical_tokens * shape.planes,
+            groups=shape.groups,
+            size=max_total_num_tokens,
+            page_size=1,
+            dtype=configurator.kv_cache_dtype,
+            head_num=shape.kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=configurator.model_config.v_head_dim,
+            layer_num=shape.layers,
+            device=configurator.device,
+            enable_memory_saver=False,
+            start_layer=configurator.layer_info.start_layer,
+            end_layer=configurator.layer_info.end_layer,
+            enable_alt_stream=False,
+        )
+
+    def build_allocator(
+        self, _: Callable[..., Any], configurator: Configurator, *, token_to_kv_pool: Any, **__: Any
+    ) -> Any:
+        """Instead of SGLang's slot allocator: ours, which also hands out cells."""
+        allocator = VirtualSlotAllocator(token_to_kv_pool, physical_tokens=self.physical_tokens, need_sort=False)
+        self._accounting = allocator.accounting
+        return allocator
+
+    def build_tree(self, original: Callable[..., Any], ctx: Any, *, cache_class: Any = None) -> Any:
+        """SGLang's tree with our class."""
+        return original(ctx, cache_class=cache_class or CompressedPrefixTree)
+
+    def physical_capacity(self, original: property) -> property:
+        """The longest prompt is bounded by physical tokens, however many slots there are."""
+
+        def capacity(model_runner: ModelRunner) -> int:
+            assert original.fget is not None
+            host = None if self._accounting is None else self._accounting.host
+            held = self.physical_tokens if host is None else max(self.physical_tokens, host.num_tokens)
+            return min(int(original.fget(model_runner)), held)
+
+        return property(capacity)
+
+    def show_physical_tokens(self, stats: Any, observer: PoolStatsObserver) -> Any:
+        """After SGLang has counted its pool in slots: usage in its logs and metrics is that of the memory.
+
+        Free and evictable slots stay as they are: SGLang's leak checks add them up.
+        """
+        allocator = observer.token_to_kv_pool_allocator
+        free = allocator.accounting.evictable_physical_tokens()
+        used = self.physical_tokens - free
+        return replace(stats, full_num_used=used, full_token_usage=used / self.physical_tokens)
+
+    def show_physical_load(self, load: Any, *_: Any) -> Any:
+        """After SGLang has described its load to routers: tokens are those of the memory."""
+        if load.memory is not None:
+            load.memory.token_capacity = self.physical_tokens
+        load.max_total_num_tokens = self.physical_tokens
+        return load
