@@ -11,6 +11,7 @@ from PIL import Image
 from vlcache_sgl.sglang_hooks import background_calibration
 from vlcache_sgl.sglang_hooks.compat import ATTENTION_BACKENDS
 from vlcache_sgl.sglang_hooks.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
+from vlcache_sgl.sglang_hooks.media import name_by_arrangement
 from vlcache_sgl.sglang_hooks.patching import PatchPoint
 from vlcache_sgl.sglang_hooks.session import REPORT_KEY
 
@@ -130,6 +131,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "before",
             session.admit_request,
             "choosing each request's policy and prefix namespace",
+        ),
+        PatchPoint(
+            "sglang.srt.managers.schedule_batch:MultimodalInputs.from_processor_output",
+            "after",
+            name_by_arrangement,
+            "telling images of the same patches in another arrangement apart",
         ),
         PatchPoint(
             f"{_SCHEDULER}.get_new_batch_prefill",
