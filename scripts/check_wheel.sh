@@ -6,7 +6,7 @@
 #   FULL=1 scripts/check_wheel.sh   dependencies are installed too, as pip would: about 11 GB
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=$PWD/${VENV:-.venv}
+venv=$(cd "${VENV:-.venv}" && pwd)
 constraints=$PWD/constraints.txt
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
