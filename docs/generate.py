@@ -35,7 +35,8 @@ CLASSES = (Prompt, LayerView, Budget, Needs, Rows, Selection, Grid, Patches)
 """What a policy reads, declares and returns; the reference has a section for each."""
 INTRODUCTION = """# What a policy sees
 
-Written by `docs/generate.py` from `vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
+For authors of policies: every field that a policy reads, declares and returns. Written by `docs/generate.py` from
+`vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
 
 Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
 `m = n - start` *owned* tokens, those that this request computed itself and may evict. `[K, m]` is a tensor of
