@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_recorder import MODEL, Recorder
-from sharing_results import (
+from torch import Tensor
+
+from benchmarks.common.results import save
+from benchmarks.sharing.recorder import MODEL, Recorder
+from benchmarks.sharing.results import (
     ASKERS,
     BOUND,
     BUDGET,
@@ -32,9 +35,7 @@ from sharing_results import (
     dump,
     summarise_copies,
 )
-from sharing_scores import GENERIC, any_row, guesses, last_rows, looked_at, over_rows
-from torch import Tensor
-
+from benchmarks.sharing.scores import GENERIC, any_row, guesses, last_rows, looked_at, over_rows
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.sharing.guard import FIRST_STEPS, LAST_ROWS
 from vlcache_sgl.compression.sharing.sketch import KeySketch, missing_share
@@ -246,5 +247,5 @@ def _run(
         "summary": summary,
         "records": records,
     }
-    path.write_text(dump(result))
+    save(path, result, dump(result))
     console.print(f"written: {path.name}")

@@ -1,6 +1,6 @@
 """Write a tiny model of another architecture with random weights: is it served, spans, positions and accounting alike?
 
-    python benchmarks/make_tiny.py qwen3_vl out/tiny/qwen3_vl
+    python benchmarks/models/make_tiny.py qwen3_vl out/tiny/qwen3_vl
 
 Tokenizer and chat template are those of the bundled model; answers are nonsense.  LLaVA is in the original checkpoint
 format (`LlavaQwenForCausalLM`), with a CLIP vision tower in a folder beside the weights; SGLang runs that in half
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BUNDLED = Path(__file__).parents[1] / "models/tinyvlm/grounded"
+BUNDLED = Path(__file__).parents[2] / "models/tinyvlm/grounded"
 SEED = 2410_23317
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 4, 128, 4, 2, 32
 IDS = {"image_token_id": 372, "video_token_id": 373, "vision_start_token_id": 369, "vision_end_token_id": 370}

@@ -1,4 +1,4 @@
-"""Tables of docs/sharing.md, made from the committed results of benchmarks/sharing.py."""
+"""Tables of docs/sharing.md, made from the committed results of `main.py`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from statistics import median
 
-from host import ROOT
-from pages import with_block
-from sharing_results import (
+from benchmarks.common.host import ROOT
+from benchmarks.common.pages import with_blocks
+from benchmarks.sharing.results import (
     ASKERS,
     BOUND,
     BUDGET,
@@ -37,7 +37,6 @@ from sharing_results import (
     rates,
     reached,
 )
-
 from vlcache_sgl.evaluation.report import markdown_table
 from vlcache_sgl.evaluation.stats import interval, mean, wilson
 
@@ -343,9 +342,8 @@ BLOCKS = {
 
 def rendered(page: str, results: Mapping[str, Result]) -> str:
     """`page` with the blocks between its markers made anew; those whose experiment is missing say so."""
-    for name, (source, make) in BLOCKS.items():
-        block = "Not measured yet."
-        if source in results:
-            block = f"{make(results[source])}\n\n{origin(results[source])}"
-        page = with_block(page, name, block)
-    return page
+    blocks = {
+        name: f"{make(results[source])}\n\n{origin(results[source])}" if source in results else "Not measured yet."
+        for name, (source, make) in BLOCKS.items()
+    }
+    return with_blocks(page, blocks)

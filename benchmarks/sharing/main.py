@@ -30,19 +30,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import sharing_copies
-import sharing_sketch
-from host import ROOT, host_block
-from load import PLACE, Prompt, Timeline, prefill_ms, stream
-from make_model import make_model
 from rich.console import Console
 from rich.progress import Progress
-from sharing_copies import PROFILE, UNGROUNDED
-from sharing_figures import draw_plots
-from sharing_page import PAGE, rendered
-from sharing_results import UNGUARDED, dump, summarise
-from speed import MODEL_NAME
 
+from benchmarks.common.host import ROOT, host_block
+from benchmarks.common.load import PLACE, Prompt, Timeline, prefill_ms, stream
+from benchmarks.common.results import RESULTS, save
+from benchmarks.models.make_model import make_model
+from benchmarks.sharing import copies, sketch
+from benchmarks.sharing.copies import PROFILE, UNGROUNDED
+from benchmarks.sharing.figures import draw_plots
+from benchmarks.sharing.page import PAGE, rendered
+from benchmarks.sharing.results import UNGUARDED, dump, summarise
+from benchmarks.speed.main import MODEL_NAME
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerProcess, interruptible
 from vlcache_sgl.config import KVConfig
@@ -51,7 +51,6 @@ from vlcache_sgl.evaluation.tasks.receipts import make_picture
 GROUNDED = "models/tinyvlm/grounded"
 RANDOM_WEIGHTS = "out/bench-model"
 OUT = ROOT / "out/sharing"
-RESULTS = ROOT / "benchmarks/results"
 QUESTIONS = 8
 MOST_TOKENS = 8
 """Of an answer, which has four and the end of the turn."""
@@ -71,7 +70,7 @@ STATE = ("cells_tree", "cells_per_token", "bytes_per_cell", "sketch_bytes", "pic
 """Of the server, after a picture's last question."""
 THRESHOLD = KVConfig("vlcache").guard_threshold
 """Of the guards: the server's own."""
-OFFLINE = {"copies": sharing_copies.run, "late": sharing_copies.run_late, "sketch": sharing_sketch.run}
+OFFLINE = {"copies": copies.run, "late": copies.run_late, "sketch": sketch.run}
 """Experiments without a server."""
 
 
@@ -325,8 +324,8 @@ def committed() -> dict[str, dict[str, Any]]:
     return {name: json.loads(result_path(name).read_text()) for name in names if result_path(name).exists()}
 
 
-def write_result(name: str, experiment: Experiment, records: Records, host: Mapping[str, Any]) -> None:
-    """A finished experiment, in the order of its arms and pictures."""
+def write_result(name: str, experiment: Experiment, records: Records, host: Mapping[str, Any]) -> str:
+    """A finished experiment, in the order of its arms and pictures; returns how to name its file."""
     order = {arm.name: number for number, arm in enumerate(experiment.arms)}
     mine = [r for r in records.found.values() if r["arm"] in order]
     mine.sort(key=lambda record: (order[record["arm"]], record["side"], record["seed"]))
@@ -343,7 +342,7 @@ def write_result(name: str, experiment: Experiment, records: Records, host: Mapp
         "summary": summarise(mine),
         "records": mine,
     }
-    result_path(name).write_text(dump(result))
+    return save(result_path(name), result, dump(result))
 
 
 def write_page() -> None:
@@ -387,8 +386,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             records = Records(path)
             run(name, experiment, records, console)
             if not arguments.quick:
-                write_result(name, experiment, records, host)
-                console.print(f"written: {result_path(name).relative_to(ROOT)}")
+                console.print(f"written: {write_result(name, experiment, records, host)}")
     if not arguments.quick:
         write_page()
     return 0

@@ -1,4 +1,4 @@
-"""Check and measure the kernels on a CUDA device: `python benchmarks/gpu_check.py`.
+"""Check and measure the kernels on a CUDA device: `python -m benchmarks.gpu.check`.
 
 Needs PyTorch, Triton and pytest; not SGLang, and FlashInfer only to measure it too.  First every kernel test runs
 compiled, the full matrix on several processes; then the benchmarks, while time is left; a short table comes last and a
@@ -24,7 +24,7 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from time import monotonic, sleep
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 NEEDS = ("torch", "triton", "pytest")
 MINUTES = 8.0
@@ -100,7 +100,8 @@ def read_report(file: Path, tests: Tests) -> None:
 def check_decode(device) -> list[str]:
     """The decode attention that (b) measures, against float64; names of providers that are wrong."""
     import torch
-    from gpu.decode import providers, reference_decode
+
+    from benchmarks.gpu.decode import providers, reference_decode
 
     rng = torch.Generator().manual_seed(0)
     arena = torch.randn(400, 2, 4, 64, generator=rng).to(torch.bfloat16).to(device)
@@ -126,8 +127,8 @@ def check_decode(device) -> list[str]:
 
 def measure(sizes, device, clock, wrong: list[str]) -> Iterator:
     """All measurements; a benchmark that breaks is added to `wrong`, and the next one begins."""
-    from gpu import cases
-    from gpu.timing import Measurement, copy_bandwidth
+    from benchmarks.gpu import cases
+    from benchmarks.gpu.timing import Measurement, copy_bandwidth
 
     yield copy_bandwidth(device, sizes.copy_bytes)
     for part in (cases.statistics, cases.decode, cases.index, cases.selection):
@@ -148,7 +149,8 @@ def host() -> dict:
     """Device, versions, commit; a bare machine may have neither Git nor a checkout."""
     import torch
     import triton
-    from host import host_block
+
+    from benchmarks.common.host import host_block
 
     try:
         block = host_block()
@@ -200,10 +202,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
     import torch
-    from gpu import decode, report
-    from gpu.sizes import TINY, Sizes
-    from gpu.timing import Clock
-    from host import command_line, device_name
+
+    from benchmarks.common.host import command_line, device_name
+    from benchmarks.gpu import decode, report
+    from benchmarks.gpu.sizes import TINY, Sizes
+    from benchmarks.gpu.timing import Clock
 
     clock = Clock(args.minutes * 60 - RESERVE_SECONDS)
     device = torch.device("cpu" if args.dry_run else "cuda")
@@ -222,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     layers = {model.name: model.layers for model in sizes.models}
     aims = [] if args.dry_run else report.targets(measured, copy, layers)
     result = {
+        "task": "gpu-check",
         "dry_run": args.dry_run,
         "command": command_line(),
         "host": host(),
@@ -240,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def finish(result: dict, measured, copy, layers, aims, tests: Tests | None, out: Path) -> int:
     """Print the table, last what matters most; the exit status."""
-    from gpu import report
+    from benchmarks.gpu import report
 
     rows = [
         *report.rows_a(measured),

@@ -1,6 +1,6 @@
 """Whole servers on a CUDA device: the same kernels at budget 1.0 and 0.1, and stock SGLang.
 
-    python benchmarks/gpu_e2e.py [--points 32768x4] [--attention-backend triton]
+    python -m benchmarks.gpu.e2e [--points 32768x4] [--attention-backend triton]
 
 The model has the sizes of Qwen2.5-VL-7B and dummy weights, so nothing is downloaded; its attention is close to
 uniform, which makes VL-Cache's layer budgets nearly equal.  A point is a prompt length and a batch; every request asks
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 0.1
 CONTENDERS: dict[str, tuple[str, ...]] = {
     "stock": (),
@@ -58,7 +58,7 @@ class Setting:
 
 
 def settings(smoke: bool, backend: str | None) -> Setting:
-    from make_model import QWEN_7B, TEXT
+    from benchmarks.models.make_model import QWEN_7B, TEXT
 
     if smoke:
         # More ids than the tokenizer knows, as in the large model.
@@ -91,7 +91,7 @@ def unfit(smoke: bool) -> str | None:
 
 def measure(server: Any, point: tuple[int, int], tokens: int, repeat: int) -> dict[str, Any]:
     """One sample: the batch at one moment, on prompts that this server has not seen."""
-    from load import make_long_prompt, prefill_ms, send_together
+    from benchmarks.common.load import make_long_prompt, prefill_ms, send_together
 
     length, batch = point
     server.flush_cache()
@@ -169,8 +169,7 @@ def run_server(
     name: str, setting: Setting, points: Sequence[tuple[int, int]], model: Path, limit_s: float, console: Any
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
     """All samples of one server, what is wrong with them, and what it says of itself."""
-    from load import make_long_prompt, send_together
-
+    from benchmarks.common.load import make_long_prompt, send_together
     from vlcache_sgl.client.server import ServerProcess
 
     flags = [
@@ -276,10 +275,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from dataclasses import replace
 
-    from host import command_line, device_name, host_block
-    from make_model import make_config
     from rich.console import Console
 
+    from benchmarks.common.host import command_line, device_name, host_block
+    from benchmarks.models.make_model import make_config
     from vlcache_sgl.client.server import interruptible
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
@@ -306,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         "smoke": args.smoke,
         "command": command_line(),
         "host": host,
-        "model": {"name": setting.name, "made_by": "benchmarks/make_model.py", "sizes": setting.text},
+        "model": {"name": setting.name, "made_by": "benchmarks/models/make_model.py", "sizes": setting.text},
         "server_flags": list(setting.flags),
         "servers": servers,
         "generated_tokens": setting.tokens,

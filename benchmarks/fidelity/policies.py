@@ -12,17 +12,18 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from host import ROOT, command_line, device_name, host_block
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.common.host import ROOT, command_line, device_name, host_block
+from benchmarks.common.pages import with_block
+from benchmarks.common.results import RESULTS, folder, save
 from vlcache_sgl.client.client import Client
 from vlcache_sgl.client.server import ServerProcess, interruptible
 from vlcache_sgl.evaluation import stats
@@ -33,8 +34,7 @@ from vlcache_sgl.policy.describe import describe
 MODEL = "models/tinyvlm/grounded"
 MODEL_NAME = "tinyvlm"
 PAGE = ROOT / "docs/policies-measured.md"
-BEGIN = "<!-- results:begin (written by benchmarks/policies.py from benchmarks/results) -->"
-END = "<!-- results:end -->"
+MARKERS = "policies-measured"
 OWN = "vlcache-sgl"
 """Only recipes of this distribution are measured, whatever else is installed."""
 BUDGET = 0.2
@@ -207,7 +207,7 @@ def result_path() -> Path:
     Raises:
         FileNotFoundError: when there is none.
     """
-    paths = sorted((ROOT / "benchmarks/results").glob(f"*-{MODEL_NAME}-policies-sglang*.json"))
+    paths = sorted(RESULTS.glob(f"*-{MODEL_NAME}-policies-sglang*.json"))
     if not paths:
         raise FileNotFoundError("no policy result in benchmarks/results: run `make bench-policies`")
     return paths[-1]
@@ -215,11 +215,7 @@ def result_path() -> Path:
 
 def rendered(page: str, result: Mapping[str, Any]) -> str:
     """`page` with the block between its markers made anew."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{PAGE.name} lacks the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block(result)}\n{END}{after}"
+    return with_block(page, MARKERS, block(result))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -274,22 +270,14 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         "samples": samples,
     }
     whole = not (arguments.quick or arguments.only)
-    folder = arguments.output or (ROOT / "benchmarks/results" if whole else ROOT / "out")
-    folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if device_name().startswith("cpu-") else device_name()
-    path = folder / f"{device}-{MODEL_NAME}-policies-sglang{host['packages']['sglang']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    name = f"{device}-{MODEL_NAME}-policies-sglang{host['packages']['sglang']}.json"
+    written = save(folder(arguments.output, whole) / name, result)
     console.print(table_of(rows))
-    console.print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    console.print(f"written: {written}")
     if whole and not arguments.output:
         PAGE.write_text(rendered(PAGE.read_text(), result))
     wrong = [s["policy"] for s in samples if s["failures"] or s["compressed"] != (s["policy"] != FULL)]
     for policy in dict.fromkeys(wrong):
         console.print(f"{policy} did not compress every prompt", style="red")
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    raise SystemExit(main(parser.parse_args(), Console() if sys.stdout.isatty() else Console(width=140)))

@@ -1,6 +1,6 @@
 """Writes the figures of README.md's first screen from the newest speed result.
 
-`python benchmarks/readme.py` rewrites the block between the markers; `--check` only says whether it is current.
+`python -m benchmarks.speed.readme` rewrites the block between the markers; `--check` only says whether it is current.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-BEGIN = "<!-- results:begin (written by benchmarks/readme.py from benchmarks/results) -->"
-END = "<!-- results:end -->"
+from benchmarks.common.host import ROOT
+from benchmarks.common.pages import with_block
+from benchmarks.common.results import RESULTS
 
-
+PAGE = ROOT / "README.md"
+MARKERS = "speed"
 LEAST_REPEATS = 5
 """Interleaved samples of each server and point, without which a ratio is not shown: a single one is an anecdote."""
 COMMAND = f"python benchmarks/run.py speed --repeats {LEAST_REPEATS}"
@@ -25,7 +26,7 @@ class TooFewRepeats(ValueError):
     """A result whose ratios cannot be given with a spread."""
 
 
-def speed_result(folder: Path = ROOT / "benchmarks/results") -> dict[str, Any] | None:
+def speed_result(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The newest committed result of `make bench` with enough repeats; None if there is none."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-speed-sglang*.json"))]
     return next((result for result in reversed(results) if repeats(result) >= LEAST_REPEATS), None)
@@ -79,18 +80,20 @@ def ratio(row: dict[str, Any], key: str) -> str:
     return f"**{row[f'{key}_ratio']:.2f}x** ({low:.2f} to {high:.2f})"
 
 
+def rendered(page: str) -> str:
+    """`page` with the block between its markers made anew."""
+    return with_block(page, MARKERS, block(speed_result()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not current; write nothing")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{block(speed_result())}\n{END}{after}"
+    text = PAGE.read_text()
+    wanted = rendered(text)
     if arguments.check:
         return int(wanted != text)
-    path.write_text(wanted)
+    PAGE.write_text(wanted)
     return 0
 
 

@@ -4,7 +4,7 @@
 at the speed of a model that does not.  The vision tower has one layer with small windows: on a CPU its dense masks
 would otherwise be all that is measured.
 
-    python benchmarks/make_model.py out/bench-model
+    python benchmarks/models/make_model.py out/bench-model
 
 `make_config` writes configuration and tokenizer only, for servers with ``--load-format dummy``.
 """
@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-BUNDLED = Path(__file__).parents[1] / "models/tinyvlm/grounded"
+BUNDLED = Path(__file__).parents[2] / "models/tinyvlm/grounded"
 SEED = 2410_23317
 
 TEXT: dict[str, Any] = {

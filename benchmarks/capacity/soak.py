@@ -28,11 +28,12 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
-from host import ROOT, command_line, device_name, host_block
-from load import PLACE, Prompt, make_prompt
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.common.host import ROOT, command_line, device_name, host_block
+from benchmarks.common.load import PLACE, Prompt, make_prompt
+from benchmarks.common.results import folder, save
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerProcess, interruptible
 from vlcache_sgl.evaluation.tasks.receipts import CELL, Picture, make_picture
@@ -318,21 +319,18 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 def write(result: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:
     """The result on the console and as JSON."""
-    folder = arguments.output or ROOT / ("benchmarks/results" if arguments.minutes >= MINUTES else "out")
-    folder.mkdir(parents=True, exist_ok=True)
     task = "guarded" if arguments.guard else "soak"
     stem = f"{device_name()}-{result['model']}-{task}-sglang{result['host']['packages']['sglang']}"
-    path = folder / f"{stem}.json"
-    path.write_text(
-        re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1)) + "\n"
-    )
+    path = folder(arguments.output, arguments.minutes >= MINUTES) / f"{stem}.json"
+    text = re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1))
+    written = save(path, result, text)
     memory = max((memory for _, memory, _ in result["samples"]), default=0)
     console.print(result["outcomes"])
     console.print(f"{result['retracted']} requests were retracted; resident memory at most {memory / 1e9:.2f} GB")
     for problem in result["problems"]:
         console.print(problem, style="red", markup=False)
     console.print("[red]failed[/red]" if result["problems"] else "[green]passed[/green]: nothing lost")
-    console.print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    console.print(f"written: {written}")
 
 
 class Sample(NamedTuple):

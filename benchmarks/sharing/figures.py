@@ -1,4 +1,4 @@
-"""Figures of docs/sharing.md, made from the committed results of benchmarks/sharing.py; tables: sharing_page.py."""
+"""Figures of docs/sharing.md, made from the committed results of `main.py`; tables: `page.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from host import ROOT
-from sharing_results import (
+from benchmarks.common.host import ROOT
+from benchmarks.sharing.results import (
     BOUND,
     BUDGETS,
     CHOICE,
@@ -24,7 +24,6 @@ from sharing_results import (
     judged_copies,
     rates,
 )
-
 from vlcache_sgl.evaluation.report import COLOURS, MARKERS
 
 FIGURES = ROOT / "docs/figures"

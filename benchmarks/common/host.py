@@ -11,10 +11,29 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vlcache-sgl", "sglang", "torch", "transformers", "triton", "flashinfer-python", "numpy")
+
+
+class Host(TypedDict):
+    """Where, when and with what something was measured."""
+
+    device: str
+    """The accelerator or the number of CPU cores, as in the name of the file."""
+    processor: str
+    cores: int
+    memory_gb: float
+    system: str
+    python: str
+    packages: dict[str, str | None]
+    """Versions of `PACKAGES`; None: not installed."""
+    commit: str | None
+    uncommitted_changes: bool
+    date: str
+    """ISO 8601, UTC."""
+    load_average_at_start: float
 
 
 def device_name() -> str:
@@ -26,7 +45,7 @@ def device_name() -> str:
     return f"cpu-{os.cpu_count()}-cores"
 
 
-def host_block() -> dict[str, Any]:
+def host_block() -> Host:
     """Machine, versions, commit, time and load."""
     return {
         "device": device_name(),
@@ -45,6 +64,9 @@ def host_block() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as typed, with `python` for the interpreter and paths relative to the repository."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:  # python -m
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return shlex.join(["python", str(name), *sys.argv[1:]])

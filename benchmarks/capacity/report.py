@@ -1,4 +1,4 @@
-"""What `capacity.py` and `soak.py` came to: targets, tables, pictures, and the results in docs/capacity.md."""
+"""What `main.py` and `soak.py` came to: targets, tables, plots, and the results in docs/capacity.md."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_loads import LOADS
-from host import ROOT
 from rich.table import Table
-from speed import MODEL_NAME
+
+from benchmarks.capacity.loads import LOADS
+from benchmarks.common.host import ROOT
+from benchmarks.common.pages import with_block
+from benchmarks.common.results import RESULTS
+from benchmarks.speed.main import MODEL_NAME
 
 PAGE = ROOT / "docs/capacity.md"
-BEGIN = "<!-- results:begin (written by benchmarks/capacity.py from benchmarks/results) -->"
-END = "<!-- results:end -->"
+MARKERS = "capacity"
 STOCK = "stock"
 """The server that the others are compared with."""
 
@@ -116,7 +118,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def result_paths() -> list[Path]:
     """The committed results, the loads in the order of `LOADS`."""
-    found = (ROOT / "benchmarks/results").glob("*-capacity-*.json")
+    found = RESULTS.glob("*-capacity-*.json")
     names = [load.name for load in LOADS]
     return sorted(
         found,
@@ -126,13 +128,13 @@ def result_paths() -> list[Path]:
 
 def soak_paths() -> list[Path]:
     """The committed results of `soak.py`."""
-    return sorted((ROOT / "benchmarks/results").glob("*-soak-*.json"))
+    return sorted(RESULTS.glob("*-soak-*.json"))
 
 
 def block(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """The Markdown between the markers, from (path of the picture, result)."""
+    """The Markdown between the markers, from (path of the plot, result)."""
     parts = []
-    for picture_path, result in results:
+    for plot_path, result in results:
         host = result["host"]
         parts += [
             f"### {title_of(result)}",
@@ -159,7 +161,7 @@ def block(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
             "",
             f"`{result['command']}`; SGLang {host['packages']['sglang']}, {host['cores']} CPU cores, float32.",
             "",
-            f"![{result['load']}]({picture_path})",
+            f"![{result['load']}]({plot_path})",
             "",
         ]
     return "\n".join(parts).rstrip()
@@ -192,13 +194,9 @@ def soak_block(results: Sequence[dict[str, Any]]) -> str:
 
 def rendered(page: str) -> str:
     """The page with the tables of the committed results."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{PAGE.name} lacks the markers {BEGIN} and {END}")
     results = [
         (f"../{path.with_suffix('.png').relative_to(ROOT)}", json.loads(path.read_text())) for path in result_paths()
     ]
     soaks = [json.loads(path.read_text()) for path in soak_paths()]
     text = "\n\n".join(part for part in (block(results), soak_block(soaks)) if part)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    return with_block(page, MARKERS, text)

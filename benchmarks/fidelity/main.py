@@ -4,9 +4,9 @@ Each experiment but `recall` (`recall.py`) and `inspect` is one or more calls of
 folder, so an interrupted run goes on where it stopped.  A finished experiment becomes
 `benchmarks/results/fidelity-NAME.json`, and the page's tables and plots are made from these files alone:
 
-    python benchmarks/fidelity.py                      # everything that is missing, then the page
-    python benchmarks/fidelity.py requery --time-limit 8
-    python benchmarks/fidelity.py --page               # only the page
+    python benchmarks/run.py fidelity                      # everything that is missing, then the page
+    python benchmarks/run.py fidelity requery --time-limit 8
+    python benchmarks/run.py fidelity --page               # only the page
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import recall
-from host import ROOT, host_block
-from pages import with_block
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.common.host import ROOT, host_block
+from benchmarks.common.pages import with_blocks
+from benchmarks.common.results import RESULTS, save
+from benchmarks.fidelity import recall
 from vlcache_sgl.cli import eval as evaluation
 from vlcache_sgl.cli import inspect as inspection
 from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerProcess, interruptible
@@ -40,7 +40,7 @@ from vlcache_sgl.policy.describe import describe
 
 PAGE, FIGURES = ROOT / "docs/fidelity.md", ROOT / "docs/figures"
 OUT = ROOT / "out/fidelity"
-RESULTS = ROOT / "benchmarks/results"
+COMMAND = "python benchmarks/run.py fidelity"
 RECALL, INSPECT = "recall", "inspect"
 """The experiments that are no calls of `vlcache eval`."""
 GROUNDED, UNGROUNDED = "models/tinyvlm/grounded", "models/tinyvlm/ungrounded"
@@ -143,11 +143,10 @@ def run(name: str, experiment: Experiment, time_limit: float | None, console: Co
                 console.print(f"{name}: not finished, exit code {code}", style="red" if code != 3 else "")
                 return False
     result = json.loads((folder / evaluation.RESULT).read_text())
-    command = f"python benchmarks/fidelity.py {name}"
+    command = f"{COMMAND} {name}"
     calls = [" ".join(("vlcache eval", *call)) for call in experiment.calls]
     head = {"task": "fidelity", "command": command, "calls": calls, "server_flags": flags, "host": started}
-    result_path(name).write_text(evaluation.dump({**head, **result}))
-    console.print(f"written: {result_path(name).relative_to(ROOT)}")
+    written(name, {**head, **result}, console)
     return True
 
 
@@ -156,11 +155,10 @@ def run_recall(console: Console) -> None:
     flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
     console.rule(RECALL)
     records = [record for model in (GROUNDED, UNGROUNDED) for record in recall.measure(model, flags, console)]
-    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {RECALL}", "server_flags": flags}
+    head = {"task": "fidelity", "command": f"{COMMAND} {RECALL}", "server_flags": flags}
     settings = {"budget": recall.BUDGET, "policies": {name: recall.policy(name) for name in recall.SCORES}}
     result = {**head, "host": started, **settings, "summary": recall.summarise(records), "records": records}
-    result_path(RECALL).write_text(evaluation.dump(result))
-    console.print(f"written: {result_path(RECALL).relative_to(ROOT)}")
+    written(RECALL, result, console)
 
 
 def run_inspect(console: Console) -> None:
@@ -169,9 +167,13 @@ def run_inspect(console: Console) -> None:
     images, question = inspection.pictures_of(INSPECTED)
     with ServerProcess(GROUNDED, flags, title=INSPECT, console=console) as server:
         seen = inspection.inspect(server, images, question, INSPECTED)
-    head = {"task": "fidelity", "command": f"python benchmarks/fidelity.py {INSPECT}", "server_flags": flags}
-    result_path(INSPECT).write_text(evaluation.dump({**head, "host": started, "inspection": seen}))
-    console.print(f"written: {result_path(INSPECT).relative_to(ROOT)}")
+    head = {"task": "fidelity", "command": f"{COMMAND} {INSPECT}", "server_flags": flags}
+    written(INSPECT, {**head, "host": started, "inspection": seen}, console)
+
+
+def written(name: str, result: Mapping[str, Any], console: Console) -> None:
+    """Write the result of an experiment, one record per line."""
+    console.print(f"written: {save(result_path(name), result, evaluation.dump(result))}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -413,9 +415,7 @@ def committed() -> dict[str, dict[str, Any]]:
 
 def rendered(page: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     """`page` with the blocks between its markers made anew."""
-    for name, block in page_blocks(results).items():
-        page = with_block(page, name, block)
-    return page
+    return with_blocks(page, page_blocks(results))
 
 
 def write_page() -> None:
@@ -450,9 +450,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(names())}; default: what is missing")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="of each experiment; run again to go on")
     parser.add_argument("--page", action="store_true", help="ask nothing, write tables and plots again")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    raise SystemExit(main(parser.parse_args(), Console() if sys.stdout.isatty() else Console(width=140)))

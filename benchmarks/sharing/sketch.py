@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from sharing_recorder import MODEL, Recorder, Seen
-from sharing_results import dump
 from torch import Tensor
 
+from benchmarks.common.results import save
+from benchmarks.sharing.recorder import MODEL, Recorder, Seen
+from benchmarks.sharing.results import dump
 from vlcache_sgl.compression.sharing.sketch import KeySketch, missing_share, sketch_limit
 from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
@@ -268,5 +269,5 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         for row in result["summary"]:
             console.print(row)
         return
-    path.write_text(dump(result))
+    save(path, result, dump(result))
     console.print(f"written: {path.name}")

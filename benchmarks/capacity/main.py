@@ -19,13 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capacity_loads import LOADS, SIDE, Ask, Load, Outcome, Sender, about
-from capacity_report import PAGE, STOCK, add_ratios, check_targets, plot, rendered, result_paths, table_of
-from host import ROOT, command_line, device_name, host_block
-from make_model import make_model
 from rich.console import Console
-from speed import MODEL_NAME
 
+from benchmarks.capacity.loads import LOADS, SIDE, Ask, Load, Outcome, Sender, about
+from benchmarks.capacity.report import PAGE, STOCK, add_ratios, check_targets, plot, rendered, result_paths, table_of
+from benchmarks.common.host import ROOT, command_line, device_name, host_block
+from benchmarks.common.results import folder, save
+from benchmarks.models.make_model import make_model
+from benchmarks.speed.main import MODEL_NAME
 from vlcache_sgl.client.server import ServerProcess, interruptible
 
 MODELS: dict[str, Callable[[], Path]] = {
@@ -187,8 +188,6 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
                     rows[load.name].append({"server": contender.name, **row})
                     console.print(f"{contender.name}: {load.name}: {row['seconds']:.0f} s")
     whole = not (arguments.quick or arguments.only or arguments.flags)
-    folder = arguments.output or (ROOT / "benchmarks/results" if whole else ROOT / "out")
-    folder.mkdir(parents=True, exist_ok=True)
     for load in loads:
         add_ratios(rows[load.name])
         result = {
@@ -206,7 +205,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             "targets": check_targets(load.name, rows[load.name]),
             "rows": rows[load.name],
         }
-        write(result, folder, console)
+        write(result, folder(arguments.output, whole), console)
     if whole and arguments.output is None:
         PAGE.write_text(rendered(PAGE.read_text()))
     return 0
@@ -218,17 +217,17 @@ async def _one(server: ServerProcess, ask: Ask) -> None:
     await sender.close()
 
 
-def write(result: dict[str, Any], folder: Path, console: Console) -> None:
-    """Table on the console, JSON and PNG in `folder`."""
+def write(result: dict[str, Any], place: Path, console: Console) -> None:
+    """Table on the console, JSON and PNG in the folder `place`."""
     model = result["model"] + ("-tp2" if result["tensor_parallel"] == 2 else "")
     stem = f"{device_name()}-{model}-capacity-{result['load']}-sglang{result['host']['packages']['sglang']}"
-    path = folder / f"{stem}.json"
+    path = place / f"{stem}.json"
     text = json.dumps(result, indent=1)
     # Long lists of numbers on one line each.
     text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
-    path.write_text(text + "\n")
+    written = save(path, result, text)
     plot(result, path.with_suffix(".png"))
     console.print(table_of(result))
     for name, check in result["targets"].items():
         console.print(f"{name}: {check['value']:.3f}, {check['target']}: {'' if check['reached'] else 'not '}reached")
-    console.print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} and .png")
+    console.print(f"written: {written} and .png")

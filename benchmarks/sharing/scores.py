@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from sharing_recorder import Recorder
 from torch import Tensor
 
+from benchmarks.sharing.recorder import Recorder
 from vlcache_sgl.api import LayerView, Needs, Prompt
 from vlcache_sgl.compression.sharing.guard import LAST_ROWS
 from vlcache_sgl.evaluation.tasks.receipts import COLOUR_NAMES, LETTERS, TEMPLATES

@@ -1,4 +1,4 @@
-"""What the experiments of benchmarks/sharing.py compare, and what is counted of their records."""
+"""What the experiments of `main.py` compare, and what is counted of their records."""
 
 from __future__ import annotations
 

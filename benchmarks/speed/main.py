@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from host import ROOT, command_line, device_name, host_block
-from load import Timeline, decode_tokens_per_s, make_prompt, prefill_ms, send_together
-from make_model import BYTES_PER_CELL, TEXT, make_model
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.common.host import ROOT, command_line, device_name, host_block
+from benchmarks.common.load import Timeline, decode_tokens_per_s, make_prompt, prefill_ms, send_together
+from benchmarks.common.results import folder, save
+from benchmarks.models.make_model import BYTES_PER_CELL, TEXT, make_model
 from vlcache_sgl.client.server import ServerProcess, interruptible
 
 
@@ -226,7 +226,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         "task": "speed",
         "command": command_line(),
         "host": host,
-        "model": {"name": MODEL_NAME, "made_by": "benchmarks/make_model.py"},
+        "model": {"name": MODEL_NAME, "made_by": "benchmarks/models/make_model.py"},
         "server_flags": flags,
         "servers": {contender.name: list(contender.flags) for contender in contenders},
         "decode_tokens": DECODE_TOKENS,
@@ -236,12 +236,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         "samples": samples,
     }
     whole = not (arguments.quick or arguments.points or arguments.only)
-    folder = arguments.output or (ROOT / "benchmarks/results" if whole else ROOT / "out")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_name()}-{MODEL_NAME}-speed-sglang{sglang}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    name = f"{device_name()}-{MODEL_NAME}-speed-sglang{sglang}.json"
+    written = save(folder(arguments.output, whole) / name, result)
     console.print(table_of(rows))
     for name, check in result["targets"].items():
         console.print(f"{name}: {check['worst']:.3f}, {check['target']}: {'' if check['reached'] else 'not '}reached")
-    console.print(f"written: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    console.print(f"written: {written}")
     return 0
