@@ -1,4 +1,4 @@
-"""The loads of `capacity.py`: what all servers are sent, and the client that sends it and takes the times.
+"""The loads of `main.py`: what all servers are sent, and the client that sends it and takes the times.
 
 Pictures, questions and arrivals are drawn from a seed: every server is sent the same.
 

@@ -108,22 +108,33 @@ def measure(server: ServerProcess, load: Load, prepared: Any, with_policies: boo
     with server.log_path.open(errors="replace") as log:
         log.seek(seen)
         new = log.read()
-    steps = list(decode_steps(new))
-    crowded = [running for running, waiting in steps if waiting] or [running for running, _ in steps]
-    judged = [outcome.right for outcome in outcomes if outcome.right is not None]
     state = server.kv_policy()
     books = None
     if state:
         server.flush_cache()
         after = server.kv_policy()
         books = {"cells_used_after_flush": after["cells_used"], "problems": after["integrity"]}
+    steps = list(decode_steps(new))
+    return {
+        **figures(outcomes, steps, seconds),
+        "load_average_5_min": round(os.getloadavg()[1], 2),
+        "retracted": sum(int(n) for n in re.findall(r"#retracted_reqs: (\d+)", new)),
+        "kv_policy_at_end": {key: value for key, value in state.items() if not isinstance(value, list)},
+        "books": books,
+        "decode_steps": [list(step) for step in steps],
+        "outcomes": [{key: value for key, value in asdict(o).items() if key != "text"} for o in outcomes],
+    }
+
+
+def figures(outcomes: Sequence[Outcome], steps: Sequence[tuple[int, int]], seconds: float) -> dict[str, Any]:
+    """What is said of one load on one server; `steps` as `decode_steps` yields them, `seconds` of the whole load."""
+    crowded = [running for running, waiting in steps if waiting] or [running for running, _ in steps]
+    judged = [outcome.right for outcome in outcomes if outcome.right is not None]
     return {
         "requests": len(outcomes),
         "seconds": round(seconds, 2),
-        "load_average_5_min": round(os.getloadavg()[1], 2),
         "running_peak": max((running for running, _ in steps), default=0),
         "running_mean_while_others_wait": round(statistics.mean(crowded), 2) if crowded else 0,
-        "retracted": sum(int(n) for n in re.findall(r"#retracted_reqs: (\d+)", new)),
         "tokens_per_s": round(sum(outcome.completion_tokens for outcome in outcomes) / seconds, 2),
         "hit_rate": round(sum(o.cached_tokens for o in outcomes) / sum(o.prompt_tokens for o in outcomes), 4),
         "ttft_mean_ms": round(statistics.mean(o.ttft_ms for o in outcomes), 1),
@@ -132,10 +143,6 @@ def measure(server: ServerProcess, load: Load, prepared: Any, with_policies: boo
         "latency_p95_ms": percentile([o.latency_ms for o in outcomes], 0.95),
         "right": sum(judged),
         "judged": len(judged),
-        "kv_policy_at_end": {key: value for key, value in state.items() if not isinstance(value, list)},
-        "books": books,
-        "decode_steps": [list(step) for step in steps],
-        "outcomes": [{key: value for key, value in asdict(o).items() if key != "text"} for o in outcomes],
     }
 
 
@@ -208,7 +215,20 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         write(result, folder(arguments.output, whole), console)
     if whole and arguments.output is None:
         PAGE.write_text(rendered(PAGE.read_text()))
-    return 0
+    wrong = [line for load in loads for row in rows[load.name] for line in unbalanced(row)]
+    for line in wrong:
+        console.print(line, style="red", markup=False)
+    return 1 if wrong else 0
+
+
+def unbalanced(row: dict[str, Any]) -> list[str]:
+    """What a server's books said was wrong after a load and a flush; nothing of a server without books."""
+    books = row["books"]
+    if books is None:
+        return []
+    left = books["cells_used_after_flush"]
+    found = [f"{left} cells are used after a flush"] if left else []
+    return [f"{row['server']}: {line}" for line in (*found, *books["problems"])]
 
 
 async def _one(server: ServerProcess, ask: Ask) -> None:

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_check.py` without a GPU: it refuses, its dry run goes all the way, its sums are right."""
+"""`benchmarks/gpu/check.py` without a GPU: it refuses, its dry run goes all the way, its sums are right."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.gpu import check
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, BENCHMARKS / "gpu_check.py", *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_check
-
-    return gpu_check
+    command = [sys.executable, "-m", "benchmarks.gpu.check", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
 
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the check itself runs")
@@ -43,20 +36,17 @@ def test_without_a_device_it_refuses() -> None:
     assert "--dry-run" in done.stderr
 
 
-def test_without_its_libraries_it_says_which(gpu_check: ModuleType, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(gpu_check, "NEEDS", ("torch", "no_such_library"))
-    assert gpu_check.main([]) == 2
+def test_without_its_libraries_it_says_which(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "NEEDS", ("torch", "no_such_library"))
+    assert check.main([]) == 2
     assert "has no no_such_library" in capsys.readouterr().err
 
 
 def test_it_needs_neither_sglang_nor_what_the_project_installs() -> None:
     """A bare machine with CUDA, PyTorch, Triton and pytest is enough for the check and all kernel tests."""
-    folders = (BENCHMARKS / "gpu", Path(__file__).parent, Path(__file__).parents[2] / "kernels")
-    files = [
-        BENCHMARKS / "gpu_check.py",
-        BENCHMARKS / "host.py",
-        *(f for folder in folders for f in folder.rglob("*.py")),
-    ]
+    folders = [ROOT / folder for folder in ("benchmarks/gpu", "tests/kernels", "kernels")]
+    files = [ROOT / "benchmarks/common/host.py", *(f for folder in folders for f in folder.rglob("*.py"))]
+    files.remove(ROOT / "benchmarks/gpu/e2e.py")  # of whole servers
     found = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -64,7 +54,7 @@ def test_it_needs_neither_sglang_nor_what_the_project_installs() -> None:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    ours = {"gpu", "gpu_check", "host", "vlcache_kernels"}
+    ours = {"benchmarks", "vlcache_kernels"}
     assert found - set(sys.stdlib_module_names) - ours == {"torch", "triton", "pytest", "numpy", "flashinfer"}
 
 
@@ -95,13 +85,13 @@ def test_when_time_is_up_the_rest_is_skipped_and_said(tmp_path: Path) -> None:
     assert set(skipped) == {"out of time"}
 
 
-def test_tests_that_do_not_end_have_failed(gpu_check: ModuleType) -> None:
-    tests = gpu_check.run_tests(0.2, 1, ["--collect-only"])
+def test_tests_that_do_not_end_have_failed() -> None:
+    tests = check.run_tests(0.2, 1, ["--collect-only"])
     assert not tests.ok
     assert tests.failed == ["shard 0 did not end within 0 s"]
 
 
-def test_failures_are_read_from_the_report(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_failures_are_read_from_the_report(tmp_path: Path) -> None:
     file = tmp_path / "report.xml"
     file.write_text(
         "<testsuites><testsuite>"
@@ -110,31 +100,31 @@ def test_failures_are_read_from_the_report(gpu_check: ModuleType, tmp_path: Path
         '<testcase classname="t" name="worse"><error/></testcase>'
         "</testsuite></testsuites>"
     )
-    tests = gpu_check.Tests()
-    gpu_check.read_report(file, tests)
+    tests = check.Tests()
+    check.read_report(file, tests)
     assert (tests.passed, tests.skipped, tests.failed) == (1, 1, ["t::bad", "t::worse"])
     assert not tests.ok
-    assert not gpu_check.Tests().ok, "no test at all is not a success"
+    assert not check.Tests().ok, "no test at all is not a success"
 
 
 @pytest.mark.parametrize(("failed", "status"), [([], 0), (["t::bad"], 1)], ids=["passed", "failed"])
-def test_the_exit_status_is_that_of_the_tests(gpu_check, tmp_path, capsys, failed: list[str], status: int) -> None:
-    from gpu.report import Measured, Target
+def test_the_exit_status_is_that_of_the_tests(tmp_path, capsys, failed: list[str], status: int) -> None:
+    from benchmarks.gpu.report import Measured, Target
 
     result = {"decode_providers": ["triton"], "wrong": [], "dry_run": False}
     missed = [Target("(b)", "at least 8x", "7.00x", False)]
-    tests = gpu_check.Tests(passed=3, failed=failed)
-    assert gpu_check.finish(result, Measured([]), None, {}, missed, tests, tmp_path) == status
+    tests = check.Tests(passed=3, failed=failed)
+    assert check.finish(result, Measured([]), None, {}, missed, tests, tmp_path) == status
     shown = capsys.readouterr().out
     assert "MISSED" in shown
     assert f"3 passed, 0 skipped, {len(failed)} failed" in shown
     assert ("FAILED t::bad" in shown) == bool(failed)
 
 
-def test_a_wrong_benchmark_is_a_failure_and_the_next_one_runs(gpu_check, monkeypatch, capsys) -> None:
-    from gpu import cases
-    from gpu.sizes import TINY
-    from gpu.timing import Clock, Measurement
+def test_a_wrong_benchmark_is_a_failure_and_the_next_one_runs(monkeypatch, capsys) -> None:
+    from benchmarks.gpu import cases
+    from benchmarks.gpu.sizes import TINY
+    from benchmarks.gpu.timing import Clock, Measurement
 
     def broken(*_):
         yield Measurement("a", "first", {}, [1.0])
@@ -146,15 +136,15 @@ def test_a_wrong_benchmark_is_a_failure_and_the_next_one_runs(gpu_check, monkeyp
     for name, part in (("statistics", broken), ("decode", fine), ("index", fine), ("selection", fine)):
         monkeypatch.setattr(cases, name, part)
     wrong: list[str] = []
-    found = list(gpu_check.measure(TINY, torch.device("cpu"), Clock(60), wrong))
+    found = list(check.measure(TINY, torch.device("cpu"), Clock(60), wrong))
     assert [m.name for m in found] == ["device to device copy", "first", "the rest", "last", "last", "last"]
     assert wrong == ["benchmark broken: RuntimeError: misaligned address"]
 
 
-def test_targets_are_judged_by_the_worst_point(gpu_check) -> None:
+def test_targets_are_judged_by_the_worst_point() -> None:
     """Numbers with known answers: 1 % and 3 % of attention, 10x and 6.25x, 90 % and 70 % of the copy."""
-    from gpu.report import Measured, targets
-    from gpu.timing import Measurement
+    from benchmarks.gpu.report import Measured, targets
+    from benchmarks.gpu.timing import Measurement
 
     def at(case: str, name: str, ms: float, moved: int | None = None, **parameters: object) -> Measurement:
         return Measurement(case, name, parameters, [ms, ms, ms], moved)
@@ -182,8 +172,8 @@ def test_targets_are_judged_by_the_worst_point(gpu_check) -> None:
     assert (share.found, share.met) == ("1.00 %", True)
 
 
-def test_layer_budgets_are_ragged_and_have_the_mean_asked_for(gpu_check) -> None:
-    from gpu.cases import layer_budgets
+def test_layer_budgets_are_ragged_and_have_the_mean_asked_for() -> None:
+    from benchmarks.gpu.cases import layer_budgets
 
     for layers in (3, 28, 32):
         for ratio in (0.05, 0.1, 0.2):

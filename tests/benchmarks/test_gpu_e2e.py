@@ -1,6 +1,6 @@
-"""`benchmarks/gpu_e2e.py` without a GPU: it refuses in a line, and a figure of a server that did something else shows.
+"""`benchmarks/gpu/e2e.py` without a GPU: it refuses in a line, and a figure of a server that did something else shows.
 
-Its smoke test starts three servers: `python benchmarks/gpu_e2e.py --smoke`.
+Its smoke test starts three servers: `python -m benchmarks.gpu.e2e --smoke`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks.gpu import e2e
 
-
-@pytest.fixture
-def gpu_e2e(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_e2e
-
-    return gpu_e2e
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it would run")
 def test_without_a_device_it_refuses() -> None:
-    done = subprocess.run([sys.executable, BENCHMARKS / "gpu_e2e.py"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.e2e"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -39,11 +34,11 @@ def line(*arrivals: tuple[float, int]) -> SimpleNamespace:
     return SimpleNamespace(arrivals=list(arrivals))
 
 
-def test_decode_is_timed_while_all_decode(gpu_e2e: ModuleType) -> None:
+def test_decode_is_timed_while_all_decode() -> None:
     together = [line((1.0, 1), (7.0, 101)), line((2.0, 1), (7.0, 101))]
-    assert gpu_e2e.decode_speed(together) == 2 * 100 / 5
-    assert gpu_e2e.decode_speed([line((1.0, 1), (3.0, 101)), line((4.0, 1), (9.0, 101))]) is None
-    assert gpu_e2e.decode_speed([line((1.0, 101))]) is None
+    assert e2e.decode_speed(together) == 2 * 100 / 5
+    assert e2e.decode_speed([line((1.0, 1), (3.0, 101)), line((4.0, 1), (9.0, 101))]) is None
+    assert e2e.decode_speed([line((1.0, 101))]) is None
 
 
 GOOD: dict[str, Any] = {
@@ -76,23 +71,23 @@ GOOD: dict[str, Any] = {
         ("stock", {"books": {}}, None),
     ],
 )
-def test_a_sample_is_checked(gpu_e2e: ModuleType, server: str, change: dict[str, Any], problem: str | None) -> None:
-    found = gpu_e2e.sample_problems(server, GOOD | change, 100)
+def test_a_sample_is_checked(server: str, change: dict[str, Any], problem: str | None) -> None:
+    found = e2e.sample_problems(server, GOOD | change, 100)
     if problem is None:
         assert found == []
     else:
         assert any(re.search(problem, text) for text in found), found
 
 
-def test_ratios_compare_medians_at_the_same_point(gpu_e2e: ModuleType) -> None:
+def test_ratios_compare_medians_at_the_same_point() -> None:
     def sample(server: str, decode: float | None, total: float) -> dict[str, Any]:
         return {"server": server, "tokens": 8, "batch": 4, "decode_tokens_per_s": decode, "end_to_end_ms": total}
 
     samples = [sample("stock", 100.0, 50.0), sample("ours 1.0", None, 40.0)]
     samples += [sample("ours 0.1", decode, 10.0) for decode in (150.0, 900.0, 200.0)]
-    (row,) = gpu_e2e.summarise(samples)
+    (row,) = e2e.summarise(samples)
     assert row["speedup"]["ours 0.1 / stock"] == {"decode": 2.0, "end_to_end": 5.0}
     assert row["speedup"]["ours 0.1 / ours 1.0"] == {"decode": None, "end_to_end": 4.0}
     skipped = {"server": "stock", "tokens": 9, "batch": 64, "skipped": "would take 11 minutes"}
-    assert gpu_e2e.summarise([*samples, skipped])[1]["speedup"] == {}
-    gpu_e2e.table_of(gpu_e2e.summarise([*samples, skipped]))
+    assert e2e.summarise([*samples, skipped])[1]["speedup"] == {}
+    e2e.table_of(e2e.summarise([*samples, skipped]))

@@ -1,7 +1,8 @@
-"""The experiment `sharing copies` on one picture: what its scores and readings are made of."""
+"""Experiments of sharing: what the scores and readings of `copies` are made of, and what is counted of records."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,18 +14,17 @@ import torch
 from vlcache_sgl.evaluation.tasks.receipts import make_picture
 from vlcache_sgl.policy.tier import copy_total
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 SEED = 61_000
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        patch.chdir(BENCHMARKS.parent)
-        import sharing_copies
+        patch.chdir(ROOT)
+        from benchmarks.sharing import copies
 
-        yield sharing_copies
+        yield copies
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,61 @@ def test_decode_readings_are_those_of_the_rows_behind_the_prompt(
         {name: value for name, value in before.items() if name != "decode"}, abs=2e-5
     )
     assert 0 < whole["decode"] < 1
+
+
+@pytest.fixture
+def sharing() -> ModuleType:
+    from benchmarks.sharing import main
+
+    return main
+
+
+@pytest.fixture
+def counting() -> ModuleType:
+    from benchmarks.sharing import results
+
+    return results
+
+
+def again(found: Any) -> Any:
+    """As it is after a file."""
+    return json.loads(json.dumps(found))
+
+
+def test_summaries_are_those_of_their_records(sharing: ModuleType) -> None:
+    results = sharing.committed()
+    for name in set(results) - set(sharing.OFFLINE):
+        assert results[name]["summary"] == again(sharing.summarise(results[name]["records"])), name
+
+
+def test_results_without_a_server_are_those_of_their_records(sharing: ModuleType, counting: ModuleType) -> None:
+    results = sharing.committed()
+    sketch, copies = results["sketch"], results["copies"]
+    assert sketch["summary"] == again(sharing.sketch.summarise(sketch["records"], sketch["sizes"]))
+    assert sketch["rows"] == sharing.sketch.summarise_rows(sketch["records"])
+    assert copies["summary"] == again(counting.summarise_copies(copies["records"]))
+
+
+def test_a_threshold_is_chosen_between_right_and_wrong(counting: ModuleType) -> None:
+    items = [(0.05, False), (0.10, False), (0.30, True), (0.60, True)]
+    chosen = counting.choose(items)
+    assert counting.rates(items, chosen) == (0, 2, 0, 2)
+    assert 0.15 < chosen < 0.25  # not at the edge of what was seen
+    assert counting.area(items) == 1.0
+    assert counting.rates([*items, (0.5, False), (0.2, True)], 0.25) == (1, 3, 1, 3)
+
+
+def test_sharing_goes_on_where_it_stopped(sharing: ModuleType, tmp_path: Path) -> None:
+    arms = (sharing.FULL, sharing.POLICY)
+    experiment = sharing.Experiment(arms, ((1, 24), (2, 24)))
+    records = sharing.Records(tmp_path / "x.jsonl")
+    # The arms take turns in being first.
+    names = [(arm.name, seed) for arm, seed, _ in records.missing(experiment)]
+    assert names == [("full cache", 1), ("policy", 1), ("policy", 2), ("full cache", 2)]
+    records.add({"arm": "policy", "seed": 1, "side": 24})
+    with records.path.open("a") as file:
+        file.write('\n{"arm": "policy", "se')  # killed while writing
+    again = sharing.Records(records.path)
+    assert [(arm.name, seed) for arm, seed, _ in again.missing(experiment)] == [names[0], *names[2:]]
+    again.add({"arm": "full cache", "seed": 1, "side": 24})
+    assert len(sharing.Records(records.path).found) == 2

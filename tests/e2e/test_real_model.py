@@ -6,7 +6,6 @@ come to the same verdicts; a policy that forgets what a question needs misses th
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ import httpx
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:  # `benchmarks` and `models` are folders of programs, not installed packages
-    sys.path.insert(0, str(ROOT))
+from benchmarks.judge.cases import CaseId
+from benchmarks.judge.conditions import Condition
+from benchmarks.judge.verdicts import Judge
+from models.smollm2.build import build_text
+from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED
+from vlcache_sgl.policy import resolve
+from vlcache_sgl.weights import read_weights
 
-from benchmarks.judge.cases import CaseId  # noqa: E402
-from benchmarks.judge.conditions import Condition  # noqa: E402
-from benchmarks.judge.verdicts import Judge  # noqa: E402
-from models.smollm2.build import build_text  # noqa: E402
-from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED  # noqa: E402
-from vlcache_sgl.policy import resolve  # noqa: E402
-from vlcache_sgl.weights import read_weights  # noqa: E402
+ROOT = Path(__file__).parents[2]
+
 
 WEIGHTS = ROOT / "models/smollm2/weights.json"
 CASES = [CaseId("needle", 250, FIRST_DEVELOPMENT_SEED + number) for number in range(8)]
