@@ -6,7 +6,8 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from benchmarks.common.host import PACKAGES, ROOT, Host
 
@@ -50,8 +51,9 @@ def _wrong(record: Mapping[str, Any], schema: type) -> list[str]:
     """Fields of a typed dictionary that a record lacks or has with another type."""
     lines = []
     for name, hint in get_type_hints(schema).items():
-        kinds = tuple(getattr(kind, "__origin__", kind) for kind in get_args(hint)) or (hint,)
-        kinds = tuple(dict if kind in (Host, Mapping) else kind for kind in kinds)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        # Neither a dict of types nor a typed dict is a class at run time.
+        kinds = tuple(dict if get_origin(kind) is dict or kind is Host else kind for kind in kinds)
         if name not in record:
             lines.append(f"{name} is missing")
         elif not isinstance(record[name], kinds) or (isinstance(record[name], bool) and bool not in kinds):
