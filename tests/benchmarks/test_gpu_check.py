@@ -74,15 +74,21 @@ def test_a_dry_run_goes_all_the_way_and_says_what_it_is(tmp_path: Path) -> None:
     assert all(m["samples"] and m["skipped"] is None for m in result["measurements"])
 
 
-@no_gpu
-def test_when_time_is_up_the_rest_is_skipped_and_said(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    done = run("--dry-run", "--skip-tests", "--minutes", "0.1", "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "kernel tests: NOT RUN" in done.stdout
-    skipped = [m["skipped"] for m in json.loads(out.read_text())["measurements"] if m["case"] != "copy"]
-    assert skipped
-    assert set(skipped) == {"out of time"}
+def test_when_time_is_up_the_rest_is_skipped_and_said(capsys, tmp_path: Path) -> None:
+    from benchmarks.gpu.report import Measured
+    from benchmarks.gpu.sizes import TINY
+    from benchmarks.gpu.timing import Clock
+
+    wrong: list[str] = []
+    found = list(check.measure(TINY, torch.device("cpu"), Clock(0.0), wrong))
+    assert wrong == []
+    skipped = {m.case: m.skipped for m in found if m.case != "copy"}
+    assert skipped == dict.fromkeys("abcd", "out of time")
+    result = {"decode_providers": ["triton"], "wrong": [], "dry_run": True}
+    assert check.finish(result, Measured(found), None, {m.name: m.layers for m in TINY.models}, [], None, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "kernel tests: NOT RUN" in said
+    assert f"{len(skipped)} measurements were skipped" in said
 
 
 def test_tests_that_do_not_end_have_failed() -> None:
