@@ -2,7 +2,7 @@
 
 The tables of docs/policies.md come from the registry (only what this distribution provides is listed, whatever else is
 installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields, README's
-table of flags from the flags' records.
+table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 from vlcache_sgl.api import Budget, Grid, LayerView, Needs, Patches, Prompt, Rows, Selection
 from vlcache_sgl.config import FLAGS, Flag
+from vlcache_sgl.counters import Figure
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import Description, describe, field_texts
+from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 
 PAGE = Path(__file__).with_name("policies.md")
 README = Path(__file__).parents[1] / "README.md"
+METRICS = Path(__file__).with_name("metrics.md")
 OWN = "vlcache-sgl"
 REFERENCE = Path(__file__).with_name("reference-policy.md")
 CLASSES = (Prompt, LayerView, Budget, Needs, Rows, Selection, Grid, Patches)
@@ -69,6 +72,19 @@ def rendered_readme(page: str) -> str:
     """`page` with its table of flags made anew."""
     rows = [(flag_with_values(flag), flag_meaning(flag), flag.default) for flag in FLAGS]
     return between_markers(page, "flags", table(("flag", "meaning", "default"), rows))
+
+
+def rendered_metrics(page: str) -> str:
+    """`page` with its table of figures made anew."""
+    rows = [
+        (code(published(figure)), figure.kind, ", ".join(map(code, figure.labels)), figure.text) for figure in FIGURES
+    ]
+    return between_markers(page, "figures", table(("metric", "type", "further labels", "meaning"), rows))
+
+
+def published(figure: Figure) -> str:
+    """The name under which Prometheus finds it."""
+    return PREFIX + figure.name + ("_total" if figure.kind == "counter" else "")
 
 
 def flag_with_values(flag: Flag) -> str:
@@ -144,5 +160,6 @@ def code(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(rendered(PAGE.read_text()))
+    METRICS.write_text(rendered_metrics(METRICS.read_text()))
     README.write_text(rendered_readme(README.read_text()))
     REFERENCE.write_text(reference())

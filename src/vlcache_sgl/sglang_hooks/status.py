@@ -12,7 +12,7 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.facades import StateOutput
-from vlcache_sgl.sglang_hooks.metrics import Metrics
+from vlcache_sgl.sglang_hooks.metrics import GAUGES, Metrics
 
 
 @dataclass(frozen=True)
@@ -97,26 +97,18 @@ class Status:
             "scope": self._config.scope,
             "min_tokens": self._config.min_tokens,
             "overcommit": self._config.overcommit_factor,
-            "cells_total": residency.num_cells,
-            "cells_used": residency.used_cells,
-            "cells_free": residency.free_cells,
-            "cells_tree": cells.tree_cells,
+            **{gauge.key: gauge.read(cells, self._images) for gauge in GAUGES},
             "cells_requests": cells.request_cells,
-            "cells_evictable": cells.evictable_cells,
             # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
             "cells_fragmented": residency.free_cells % residency.num_planes,
             # What the tokens in use would hold uncompressed is 1.
             "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
-            "bytes_per_cell": cells.arena.cell_bytes,
-            "cells_per_token": residency.num_planes,
             "physical_tokens_total": cells.physical_tokens,
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
             "guard": self._config.guard,
             "pictures_known": len(self._images),
-            "pictures_whole": self._images.settled,
-            "sketch_bytes": self._images.sketch_bytes,
             "integrity": cells.verify(),
             **started.compressor.counters.as_dict(),
         }
@@ -126,20 +118,9 @@ class Status:
         cells = started.allocator.accounting
         cells.settle()
         started.compressor.settle_counts()
-        residency = cells.residency
         metrics.publish(
             started.compressor.counters,
-            {
-                "cells_total": residency.num_cells,
-                "cells_used": residency.used_cells,
-                "cells_free": residency.free_cells,
-                "cells_tree": cells.tree_cells,
-                "cells_evictable": cells.evictable_cells,
-                "pictures_whole": self._images.settled,
-                "sketch_bytes": self._images.sketch_bytes,
-                "cell_bytes": cells.arena.cell_bytes,
-                "cells_per_token": residency.num_planes,
-            },
+            {gauge.figure.name: gauge.read(cells, self._images) for gauge in GAUGES},
             counted=started.compressor.all_counted,
         )
         self._stale = False
