@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ setup: $(STAMP) ## Create .venv and install everything, pinned: about 11 GB; ins
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
 	@echo "installing into $(VENV): about 11 GB on disk with PyTorch, SGLang and their dependencies"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 # A Python without ensurepip (Debian's without python3-venv) still makes an empty environment, which its pip can fill.
@@ -60,6 +60,12 @@ lint: setup ## Check style (ruff) and types (mypy)
 fix: setup ## Let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## Build the documentation as a site, in out/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+wheel-check: setup ## Build sdist and wheel, install the wheel in an empty environment, run the quick start (FULL=1: 11 GB)
+	VENV=$(VENV) scripts/check_wheel.sh
 
 demo: setup ## Serve the bundled model compressed to 10 % and in full, ask, compare; installs about 11 GB the first time
 	$(BIN)/vlcache demo $(ARGS)

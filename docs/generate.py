@@ -2,14 +2,21 @@
 
 The tables of docs/policies.md come from the registry (only what this distribution provides is listed, whatever else is
 installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields, README's
-table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics.
+table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics, the tables of
+docs/architecture.md from the source.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
+import json
 import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +30,17 @@ from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 PAGE = Path(__file__).with_name("policies.md")
 README = Path(__file__).parents[1] / "README.md"
 METRICS = Path(__file__).with_name("metrics.md")
+ROOT = Path(__file__).parents[1]
+ARCHITECTURE = Path(__file__).with_name("architecture.md")
+SOURCES = tuple(ROOT / folder for folder in ("src/vlcache_sgl", "policies/vlcache_policies", "kernels/vlcache_kernels"))
 OWN = "vlcache-sgl"
 REFERENCE = Path(__file__).with_name("reference-policy.md")
 CLASSES = (Prompt, LayerView, Budget, Needs, Rows, Selection, Grid, Patches)
 """What a policy reads, declares and returns; the reference has a section for each."""
 INTRODUCTION = """# What a policy sees
 
-Written by `docs/generate.py` from `vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
+For authors of policies: every field that a policy reads, declares and returns. Written by `docs/generate.py` from
+`vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
 
 Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
 `m = n - start` *owned* tokens, those that this request computed itself and may evict. `[K, m]` is a tensor of
@@ -158,7 +169,94 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
+def rendered_architecture(page: str) -> str:
+    """`page` with its tables of folders, of their imports and of sizes made anew."""
+    paths = sorted(path for source in SOURCES for path in source.rglob("*.py"))
+    for name, text in (("tree", tree(paths)), ("imports", import_graph(paths)), ("sizes", sizes(paths))):
+        page = between_markers(page, name, text)
+    return page
+
+
+def tree(paths: list[Path]) -> str:
+    """A line per folder: what its `__init__.py` says it is, its files and lines, without those of folders in it."""
+    lines: dict[Path, list[int]] = defaultdict(list)
+    for path in paths:
+        lines[path.parent].append(line_count(path))
+    rows = [
+        (in_repository(folder, "/"), first_sentence(folder / "__init__.py"), str(len(counts)), str(sum(counts)))
+        for folder, counts in sorted(lines.items())
+    ]
+    rows.append(("together", "", str(len(paths)), str(sum(sum(counts) for counts in lines.values()))))
+    return table(("folder", "what it is", "files", "lines"), rows)
+
+
+def import_graph(paths: list[Path]) -> str:
+    """Which folders each folder imports, and in how many of its files; inside functions and for types too."""
+    walker = module_at(ROOT / "tests/test_imports.py")
+    graph: dict[str, Counter[str]] = defaultdict(Counter)
+    for path in paths:
+        source = next(source for source in SOURCES if path.is_relative_to(source))
+        own = room((source.name, *path.relative_to(source).with_suffix("").parts))
+        graph[own].update({room(tuple(module.split("."))) for module in walker.imports(path)} - {own, ""})
+    rows = [
+        (code(own), ", ".join(f"{code(other)} {count}" for other, count in sorted(found.items())))
+        for own, found in sorted(graph.items())
+    ]
+    return table(("folder", "imports, and in how many of its files"), rows)
+
+
+def room(module: tuple[str, ...]) -> str:
+    """The folder that a module lies in, by the name it has in the import graph; empty for other people's modules."""
+    if module[0] != SOURCES[0].name:
+        return module[0] if module[0] in (*(source.name for source in SOURCES), "sglang") else ""
+    inside = len(module) > 1 and (SOURCES[0] / module[1]).is_dir()
+    return module[1] if inside else "vlcache_sgl"
+
+
+def sizes(paths: list[Path]) -> str:
+    """The longest file, and the functions with most ways through them, by ruff's count (McCabe)."""
+    longest = max(paths, key=line_count)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "C901", "--output-format", "json"]
+    command += ["--exit-zero", "--config", "lint.mccabe.max-complexity=1", *map(str, SOURCES)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    rows = [("longest file", in_repository(longest), f"{line_count(longest)} lines")]
+    for what, inside in (("most complex function in `kernels/`", True), ("most complex function elsewhere", False)):
+        ways, name, path = max(f for f in map(complexity, found) if f[2].is_relative_to(SOURCES[2]) == inside)
+        rows.append((what, f"{code(name)} in {in_repository(path)}", f"{ways} ways"))
+    return table(("what", "where", "how much"), rows)
+
+
+def complexity(finding: dict[str, Any]) -> tuple[int, str, Path]:
+    """Ways through a function, its name and its file, of a finding of ruff's rule C901."""
+    match = re.match(r"`(\w+)` is too complex \((\d+) >", finding["message"])
+    assert match is not None
+    return int(match[2]), match[1], Path(finding["filename"])
+
+
+def in_repository(path: Path, suffix: str = "") -> str:
+    return code(f"{path.relative_to(ROOT)}{suffix}")
+
+
+def line_count(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def first_sentence(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+
+
+def module_at(path: Path) -> Any:
+    """A module that is in no package, by its file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if __name__ == "__main__":
+    ARCHITECTURE.write_text(rendered_architecture(ARCHITECTURE.read_text()))
     PAGE.write_text(rendered(PAGE.read_text()))
     METRICS.write_text(rendered_metrics(METRICS.read_text()))
     README.write_text(rendered_readme(README.read_text()))

@@ -1,8 +1,11 @@
 """What the documentation says is true: its code runs, its lists are those of the registry."""
 
 import importlib.util
+import os
 import re
+import tomllib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -97,15 +100,19 @@ def test_every_hook_and_every_name_of_the_api_is_in_the_tutorial_or_documented_i
         assert documented, f"{name} has no docstring"
 
 
-@pytest.fixture
-def generate():
-    """docs/generate.py as a module."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def module_of_docs(name: str) -> ModuleType:
+    """A file of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def generate() -> ModuleType:
+    return module_of_docs("generate")
 
 
 def test_the_list_of_policies_is_up_to_date(generate):
@@ -132,3 +139,124 @@ def test_the_reference_says_something_of_every_field(generate):
     assert not re.findall(r"^\| (`\w+`) .*\| +\|$", generate.reference(), re.MULTILINE)
     assert not re.findall(r"^\* `.*`: *$", generate.reference(), re.MULTILINE)
     assert {api.Prompt, api.LayerView, api.Budget, api.Needs, api.Selection} <= set(generate.CLASSES)
+
+
+def test_tree_imports_and_sizes_of_the_architecture_are_up_to_date(generate):
+    """Run ``python docs/generate.py`` after adding, moving or growing a file."""
+    assert generate.ARCHITECTURE.read_text() == generate.rendered_architecture(generate.ARCHITECTURE.read_text())
+
+
+def test_the_import_graph_has_the_arrows_that_the_source_has(generate, tmp_path, monkeypatch):
+    """A made-up source: absolute, relative, inside a function, of somebody else."""
+    source = tmp_path / "src/vlcache_sgl"
+    for folder in ("api", "memory"):
+        (source / folder).mkdir(parents=True)
+    (source / "config.py").write_text("")
+    (source / "api/a.py").write_text("import torch\nfrom vlcache_sgl import config\n")
+    (source / "memory/b.py").write_text("def f():\n    from ..api import a\n    import sglang.srt\n")
+    walker = generate.module_at(ROOT / "tests/test_imports.py")
+    monkeypatch.setattr(walker, "SGL", source)
+    monkeypatch.setattr(generate, "module_at", lambda _: walker)
+    monkeypatch.setattr(generate, "SOURCES", (source, *generate.SOURCES[1:]))
+    rows = generate.import_graph(sorted(source.rglob("*.py"))).splitlines()[2:]
+    assert rows == ["| `api` | `vlcache_sgl` 1 |", "| `memory` | `api` 1, `sglang` 1 |", "| `vlcache_sgl` |  |"]
+
+
+FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+SITE = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*(ROOT / name for name in FRONT), *SITE, *sorted((ROOT / ".github").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [*SITE, *(ROOT / name for name in FRONT[1:])], ids=lambda page: page.name)
+def test_a_page_begins_with_whom_it_is_for(page):
+    title, empty, opening = page.read_text().splitlines()[:3]
+    assert title.startswith("# ")
+    assert not empty
+    assert re.match(r"For [a-z]", opening)
+
+
+@pytest.fixture(scope="module")
+def repository() -> list[str]:
+    """Files of the repository, without what building it leaves behind."""
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [f for f in folders if f == ".github" or not f.startswith((".", "__"))]
+        if Path(folder) == ROOT:
+            folders[:] = [f for f in folders if f not in ("out", "dist", "build")]
+        found += [f"/{(Path(folder) / name).relative_to(ROOT).as_posix()}" for name in names]
+    return found
+
+
+FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|sh|toml|txt|npz)"
+FOLDER = r"(?:[\w-]+/)+|(?:benchmarks|docs|examples|kernels|models|policies|scripts|src|tests)(?:/[\w-]+)+"
+EXAMPLE_NAMES = {"policies/vlcache_policies/NAME.py", "tests/kernels/test_NAME.py", "table.md"}
+"""Of files that the reader or a command makes."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_folders_that_a_page_names_exist(page, repository):
+    """In backticks: the path, or its end, of a file or of a folder."""
+    named = re.findall(rf"`({FILE}|{FOLDER})`", page.read_text())
+    made = {name for name in named if name.startswith("out/")}
+    missing = {
+        name
+        for name in {*named} - made - EXAMPLE_NAMES
+        if not any(path.endswith(f"/{name}") or f"/{name.rstrip('/')}/" in path for path in repository)
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files(page):
+    hooks = module_of_docs("mkdocs_hooks")
+    assert not [path for path in hooks.linked(page) if not path.exists()]
+
+
+def test_links_across_the_border_of_docs_are_written_anew():
+    hooks = module_of_docs("mkdocs_hooks")
+
+    def rewritten(page: str, text: str) -> str:
+        return hooks.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / page))))
+
+    assert rewritten("docs/gpu.md", "[a](../README.md#flags)") == "[a](README.md#flags)"
+    assert (
+        rewritten("README.md", "[a](docs/gpu.md), ![b](docs/figures/judge.png)")
+        == "[a](gpu.md), ![b](figures/judge.png)"
+    )
+    assert rewritten("models/tinyvlm/README.md", "[a](../../docs/gpu.md)") == "[a](../../gpu.md)"
+    kept = "[a](https://arxiv.org), [b](#here), [c](../nowhere.md)"
+    assert rewritten("docs/gpu.md", kept) == kept
+    outside = {path.relative_to(ROOT).as_posix() for path in hooks.outside()}
+    assert {"README.md", "benchmarks/LOG.md", "models/tinyvlm/README.md", "dashboards/vlcache.json"} <= outside
+
+
+def test_every_page_of_docs_is_in_the_navigation():
+    navigation = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert {page.name for page in SITE} <= set(navigation)
+    assert all((ROOT / "docs" / name).exists() or (ROOT / name).exists() or name == "LOG.md" for name in navigation)
+
+
+def test_pre_commit_and_setup_use_one_ruff():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pinned,) = (pin for pin in project["optional-dependencies"]["dev"] if pin.startswith("ruff=="))
+    used = re.findall(r"ruff==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert set(used) == {pinned}
+
+
+def test_ci_of_the_forge_does_what_ours_does():
+    ours = re.findall(r"make [\w-]+", (ROOT / ".ci/run").read_text())
+    assert ours
+    workflow = re.findall(r"run: (make [\w-]+)", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert set(ours) <= set(workflow)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command.removeprefix("make ") for command in workflow} <= set(targets)
+
+
+def test_commands_that_pages_name_are_there():
+    """``make NAME``, in backticks and in shell blocks."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set()
+    for page in PAGES:
+        named |= set(re.findall(r"`make ([a-z][\w-]*)", page.read_text()))
+        named |= set(re.findall(r"^make ([a-z][\w-]*)", "".join(blocks(page, "sh")), re.MULTILINE))
+    assert {"test", "docs", "wheel-check"} <= named <= targets

@@ -1,4 +1,4 @@
-"""One wheel, three import packages, nothing else: what `pip install .` gives, seen from the built file.  No network."""
+"""One wheel: three import packages, the bundled model, nothing else; seen from the built file.  No network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import vlcache_sgl
+from vlcache_sgl.client.bundled import bundled_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -79,6 +80,32 @@ def test_metadata_names_licence_python_and_one_sglang(wheel: Path) -> None:
     assert metadata["Requires-Python"] == "<3.13,>=3.11"
     assert "sglang==0.5.23" in metadata.get_all("Requires-Dist", [])
     assert "Apache License" in dist_info(wheel, "licenses/LICENSE")
+
+
+MODEL = ROOT / "models/tinyvlm/grounded"
+
+
+def test_holds_the_bundled_model(wheel: Path) -> None:
+    """Every file of the checkpoint, byte for byte."""
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name: archive.read(name) for name in archive.namelist() if name.startswith("vlcache_sgl/bundled/")}
+    assert inside == {f"vlcache_sgl/bundled/tinyvlm/{path.name}": path.read_bytes() for path in MODEL.iterdir()}
+
+
+def test_the_bundled_model_is_found_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """In a folder that knows no checkout, with the wheel in front of the editable install."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = "from vlcache_sgl.client.bundled import bundled_model; print(bundled_model())"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert Path(ran.stdout.strip()) == site / "vlcache_sgl/bundled/tinyvlm"
+
+
+def test_the_bundled_model_is_found_in_a_checkout() -> None:
+    assert bundled_model() == MODEL
 
 
 def test_unpacked_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 
 from vlcache_sgl.evaluation.report import summarise
 from vlcache_sgl.evaluation.run import parse_condition
+from vlcache_sgl.policy import resolve
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -34,6 +36,27 @@ def test_the_page_of_fidelity_is_current(fidelity: ModuleType) -> None:
     """After a new result: `python benchmarks/fidelity.py --page`."""
     page = fidelity.PAGE.read_text()
     assert page == fidelity.rendered(page, fidelity.committed())
+
+
+def policies_of(call: tuple[str, ...]) -> list[str]:
+    """The values of `--policy`."""
+    rest = call[call.index("--policy") + 1 :]
+    return list(takewhile(lambda value: not value.startswith("--"), rest))
+
+
+def test_every_policy_of_an_experiment_is_there(fidelity: ModuleType) -> None:
+    """An experiment is asked again years later: a parameter that has moved would end it halfway."""
+    for name, experiment in fidelity.experiments().items():
+        for call in experiment.calls:
+            for policy in policies_of(call):
+                assert resolve(policy).spec == policy, name
+
+
+def test_the_table_of_sensitivity_has_no_empty_cell(fidelity: ModuleType) -> None:
+    """Rows of the committed result are found under the names of today."""
+    table = fidelity.sensitivity_table(fidelity.committed()["ablation"])
+    assert len(table.splitlines()) == 3 + len(fidelity.SENSITIVITY)
+    assert "|  |" not in table
 
 
 def test_fidelity_results_are_whole(fidelity: ModuleType) -> None:

@@ -245,7 +245,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     prints = {text: f"{policy.fingerprint}{ending}{JUDGED[reads_twice(policy)]}" for text, policy in policies.items()}
     records = Records(arguments.answers, checksum, prints)
     judge_all(records, cases, asked, arguments, console)
-    model = arguments.model.resolve()
+    model = arguments.model.absolute()  # where it was built may be a link
     where = {"model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else model.name, "weights": checksum}
     settings = {**where, "host": started, "seeds": arguments.seeds, "policies": prints}
     result = result_of(records, cases, asked, sys.argv[1:], **settings)

@@ -57,11 +57,11 @@ def rows_of(result: Mapping[str, Any], task: str) -> Rows:
 
 
 def ranked(rows: Rows, medium: str, turn: str) -> list[str]:
-    """Policies, the one with most right answers over all budgets first; equal ones by log-probability."""
+    """Policies, the one that loses fewest right answers over all budgets first; equal ones by log-probability."""
     found: dict[str, list[tuple[float, float]]] = {}
     for condition, row in rows.items():
         if (condition.medium, condition.turn) == (medium, turn) and condition.policy != FULL:
-            found.setdefault(condition.policy, []).append((row["score"], row["log_probability"]))
+            found.setdefault(condition.policy, []).append((row["score"] - row["full_score"], row["log_probability"]))
     return sorted(found, key=lambda policy: [-sum(column) for column in zip(*found[policy], strict=True)])
 
 
@@ -77,11 +77,12 @@ def policies_table(medium: str, turn: str) -> Any:
         rows = rows_of(result, ALL)
         budgets = budgets_of(rows)
         full = rows[Condition(medium, turn, FULL, 1.0)]  # type: ignore[arg-type]
-        lines = [["full cache", *[_cell(full)] * len(budgets)]]
+        lines = [["full cache", str(full["count"]), f"{full['score']:.2f}", *[_cell(full)] * len(budgets)]]
         for policy in ranked(rows, medium, turn):
-            cells = (rows.get(Condition(medium, turn, policy, budget)) for budget in budgets)  # type: ignore[arg-type]
-            lines.append([f"`{policy}`", *map(_cell, cells)])
-        return markdown_table(("policy", *(f"{budget:g}" for budget in budgets)), lines)
+            found = [rows.get(Condition(medium, turn, policy, budget)) for budget in budgets]  # type: ignore[arg-type]
+            same = next(row for row in found if row is not None)
+            lines.append([f"`{policy}`", str(same["count"]), f"{same['full_score']:.2f}", *map(_cell, found)])
+        return markdown_table(("policy", "questions", "full there", *(f"{budget:g}" for budget in budgets)), lines)
 
     return make
 
@@ -141,14 +142,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("right answers")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=(len(handles) + 1) // 2, frameon=False, fontsize=9)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def _shown(rows: Rows) -> dict[str, dict[str, Any]]:
-    """Lines of the figure, by policy: the default, the best others as images, chance."""
-    best = [policy for policy in ranked(rows, "image", "first") if policy not in (DEFAULT, CHANCE)][:BEST]
+    """Lines of the figure, by policy: the default, the best others as images, chance.
+
+    The others were asked every question: beside the full cache's line those asked fewer would lie too low or too high.
+    """
+    most = rows[Condition("image", "first", FULL, 1.0)]["count"]
+    whole = {condition.policy for condition, row in rows.items() if row["count"] == most}
+    best = [policy for policy in ranked(rows, "image", "first") if policy in whole - {DEFAULT, CHANCE}][:BEST]
     colours = ("#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c")
     styles: dict[str, dict[str, Any]] = {DEFAULT: {"color": "#0b7285", "linewidth": 3, "marker": "o", "zorder": 3}}
     styles |= {p: {"color": c, "linewidth": 1.5, "marker": "s"} for p, c in zip(best, colours, strict=False)}

@@ -24,15 +24,9 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
+from vlcache_sgl.client.bundled import bundled_model
 from vlcache_sgl.client.client import data_url, user_says
-from vlcache_sgl.client.server import (
-    BUNDLED_FLAGS,
-    LOOPBACK,
-    ServerProcess,
-    bundled_model,
-    free_port,
-    interruptible,
-)
+from vlcache_sgl.client.server import BUNDLED_FLAGS, LOOPBACK, ServerProcess, free_port, interruptible
 from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 PICTURES = 12

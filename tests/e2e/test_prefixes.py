@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,15 +17,26 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\n" + "Read the code next to the label that is asked for. " * 6 + "<|im_end|>\n"
 
 
-def prompt(question: str, system: str = "") -> str:
-    return f"{system}<|im_start|>user\n{IMAGE}{question}<|im_end|>\n<|im_start|>assistant\n"
+CELL = 28
+"""Pixels of the side of one token."""
 
 
-def generate(server: Any, text: str, image: Image.Image, tokens: int = 1, **more: Any) -> dict[str, Any]:
+def prompt(question: str, system: str = "", images: int = 1) -> str:
+    return f"{system}<|im_start|>user\n{IMAGE * images}{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def rearranged(image: Image.Image, rows: int, columns: int) -> Image.Image:
+    """The same tokens row by row on a grid of another shape: a processor gives the same patches in the same order."""
+    high, wide = image.height // CELL, image.width // CELL
+    cells = np.asarray(image).reshape(high, CELL, wide, CELL, 3).swapaxes(1, 2).reshape(rows, columns, CELL, CELL, 3)
+    return Image.fromarray(cells.swapaxes(1, 2).reshape(rows * CELL, columns * CELL, 3))
+
+
+def generate(server: Any, text: str, *images: Image.Image, tokens: int = 1, **more: Any) -> dict[str, Any]:
     """The whole answer; `more` may have `params`, the request's `custom_params`."""
     sampling = {"temperature": 0.0, "max_new_tokens": tokens, **more.pop("sampling", {})}
     sampling["custom_params"] = more.pop("params", None)
-    body = {"text": text, "image_data": [data_url(image)], "sampling_params": sampling, **more}
+    body = {"text": text, "image_data": [*map(data_url, images)], "sampling_params": sampling, **more}
     answer: dict[str, Any] = httpx.post(f"{server.url}/generate", json=body, timeout=120).raise_for_status().json()
     return answer
 
@@ -54,6 +66,33 @@ def test_the_text_in_front_of_an_image_is_whole_for_the_next_image(ours_tenth: A
         )
 
 
+@pytest.mark.parametrize("budget", [0.1, 1.0])
+def test_the_same_patches_in_another_arrangement_are_another_image(
+    ours_tenth: Any, picture: Any, budget: float
+) -> None:
+    """SGLang names an image by its patches; an image of other rows and columns would be answered from its keys."""
+    drawn, options = picture(8540, 16, 20), {"params": {"kv_budget": budget}, "tokens": 6, "return_logprob": True}
+    text, other = prompt(drawn.questions[0].text), rearranged(drawn.image, 20, 16)
+    assert drawn.image.size == other.size[::-1]
+    ours_tenth.flush()
+    generate(ours_tenth, text, other, **options)
+    after = generate(ours_tenth, text, drawn.image, **options)
+    alone = generate(ours_tenth, text, drawn.image, **options, cache_salt="alone")
+    assert after["meta_info"]["cached_tokens"] < 16
+    assert after["text"] == alone["text"] == drawn.questions[0].answer
+    log, log_alone = ([token[0] for token in one["meta_info"]["output_token_logprobs"]] for one in (after, alone))
+    assert log == pytest.approx(log_alone, abs=1e-3)
+
+
+def test_a_further_image_finds_the_first(ours_tenth: Any, picture: Any) -> None:
+    """What the first image is called depends on itself alone."""
+    first, second = picture(8541, 16, 20), rearranged(picture(8541, 16, 20).image, 20, 16)
+    ours_tenth.flush()
+    generate(ours_tenth, prompt(first.questions[0].text), first.image)
+    answer = generate(ours_tenth, prompt(first.questions[1].text, images=2), first.image, second)
+    assert 16 * 20 < answer["meta_info"]["cached_tokens"] < 16 * 20 + 16
+
+
 def test_a_follow_up_reports_what_it_was_served(ours_tenth: Any, picture: Any) -> None:
     drawn = picture(8520, 20, 20)
     ours_tenth.flush()
@@ -77,7 +116,7 @@ def test_a_retracted_request_reports_and_counts_what_was_done(ours_tenth: Any, p
     before, seen, answers = server.settled(), len(server.log), []
 
     def ask() -> None:
-        answers.append(generate(server, text, drawn.image, 400, params=params, sampling={"ignore_eos": True}))
+        answers.append(generate(server, text, drawn.image, tokens=400, params=params, sampling={"ignore_eos": True}))
 
     thread = threading.Thread(target=ask)
     thread.start()

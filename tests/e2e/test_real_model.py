@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:  # `benchmarks` and `models` are folders of programs, not installed packages
@@ -21,8 +22,11 @@ if str(ROOT) not in sys.path:  # `benchmarks` and `models` are folders of progra
 from benchmarks.judge.cases import CaseId  # noqa: E402
 from benchmarks.judge.conditions import Condition  # noqa: E402
 from benchmarks.judge.verdicts import Judge  # noqa: E402
-from models.smollm2.build import build_text  # noqa: E402
-from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED  # noqa: E402
+from models.smollm2.build import build_text, build_vision  # noqa: E402
+from models.smollm2.check import SLOT, prompt_of  # noqa: E402
+from vlcache_sgl.client.client import data_url  # noqa: E402
+from vlcache_sgl.evaluation.tasks.cells import draw_text  # noqa: E402
+from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED, make_document  # noqa: E402
 from vlcache_sgl.policy import resolve  # noqa: E402
 from vlcache_sgl.weights import read_weights  # noqa: E402
 
@@ -93,3 +97,51 @@ def test_answers_survive_and_are_those_of_the_judge(servers: Any, checkpoint: Pa
     assert sum(seen["vlcache:heads=split"]) >= 0.75 * full
     assert sum(seen["vlcache:heads=shared"]) >= 0.75 * full
     assert sum(seen["snapkv:allocator=uniform"]) <= 0.5 * full
+
+
+IMAGES = [CaseId("needle", 400, FIRST_DEVELOPMENT_SEED + number) for number in range(8)]
+"""Texts of three images each."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("budget", [1.0, 0.2])
+def test_images_of_a_text_are_answered_like_the_text(servers: Any, judge: Judge, budget: float) -> None:
+    """The same language model behind a vision tower that reads text: three images a prompt, the flagship on a server.
+
+    The judge answers the text with the text checkpoint, its lines declared as image tokens.
+    """
+    with torch.no_grad():
+        folder = build_vision(ROOT / "out/smollm2")
+    flags = ("--kv-policy", "vlcache", "--kv-min-tokens", "64", "--kv-weights", str(WEIGHTS))
+    server = servers.get(*flags, model=folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    condition = Condition("image", "first", "full" if budget == 1 else "vlcache", budget)
+    seen, expected = [], []
+    for case in IMAGES:
+        document = make_document(case.task, case.tokens, case.seed)
+        question, lines = document.questions[0], draw_text(document.text, tokenizer)
+        assert len(lines) == 3
+        asked = judge.cases.make(case).first
+        body = {
+            "text": prompt_of(tokenizer, f"{SLOT * len(lines)}\n{question.text}", question.opening),
+            "image_data": [data_url(line) for line in lines],
+            "extra_key": case.name,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": len(asked.answer),
+                "ignore_eos": True,
+                "custom_params": {"kv_budget": budget},
+            },
+        }
+        reply = httpx.post(f"{server.url}/generate", json=body, timeout=300).raise_for_status().json()
+        assert reply["meta_info"]["prompt_tokens"] == len(asked.prompt)
+        (report,) = reply["meta_info"]["kv_compression"]
+        if budget < 1:
+            front = report["front_tokens"]  # stays whole
+            assert report["ratio"] == pytest.approx(budget + (1 - budget) * front / len(asked.prompt), abs=0.01)
+        seen.append(reply["output_ids"] == list(asked.answer))
+        found = judge.verdicts(case, [condition], {"vlcache": resolve("vlcache")})[condition.name]
+        expected.append(found is not None and found.right)
+    assert sum(expected) >= 0.6 * len(IMAGES), "the model itself cannot answer"
+    assert sum(a != b for a, b in zip(seen, expected, strict=True)) <= 1, (seen, expected)

@@ -322,6 +322,27 @@ def test_a_summary_counts_tasks_and_all_of_them() -> None:
     assert rows[ALL, "image later keydiff@0.5"]["count"] == 10
 
 
+def test_a_policy_stands_beside_the_full_cache_on_its_own_questions(tmp_path: Path) -> None:
+    """Not every policy is judged on all seeds, and some seeds are harder."""
+    asked = conditions(["keydiff", "knorm"], [0.5], ["image"], [])
+    found = {
+        CaseId("needle", 400, seed): {
+            c.name: Verdict(seed >= 5, -1.0, c.budget) for c in asked if c.policy != "knorm" or seed < 6
+        }
+        for seed in range(10)
+    }
+    rows = {row["condition"]: row for row in summarise(found, asked) if row["task"] == ALL}
+    assert (rows["image first keydiff@0.5"]["count"], rows["image first keydiff@0.5"]["full_score"]) == (10, 0.5)
+    assert (rows["image first knorm@0.5"]["count"], rows["image first knorm@0.5"]["full_score"]) == (6, 0.1667)
+    table = page.policies_table("image", "first")({"summary": list(rows.values())}).splitlines()
+    assert table[0].startswith("| policy | questions | full there | 0.5 |")
+    assert [line.split(" | ")[:3] for line in table[2:]] == [
+        ["| full cache", "10", "0.50"],
+        ["| `keydiff`", "10", "0.50"],
+        ["| `knorm`", "6", "0.17"],
+    ]
+
+
 def test_the_page_says_what_the_result_says(tmp_path: Path) -> None:
     given = result()
     text = page.rendered(page.PAGE.read_text(), given)

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+    MultimodalProcessorOutput,
+)
 
 from vlcache_sgl.api import Grid, Span
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.policy import resolve
 from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.scoring.asked import Asked
-from vlcache_sgl.sglang_hooks.media import vision_runs, vision_spans
+from vlcache_sgl.sglang_hooks.media import name_by_arrangement, vision_runs, vision_spans
 
 SIDE, TILE = 6, 84
 
@@ -64,6 +69,54 @@ def test_a_job_tells_its_policy_the_grids() -> None:
     asked = Asked(choice, vision_spans(found), 20, min_tokens=0, runs=vision_runs(found, None))
     assert asked.vision == (Span(2, 6), Span(10, 16))
     assert asked.grids == ((Grid(1, 2), Grid(1, 2)), (Grid(2, 3),))
+
+
+def names(*grids: Any, identity: bytes | None = None, **data: Any) -> list[tuple[int, ...]]:
+    """What images of the same patches are called, one per grid, as SGLang's two processes do it."""
+    items = [
+        item(offsets=[(2 + 8 * number, 7 + 8 * number)], image_grid_thw=torch.tensor([grid]), **data)
+        for number, grid in enumerate(grids)
+    ]
+    for one in items:
+        one.feature = torch.ones(24, 3)
+        if identity is None:
+            one.set_pad_value()
+        else:
+            one.set_identity(identity)
+    padded = MultimodalProcessorOutput.build_padded_input_ids([0] * (2 + 8 * len(items)), items)
+    found = MultimodalInputs.from_processor_output(MultimodalProcessorOutput(mm_items=items, padded_input_ids=padded))
+    name_by_arrangement(found)
+    expected = [0, 0]
+    for one in found.mm_items:
+        expected += [*one.padding_sequence(6), 0, 0]
+    assert found.padded_input_ids == expected
+    return [one.padding_values() for one in found.mm_items]
+
+
+@pytest.mark.parametrize("identity", [None, bytes(range(32))])
+def test_the_name_of_an_image_says_how_its_patches_lie(identity: bytes | None) -> None:
+    """With the hash that SGLang computes, and with the digest that a client may send instead."""
+    wide, high, again = names([1, 4, 6], [1, 6, 4], [1, 4, 6], identity=identity)
+    assert wide == again
+    assert not set(wide) & set(high)
+    assert names([1, 4, 6], identity=identity) == [wide]  # whatever stands beside it
+    (slow,) = names([1, 4, 6], identity=identity, second_per_grid_ts=[1.0])
+    assert slow != wide
+
+
+def test_the_name_of_what_has_no_arrangement_stays() -> None:
+    audio = item(Modality.AUDIO, [(2, 5)])
+    audio.feature = torch.ones(4, 3)
+    found = MultimodalInputs.from_processor_output(MultimodalProcessorOutput(mm_items=[audio]))
+    before = found.mm_items[0].padding_values()
+    name_by_arrangement(found)
+    assert found.mm_items[0].padding_values() == before
+
+
+def test_sizes_that_are_not_known_are_part_of_a_name() -> None:
+    """What a processor says must not end the scheduler."""
+    (whole,), (odd,) = names([1, 4, 6], image_sizes=[(4, 6)]), names([1, 4, 6], image_sizes=[None])
+    assert whole != odd
 
 
 def test_a_layout_that_cannot_be_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

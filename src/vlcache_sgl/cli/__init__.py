@@ -1,1 +1,1 @@
-"""The `vlcache` command."""
+"""The `vlcache` command: a file per subcommand."""

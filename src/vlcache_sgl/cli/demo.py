@@ -21,15 +21,9 @@ from rich.progress import track
 from rich.table import Table
 
 from vlcache_sgl.cli.console import table_console
+from vlcache_sgl.client.bundled import bundled_model
 from vlcache_sgl.client.client import Client
-from vlcache_sgl.client.server import (
-    BUNDLED_FLAGS,
-    BUNDLED_MODEL,
-    ServerError,
-    ServerProcess,
-    bundled_model,
-    interruptible,
-)
+from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerError, ServerProcess, interruptible
 from vlcache_sgl.evaluation.tasks.receipts import make_picture
 
 GRIDS = ((24, 24), (24, 28), (28, 28), (28, 32), (32, 32))
@@ -244,7 +238,7 @@ def _own_task(path: str, question: str) -> Task:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcache demo", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", metavar="PATH", help=f"a vision-language model; default: {BUNDLED_MODEL}")
+    parser.add_argument("--model", metavar="PATH", help="a vision-language model; default: the bundled one")
     parser.add_argument("--policy", default="vlcache", help="value of --kv-policy; default: vlcache")
     parser.add_argument("--budget", default="0.1", help="value of --kv-budget of the compressed run; default: 0.1")
     parser.add_argument("--image", metavar="PATH", help="ask about this picture instead of the built-in ones")

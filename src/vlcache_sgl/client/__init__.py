@@ -1,1 +1,1 @@
-"""A server process and its HTTP interface."""
+"""Starting a server process, and its HTTP interface."""

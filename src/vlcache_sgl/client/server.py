@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.markup import escape
 
 LOOPBACK = "127.0.0.1"
-BUNDLED_MODEL = "models/tinyvlm/grounded"
 BUNDLED_FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "65536"),
     *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
@@ -42,12 +41,6 @@ _TAIL_LINES = 30
 
 class ServerError(RuntimeError):
     """The server did not start, died, or could not be ended; the message holds the end of its log."""
-
-
-def bundled_model() -> Path:
-    """The repository's model, seen from the working directory or from an editable install."""
-    here = Path(BUNDLED_MODEL)
-    return here if here.exists() else Path(__file__).parents[3] / BUNDLED_MODEL
 
 
 def free_port() -> int:

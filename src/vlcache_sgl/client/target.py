@@ -10,14 +10,8 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from vlcache_sgl.client.server import (
-    BUNDLED_FLAGS,
-    BUNDLED_MODEL,
-    RunningServer,
-    ServerError,
-    ServerProcess,
-    bundled_model,
-)
+from vlcache_sgl.client.bundled import bundled_model
+from vlcache_sgl.client.server import BUNDLED_FLAGS, RunningServer, ServerError, ServerProcess
 from vlcache_sgl.weights import measured_file
 
 
@@ -25,7 +19,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model` and `--server-flags`, or `--base-url`."""
     group = parser.add_argument_group("the server")
     group.add_argument("--base-url", metavar="URL", help="a running server, as http://127.0.0.1:30000")
-    group.add_argument("--model", metavar="PATH", help=f"what to serve; default: the bundled {BUNDLED_MODEL}")
+    group.add_argument("--model", metavar="PATH", help="what to serve; default: the bundled model")
     group.add_argument("--server-flags", metavar="FLAGS", default="", help="further flags of `sglang serve`, in quotes")
 
 

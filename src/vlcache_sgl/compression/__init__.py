@@ -1,1 +1,1 @@
-"""From a finished prefill to a smaller cache."""
+"""What happens when a prefill ends: the policy is asked, the rest is evicted."""

@@ -1,1 +1,1 @@
-"""Asking and counting."""
+"""Asking a server questions of known answer, and counting right answers."""

@@ -1,1 +1,1 @@
-"""What the cache keeps of one picture, as a picture."""
+"""Which tokens of an image each layer keeps, drawn on the image."""

@@ -1,1 +1,1 @@
-"""Statistics of attention that policies decide by."""
+"""Statistics of attention that policies decide by, collected during the prefill."""

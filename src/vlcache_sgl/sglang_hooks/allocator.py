@@ -90,9 +90,9 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         sliding_window_size: int | None,
         chunk_size: int | None,
     ) -> int | None:
+        if self.accounting.host is not None:
+            return max_new_tokens  # `HostSharing.fit` decides, which knows how much of the prompt stays
         capacity = min(token_capacity, self.accounting.physical_tokens)
-        if self.accounting.host is not None and longest_answer(input_tokens, max_new_tokens, capacity) is None:
-            return max_new_tokens  # host memory may hold it: decided where the request's budget is known
         return longest_answer(input_tokens, max_new_tokens, capacity)
 
     def verify_byte_accounting(self) -> list[str]:

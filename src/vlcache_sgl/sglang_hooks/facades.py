@@ -20,6 +20,7 @@ class SamplingParams(Protocol):
     """How a request wants its answer."""
 
     max_new_tokens: int
+    min_new_tokens: int
     custom_params: Any
     beam_width: int | None
 

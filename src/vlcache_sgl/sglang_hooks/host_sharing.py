@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.prompt import select_rows
-from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape
+from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape, longest_answer
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
@@ -145,26 +145,28 @@ class HostSharing:
 
         job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
 
-    def fit(self, req: Req, job: CompressionJob | None) -> str | None:
-        """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits.
+    @property
+    def most_tokens(self) -> int:
+        """The longest prompt that may be tried."""
+        return self.memory.host.num_tokens
 
-        SGLang has done so already for prompts that fit the arena whole.
-        """
-        length = len(req.origin_input_ids)
-        if length + RESERVED_TOKENS <= self._physical:
-            return None
+    def fit(self, req: Req, job: CompressionJob | None) -> str | None:
+        """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits."""
+        length, wanted = len(req.origin_input_ids), req.sampling_params.max_new_tokens
         if job is None or job.host is None:
-            return (
-                f"the prompt has {length} tokens, more than the {self._physical} that the KV cache holds uncompressed"
-            )
-        charge = HostCharge.of(job, self._model.num_layers)
-        room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(length, 0)
-        if room < 1:
-            return (
-                f"the prompt has {length} tokens, of which {charge.kept} are kept: with a chunk and a staged layer "
-                f"more than the {self._physical} that the KV cache holds uncompressed"
-            )
-        req.sampling_params.max_new_tokens = min(req.sampling_params.max_new_tokens, room)
+            room = longest_answer(length, wanted, self._physical)
+            if room is None:
+                return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
+        else:
+            charge = HostCharge.of(job, self._model.num_layers)
+            room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(length, 0)
+            if room < 1:
+                return (
+                    f"the prompt has {length} tokens, of which {charge.kept} are kept: with a chunk and a staged layer "
+                    f"more than the {self._physical} that the KV cache holds uncompressed"
+                )
+        req.sampling_params.max_new_tokens = min(wanted, room)
+        req.sampling_params.min_new_tokens = min(req.sampling_params.min_new_tokens, room)
         return None
 
     def limit_hit(self, result: int, req: Req, *_: Any) -> int:

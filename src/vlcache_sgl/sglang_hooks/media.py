@@ -1,12 +1,13 @@
-"""Where the pictures of a prompt are, and how their tokens lie on them.
+"""Where the pictures of a prompt are, how their tokens lie on them, and what they are called in the radix tree.
 
-SGLang says it in two ways.  Most models give every item its `offsets`.  The LLaVA family in the original checkpoint
+SGLang says where in two ways.  Most models give every item its `offsets`.  The LLaVA family in the original checkpoint
 format keeps the offsets of all pictures in one list beside the items, with the length of each.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import re
@@ -20,6 +21,9 @@ from vlcache_sgl.scoring.asked import Run
 from vlcache_sgl.sglang_hooks.facades import MediaItem, MultimodalInputs
 
 logger = logging.getLogger(__name__)
+
+ARRANGEMENT = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "image_sizes")
+"""What processors say beside the patches of an item: how they lie, and how far the frames of a video are apart."""
 
 
 def vision_spans(mm_inputs: MultimodalInputs | None) -> tuple[Span, ...]:
@@ -43,6 +47,43 @@ def vision_runs(mm_inputs: MultimodalInputs | None, model: Any) -> tuple[Run, ..
             grids = ()
         runs.append(Run(begin, end, item.modality.name.lower(), number, grids))
     return tuple(sorted(runs, key=lambda run: run.begin))
+
+
+def name_by_arrangement(inputs: Any, *_: Any, **__: Any) -> None:
+    """After SGLang has named the images and videos of a request by their patches: name them by how these lie, too.
+
+    The name stands in the prompt in place of the item's tokens, so it decides who shares a prefix: 16 x 20 patches and
+    20 x 16 of the same are one prompt otherwise, and each is answered from the other's keys.
+    """
+    named = [item for item in inputs.mm_items if _rename(item)]
+    if named and inputs.padded_input_ids is not None:  # made with the names before, in the process that reads requests
+        from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+
+        inputs.padded_input_ids = MultimodalProcessorOutput.build_padded_input_ids(
+            inputs.padded_input_ids, inputs.mm_items
+        )
+
+
+def _rename(item: Any) -> bool:
+    """Whether there was something to say beside the patches."""
+    data = item.model_specific_data
+    said = {name: _plain(data[name]) for name in ARRANGEMENT if data.get(name) is not None}
+    if not said:
+        return False
+    name = hashlib.sha256(item.identity or item.hash.to_bytes(8, "big"))
+    name.update(repr(said).encode())
+    if item.identity is None:
+        item.set_hash(int.from_bytes(name.digest()[:8], "big"))
+    else:
+        item.set_identity(name.digest())
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in lists, whatever a processor keeps them in."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.counters import COUNTED, KEPT_RATIO, TOKENS_KEPT, TOKENS_SEEN, Counters, Figure
 from vlcache_sgl.memory.accounting import CellAccounting
@@ -22,11 +23,21 @@ RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1
 
 
 @dataclass(frozen=True)
+class Present:
+    """Where a scheduler's present figures are read."""
+
+    cells: CellAccounting
+    images: SharedImages
+    memory: HostMemory | None
+    """None: without host memory."""
+
+
+@dataclass(frozen=True)
 class Gauge:
     """What is there now."""
 
     figure: Figure
-    read: Callable[[CellAccounting, SharedImages], int]
+    read: Callable[[Present], int]
     in_state: str = ""
     """Its name in ``/server_info``, where it is another."""
 
@@ -40,34 +51,56 @@ PREFIX = "vlcache:"
 GAUGES = (
     Gauge(
         Figure("cells_total", "gauge", "cells of the arena; a cell is one token's K and V in one layer (or KV head)"),
-        lambda cells, images: cells.residency.num_cells,
+        lambda now: now.cells.residency.num_cells,
     ),
-    Gauge(Figure("cells_used", "gauge", "cells that hold a token"), lambda cells, images: cells.residency.used_cells),
-    Gauge(Figure("cells_free", "gauge", "cells that hold nothing"), lambda cells, images: cells.residency.free_cells),
+    Gauge(Figure("cells_used", "gauge", "cells that hold a token"), lambda now: now.cells.residency.used_cells),
+    Gauge(Figure("cells_free", "gauge", "cells that hold nothing"), lambda now: now.cells.residency.free_cells),
     Gauge(
         Figure("cells_tree", "gauge", "used cells that belong to the prefix tree: shared by all requests that match"),
-        lambda cells, images: cells.tree_cells,
+        lambda now: now.cells.tree_cells,
     ),
     Gauge(
         Figure("cells_evictable", "gauge", "cells of the tree that no running request relies on"),
-        lambda cells, images: cells.evictable_cells,
+        lambda now: now.cells.evictable_cells,
     ),
     Gauge(
         Figure(
             "pictures_whole", "gauge", "pictures that are shared uncompressed: too many questions missed parts of them"
         ),
-        lambda cells, images: images.settled,
+        lambda now: now.images.settled,
     ),
     Gauge(
         Figure("sketch_bytes", "gauge", "bytes of the sketches of evicted keys that guards read"),
-        lambda cells, images: images.sketch_bytes,
+        lambda now: now.images.sketch_bytes,
     ),
     Gauge(
-        Figure("cell_bytes", "gauge", "bytes of a cell"), lambda cells, images: cells.arena.cell_bytes, "bytes_per_cell"
+        Figure("host_tokens_total", "gauge", "tokens that host memory holds; 0 without `--kv-host-memory`"),
+        lambda now: 0 if now.memory is None else now.memory.host.num_tokens,
     ),
+    Gauge(
+        Figure("host_tokens_used", "gauge", "tokens in host memory, each whole"),
+        lambda now: 0 if now.memory is None else now.memory.host.used_tokens,
+    ),
+    Gauge(
+        Figure("host_bytes_per_token", "gauge", "bytes of a token in host memory"),
+        lambda now: 0 if now.memory is None else now.memory.host.token_bytes,
+    ),
+    Gauge(
+        Figure("host_bytes_written", "gauge", "bytes copied to host memory since the start"),
+        lambda now: 0 if now.memory is None else now.memory.host.written,
+    ),
+    Gauge(
+        Figure("host_bytes_read", "gauge", "bytes copied from host memory since the start"),
+        lambda now: 0 if now.memory is None else now.memory.host.read,
+    ),
+    Gauge(
+        Figure("staged_tokens", "gauge", "tokens brought back for a prefill, once per forward, since the start"),
+        lambda now: 0 if now.memory is None else now.memory.staged_tokens,
+    ),
+    Gauge(Figure("cell_bytes", "gauge", "bytes of a cell"), lambda now: now.cells.arena.cell_bytes, "bytes_per_cell"),
     Gauge(
         Figure("cells_per_token", "gauge", "cells of an uncompressed token"),
-        lambda cells, images: cells.residency.num_planes,
+        lambda now: now.cells.residency.num_planes,
     ),
 )
 FIGURES = (*COUNTED, *(gauge.figure for gauge in GAUGES))

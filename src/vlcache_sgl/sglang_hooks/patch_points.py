@@ -7,6 +7,7 @@ from typing import Any
 
 from vlcache_sgl.sglang_hooks import admission
 from vlcache_sgl.sglang_hooks.compat import ATTENTION_BACKENDS
+from vlcache_sgl.sglang_hooks.media import name_by_arrangement
 from vlcache_sgl.sglang_hooks.patching import PatchPoint
 from vlcache_sgl.sglang_hooks.requests import REPORT_KEY
 from vlcache_sgl.sglang_hooks.session import Session
@@ -82,6 +83,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
                 "charging a prompt in host memory a chunk and what it keeps",
             )
             for method in ("add_one_req", "add_chunked_req")
+        ),
+        PatchPoint(
+            "sglang.srt.managers.schedule_batch:MultimodalInputs.from_processor_output",
+            "after",
+            name_by_arrangement,
+            "telling images of the same patches in another arrangement apart",
         ),
         PatchPoint(
             f"{_SCHEDULER}.get_new_batch_prefill",

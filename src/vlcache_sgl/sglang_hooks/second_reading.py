@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import prefix_digest
 from vlcache_sgl.scoring.asked import Asked
@@ -139,9 +140,11 @@ class SecondReadings:
         scheduler = self._scheduler
         reader = self._reader(req, job, missing)
         length = len(reader.origin_input_ids)
-        if length < scheduler.max_req_input_len:
+        physical = scheduler.token_to_kv_pool_allocator.accounting.physical_tokens
+        fits = length < scheduler.max_req_input_len and longest_answer(length, 1, physical) == 1
+        if fits:
             scheduler.init_req_max_new_tokens(reader)
-        if length >= scheduler.max_req_input_len or reader.to_finish is not None:
+        if not fits or reader.to_finish is not None:
             raise Unreadable(f"with the second reading it has {length} tokens, more than fit")
         queue = scheduler.waiting_queue
         queue.insert(next(place for place, other in enumerate(queue) if other is req), reader)

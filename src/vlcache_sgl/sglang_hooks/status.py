@@ -12,7 +12,7 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.facades import StateOutput
-from vlcache_sgl.sglang_hooks.metrics import GAUGES, Metrics
+from vlcache_sgl.sglang_hooks.metrics import GAUGES, Metrics, Present
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Status:
         started.compressor.settle_counts(wait=True)
         residency = cells.residency
         slots_used = residency.num_slots - allocator.available_size()
+        now = self._present(started)
         return {
             "version": __version__,
             "policy": self._choices.default.policy.spec,
@@ -97,7 +98,7 @@ class Status:
             "scope": self._config.scope,
             "min_tokens": self._config.min_tokens,
             "overcommit": self._config.overcommit_factor,
-            **{gauge.key: gauge.read(cells, self._images) for gauge in GAUGES},
+            **{gauge.key: gauge.read(now) for gauge in GAUGES},
             "cells_requests": cells.request_cells,
             # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
             "cells_fragmented": residency.free_cells % residency.num_planes,
@@ -113,14 +114,17 @@ class Status:
             **started.compressor.counters.as_dict(),
         }
 
+    def _present(self, started: _Started) -> Present:
+        return Present(started.allocator.accounting, self._images, started.compressor.host)
+
     def _publish(self, started: _Started, metrics: Metrics) -> None:
         """Publish all figures."""
-        cells = started.allocator.accounting
-        cells.settle()
+        started.allocator.accounting.settle()
         started.compressor.settle_counts()
+        now = self._present(started)
         metrics.publish(
             started.compressor.counters,
-            {gauge.figure.name: gauge.read(cells, self._images) for gauge in GAUGES},
+            {gauge.figure.name: gauge.read(now) for gauge in GAUGES},
             counted=started.compressor.all_counted,
         )
         self._stale = False

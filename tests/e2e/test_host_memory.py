@@ -1,0 +1,175 @@
+"""`--kv-host-memory` on a real server: questions about a shared prefix answer as if they had been asked alone.
+
+The reference is another server with a large arena on which every request is private (`kv_share: off`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from vlcache_sgl.client.client import data_url, user_says
+
+POOL = 900
+"""Uncompressed tokens of the small server: one image of the larger ones below, and little beside it."""
+FLAGS = (
+    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-overcommit", "4"),
+    *("--max-total-tokens", str(POOL), "--chunked-prefill-size", "128"),
+)
+POLICIES = ("vlcache:density", "vlcache", "snapkv:window=8", "keydiff", "pyramidkv")
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture
+def small(servers: Any) -> Any:
+    server = servers.get(*FLAGS)
+    server.flush()
+    return server
+
+
+def options(tokens: int = 6, **params: Any) -> dict[str, Any]:
+    return {"max_tokens": tokens, "return_meta_info": True, "custom_params": params}
+
+
+def both(small: Any, alone: Any, an_ask: Any, asked: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    """Answers of the small server, eight at a time, after they were compared with those of requests alone."""
+    asked = [(turns, images, {"kv_policy": "vlcache:density", **params}) for turns, images, params in asked]
+    ours = small.ask_all([an_ask(turns, images, options(**params)) for turns, images, params in asked], at_once=8)
+    private = [an_ask(turns, images, options(kv_share="off", **params)) for turns, images, params in asked]
+    theirs = alone.ask_all(private, at_once=4)
+    assert [answer.text for answer in ours] == [answer.text for answer in theirs]
+    return ours
+
+
+def assert_nothing_held(server: Any) -> None:
+    server.flush()
+    state = server.settled()
+    assert state["cells_used"] == state["host_tokens_used"] == 0
+    assert state["virtual_slots_free"] == state["virtual_slots_total"]
+    assert state["integrity"] == []
+    server.assert_alive()
+
+
+def test_every_question_is_answered_as_if_alone(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
+    """Five policies and budgets, one prefix for all of them."""
+    drawn = [picture(60_000 + i, 16, 16 + 4 * i) for i in range(2)]
+    asked = [
+        (question.text, (d.image,), {"kv_policy": policy, "kv_budget": budget})
+        for policy, budget in zip(POLICIES, (0.1, 0.2, 0.05, 0.4, 0.3), strict=True)
+        for d in drawn
+        for question in d.questions
+    ]
+    answers = both(small, ours_tenth, an_ask, asked)
+    hits = sum(answer.cached_tokens >= 256 for answer in answers)
+    assert hits >= len(answers) - 2 * 4  # those that are computed at the same time find nothing
+    assert all(answer.report["kept_tokens_per_layer"] for answer in answers)
+    assert_nothing_held(small)
+
+
+def test_shared_images_are_answered_right(small: Any, picture: Any) -> None:
+    """Another question's copy would answer next to none of them."""
+    right = 0
+    for seed in range(60_100, 60_103):
+        drawn = picture(seed, 24, 24)
+        for question in drawn.questions:
+            answer = small.ask(question.text, drawn.image, **options())
+            right += answer.text.strip() == question.answer
+        assert answer.cached_tokens >= drawn.num_image_tokens
+        assert answer.report["shared_tokens"] == answer.cached_tokens
+    assert right >= 11
+    state = small.settled()
+    assert state["cells_requests"] == state["cells_used"] - state["cells_tree"] == 0
+    assert state["cells_tree"] <= 6, "the prefix tree holds host memory, not cells"
+    assert_nothing_held(small)
+
+
+def test_several_images_and_turns(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
+    """A prompt that another one continues, with a further image, or with the answer and a further question."""
+    first, second = picture(60_200, 16, 16), picture(60_201, 16, 20)
+    one, two, three = (question.text for question in first.questions[:3])
+    reply = small.ask(one, first.image, **options()).text
+    asked: list[Any] = [
+        (one, (first.image, second.image), {}),
+        (two, (first.image,), {}),
+        ([user_says(one, first.image), {"role": "assistant", "content": reply}, user_says(three)], (), {}),
+        (second.questions[0].text, (first.image, second.image), {"kv_budget": 0.3}),
+    ]
+    for ask in asked:
+        (answer,) = both(small, ours_tenth, an_ask, [ask])
+        assert answer.cached_tokens >= 256
+    assert_nothing_held(small)
+
+
+def test_a_prompt_larger_than_the_arena(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
+    images = tuple(picture(60_300 + i, 24, 24).image for i in range(4))
+    for question in picture(60_303, 24, 24).questions[:2]:
+        ((answer),) = both(small, ours_tenth, an_ask, [(question.text, images, {"kv_budget": 0.05})])
+        assert answer.prompt_tokens > 2.5 * POOL
+    state = small.settled()
+    assert state["host_bytes_written"] > answer.prompt_tokens * state["host_bytes_per_token"]
+    assert state["staged_tokens"] > 0
+    assert_nothing_held(small)
+
+
+def test_what_fits_neither_is_refused(small: Any, picture: Any) -> None:
+    images = [data_url(picture(60_400 + i, 32, 32).image) for i in range(6)]
+    for budget, status in ((0.3, 400), (1.0, 400)):
+        body = {
+            "text": f"<|im_start|>user\n{IMAGE * len(images)}red K?<|im_end|>\n<|im_start|>assistant\n",
+            "image_data": images,
+            "sampling_params": {"max_new_tokens": 2, "custom_params": {"kv_budget": budget}},
+        }
+        reply = httpx.post(f"{small.url}/generate", json=body, timeout=120)
+        assert reply.status_code == status, reply.text
+        assert "tokens" in reply.text
+    assert_nothing_held(small)
+
+
+def test_host_memory_overflows(small: Any, picture: Any) -> None:
+    """More images than it holds, in turns: whole prefixes go, nothing is wrong."""
+    capacity = small.settled()["host_tokens_total"]
+    drawn = [picture(60_500 + i, 24, 24) for i in range(capacity // 576 + 3)]
+    right = 0
+    for turn in range(2):
+        for d in drawn:
+            question = d.questions[turn]
+            right += small.ask(question.text, d.image, **options()).text.strip() == question.answer
+    assert right >= 2 * len(drawn) - 1
+    state = small.settled()
+    assert state["host_tokens_used"] <= capacity
+    assert state["integrity"] == []
+    assert_nothing_held(small)
+
+
+def test_disconnects_and_retractions(small: Any, picture: Any) -> None:
+    """Clients that leave at any moment of a prefill, and answers that outgrow the arena."""
+    drawn = [picture(60_600 + i, 24, 24) for i in range(4)]
+
+    def body(d: Any, tokens: int) -> dict[str, Any]:
+        text = f"<|im_start|>user\n{IMAGE}{d.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
+        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        return {"text": text, "image_data": data_url(d.image), "sampling_params": sampling}
+
+    def leave(number: int) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{small.url}/generate", json=body(drawn[number % 4], 200), timeout=0.05 + 0.04 * number)
+
+    threads = [threading.Thread(target=leave, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(
+            pool.map(lambda d: httpx.post(f"{small.url}/generate", json=body(d, 400), timeout=400).json(), drawn)
+        )
+    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [400] * 4
+    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
+    assert all(reply["text"].startswith(d.questions[0].answer) for reply, d in zip(replies, drawn, strict=True))
+    assert_nothing_held(small)
