@@ -27,10 +27,13 @@ from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import Description, describe, field_texts
 from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.common.pages import with_block, with_blocks  # noqa: E402
+
 PAGE = Path(__file__).with_name("policies.md")
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 METRICS = Path(__file__).with_name("metrics.md")
-ROOT = Path(__file__).parents[1]
 ARCHITECTURE = Path(__file__).with_name("architecture.md")
 SOURCES = tuple(ROOT / folder for folder in ("src/vlcache_sgl", "policies/vlcache_policies", "kernels/vlcache_kernels"))
 OWN = "vlcache-sgl"
@@ -74,15 +77,13 @@ def rendered(page: str) -> str:
         ),
         "prefix": "\n".join(f"* {i.kind} `{i.name}`: {i.prefix_hit}." for i in own if i.prefix_hit),
     }
-    for name, text in tables.items():
-        page = between_markers(page, name, text)
-    return page
+    return with_blocks(page, tables)
 
 
 def rendered_readme(page: str) -> str:
     """`page` with its table of flags made anew."""
     rows = [(flag_with_values(flag), flag_meaning(flag), flag.default) for flag in FLAGS]
-    return between_markers(page, "flags", table(("flag", "meaning", "default"), rows))
+    return with_block(page, "flags", table(("flag", "meaning", "default"), rows))
 
 
 def rendered_metrics(page: str) -> str:
@@ -90,7 +91,7 @@ def rendered_metrics(page: str) -> str:
     rows = [
         (code(published(figure)), figure.kind, ", ".join(map(code, figure.labels)), figure.text) for figure in FIGURES
     ]
-    return between_markers(page, "figures", table(("metric", "type", "further labels", "meaning"), rows))
+    return with_block(page, "figures", table(("metric", "type", "further labels", "meaning"), rows))
 
 
 def published(figure: Figure) -> str:
@@ -106,17 +107,6 @@ def flag_meaning(flag: Flag) -> str:
     # Choices stand beside the flag already.
     plain = flag.switch or "|" in flag.values.metavar
     return flag.help if plain else f"{flag.help}: {flag.values.words}"
-
-
-def between_markers(page: str, name: str, text: str) -> str:
-    page, count = re.subn(
-        rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
-        lambda match: f"{match[1]}{text}\n{match[2]}",
-        page,
-        flags=re.DOTALL,
-    )
-    assert count == 1, f"the page needs one pair of markers for {name}"
-    return page
 
 
 def reference() -> str:
@@ -173,7 +163,7 @@ def rendered_architecture(page: str) -> str:
     """`page` with its tables of folders, of their imports and of sizes made anew."""
     paths = sorted(path for source in SOURCES for path in source.rglob("*.py"))
     for name, text in (("tree", tree(paths)), ("imports", import_graph(paths)), ("sizes", sizes(paths))):
-        page = between_markers(page, name, text)
+        page = with_block(page, name, text)
     return page
 
 
