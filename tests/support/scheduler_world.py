@@ -331,7 +331,8 @@ class World:
             req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
             req.is_retracted = False
             self._write(req, req.prefix_len, req.extend_end)
-            if (job := job_of(req)) is not None and job.host is not None:
+            # What a retracted request had answered is computed again behind what it keeps.
+            if (job := job_of(req)) is not None and job.host is not None and job.host.own is None:
                 staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len
