@@ -83,10 +83,10 @@ bench-sharing: setup ## Measure what sharing a compressed picture costs and save
 	$(BIN)/python benchmarks/run.py sharing $(ARGS)
 
 bench-policies: setup ## Ask one question per picture under every policy; writes docs/policies-measured.md
-	$(BIN)/python benchmarks/policies.py $(ARGS)
+	$(BIN)/python benchmarks/run.py policies $(ARGS)
 
 fidelity: setup ## Count right answers under every policy and budget; goes on where it stopped; writes docs/fidelity.md
-	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+	$(BIN)/python benchmarks/run.py fidelity $(ARGS)
 
 judge: setup ## Ask a real pretrained language model under every policy and budget; goes on where it stopped; writes docs/fidelity.md
 	$(BIN)/python -m benchmarks.judge $(ARGS)
@@ -95,10 +95,10 @@ soak: setup ## Abuse one server for 20 minutes, then check its books, answers an
 	$(BIN)/python benchmarks/run.py soak $(ARGS)
 
 gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network
-	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu.check $(ARGS)
 
 gpu-e2e: ## Time whole servers on a CUDA device, budget 1.0 against 0.1; GPU_PYTHON needs SGLang and this package
-	$(GPU_PYTHON) benchmarks/gpu_e2e.py $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu.e2e $(ARGS)
 
 real-model: setup ## Build a pretrained 135 M model, for text and for images, in out/smollm2; instant when it is there
 	$(BIN)/python -m models.smollm2.build $(ARGS)

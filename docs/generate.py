@@ -24,9 +24,12 @@ from vlcache_sgl.config import FLAGS, Flag
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import Description, describe, field_texts
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.common.pages import with_block, with_blocks  # noqa: E402
+
 PAGE = Path(__file__).with_name("policies.md")
-README = Path(__file__).parents[1] / "README.md"
-ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 ARCHITECTURE = Path(__file__).with_name("architecture.md")
 SOURCES = tuple(ROOT / folder for folder in ("src/vlcache_sgl", "policies/vlcache_policies", "kernels/vlcache_kernels"))
 OWN = "vlcache-sgl"
@@ -70,15 +73,13 @@ def rendered(page: str) -> str:
         ),
         "prefix": "\n".join(f"* {i.kind} `{i.name}`: {i.prefix_hit}." for i in own if i.prefix_hit),
     }
-    for name, text in tables.items():
-        page = between_markers(page, name, text)
-    return page
+    return with_blocks(page, tables)
 
 
 def rendered_readme(page: str) -> str:
     """`page` with its table of flags made anew."""
     rows = [(flag_with_values(flag), flag_meaning(flag), flag.default) for flag in FLAGS]
-    return between_markers(page, "flags", table(("flag", "meaning", "default"), rows))
+    return with_block(page, "flags", table(("flag", "meaning", "default"), rows))
 
 
 def flag_with_values(flag: Flag) -> str:
@@ -89,17 +90,6 @@ def flag_meaning(flag: Flag) -> str:
     # Choices stand beside the flag already.
     plain = flag.switch or "|" in flag.values.metavar
     return flag.help if plain else f"{flag.help}: {flag.values.words}"
-
-
-def between_markers(page: str, name: str, text: str) -> str:
-    page, count = re.subn(
-        rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
-        lambda match: f"{match[1]}{text}\n{match[2]}",
-        page,
-        flags=re.DOTALL,
-    )
-    assert count == 1, f"the page needs one pair of markers for {name}"
-    return page
 
 
 def reference() -> str:
@@ -156,7 +146,7 @@ def rendered_architecture(page: str) -> str:
     """`page` with its tables of folders, of their imports and of sizes made anew."""
     paths = sorted(path for source in SOURCES for path in source.rglob("*.py"))
     for name, text in (("tree", tree(paths)), ("imports", import_graph(paths)), ("sizes", sizes(paths))):
-        page = between_markers(page, name, text)
+        page = with_block(page, name, text)
     return page
 
 

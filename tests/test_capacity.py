@@ -1,4 +1,4 @@
-"""The arithmetic of capacity against what a server measured: the committed results of benchmarks/capacity.py."""
+"""The arithmetic of capacity against what a server measured: the committed results of benchmarks/capacity."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Parts of `gpu_check.py`: timing, the cases, a decode kernel to measure with, the report.  None imports SGLang."""
+"""Programs for a CUDA device: `check` of the kernels, which imports no SGLang, and `e2e` of whole servers."""

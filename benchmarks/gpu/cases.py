@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.decode import providers
-from gpu.sizes import Model, Sizes
-from gpu.timing import Clock, Measurement, samples_of
+from benchmarks.gpu.decode import providers
+from benchmarks.gpu.sizes import Model, Sizes
+from benchmarks.gpu.timing import Clock, Measurement, samples_of
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_kernels.residency_index import append_tokens, residency_index
 from vlcache_kernels.select import free_list, select

@@ -1,6 +1,6 @@
 """Decode attention over ragged cells, to measure with: FlashInfer where it can be imported, else a kernel of our own.
 
-The kernel is a yardstick for `gpu_check.py` on a machine that has only PyTorch and Triton; the server uses
+The kernel is a yardstick for `check.py` on a machine that has only PyTorch and Triton; the server uses
 FlashInfer's or SGLang's kernels.  It splits the keys of a request over programs and joins the parts in a second launch.
 
 Bytes: K and V of every kept cell once, ``4 * D`` bytes per cell and head in 16-bit types, and its 4 bytes of index.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gpu.timing import Measurement
+from benchmarks.gpu.timing import Measurement
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The shapes that `gpu_check.py` measures; `TINY` is the dry run."""
+"""The shapes that `check.py` measures; `TINY` is the dry run."""
 
 from __future__ import annotations
 

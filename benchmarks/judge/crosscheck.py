@@ -24,8 +24,9 @@ from vlcache_sgl.evaluation.report import markdown_table
 from vlcache_sgl.evaluation.stats import bootstrap, mean
 from vlcache_sgl.policy import resolve
 
-from ..host import ROOT, host_block
-from ..pages import with_block
+from ..common.host import ROOT, host_block
+from ..common.pages import with_block
+from ..common.results import RESULTS, save
 from .cases import Asked, CaseId, CaseMaker
 from .decisions import Decisions, Medium, reads_twice
 from .page import PAGE
@@ -35,7 +36,7 @@ from .verdicts import Judge, Verdict
 MODEL = ROOT / "out/smollm2/text"
 PROMPTS = ROOT / "out/judge/prompts.json"
 RECORDED = ROOT / "tests/oracles/kvpress_smollm2.json"
-RESULT = ROOT / "benchmarks/results/judge-crosscheck.json"
+RESULT = RESULTS / "judge-crosscheck.json"
 ASKED = ("needle:500", "list:250")
 SEEDS = range(100, 110)
 TWINS = {
@@ -197,9 +198,9 @@ def main() -> int:
             "kvpress": recorded["versions"],
         }
         result = {**head, "summary": rows}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        written = save(RESULT, result)
         PAGE.write_text(rendered(PAGE.read_text(), result))
-        console.print(f"written: {RESULT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+        console.print(f"written: {written} and {PAGE.relative_to(ROOT)}")
     return 0
 
 

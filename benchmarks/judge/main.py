@@ -29,7 +29,8 @@ from vlcache_sgl.policy import PolicyError, resolve
 from vlcache_sgl.policy.policy import Policy
 from vlcache_sgl.weights import ModelWeights, read_weights
 
-from ..host import ROOT, host_block
+from ..common.host import ROOT, host_block
+from ..common.results import save
 from . import page
 from .cases import CaseId
 from .conditions import BUDGETS, CONTENDERS, FULL, MEDIA, SHARED, VARIANTS, Condition, conditions, recipes
@@ -252,8 +253,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     whole = {"tasks": ASKED, "seeds": f"{SEEDS[0]}-{SEEDS[-1]}", "policies": None, "budgets": BUDGETS, "media": MEDIA}
     is_whole = all(getattr(arguments, name) == value for name, value in whole.items())
     output = arguments.output or (page.RESULT if is_whole else QUICK)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(dump(result))
+    save(output, result, dump(result))
     for medium, turn in _tables(asked):
         console.print(f"\n{medium}, {turn} question: right answers (interval), log-probability")
         console.print(page.policies_table(medium, turn)(result), soft_wrap=True, markup=False)

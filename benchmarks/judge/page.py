@@ -9,14 +9,15 @@ from typing import Any
 
 from vlcache_sgl.evaluation.report import markdown_table
 
-from ..host import ROOT
-from ..pages import with_block
+from ..common.host import ROOT
+from ..common.pages import with_blocks
+from ..common.results import RESULTS
 from .conditions import FULL, MEDIA, Condition, parse_condition
 from .summary import ALL, Row
 
 PAGE = ROOT / "docs/fidelity.md"
 FIGURE = ROOT / "docs/figures/judge.png"
-RESULT = ROOT / "benchmarks/results/judge.json"
+RESULT = RESULTS / "judge.json"
 DEFAULT = "vlcache"
 """The recipe that the documentation tells users to begin with."""
 BEST = 4
@@ -32,10 +33,11 @@ def committed() -> dict[str, Any] | None:
 
 def rendered(page: str, result: Mapping[str, Any] | None) -> str:
     """`page` with the judge's blocks made anew."""
-    for name, make in BLOCKS.items():
-        block = "Not measured yet." if result is None else f"{make(result)}\n\n{origin(result)}"
-        page = with_block(page, name, block)
-    return page
+    blocks = {
+        name: "Not measured yet." if result is None else f"{make(result)}\n\n{origin(result)}"
+        for name, make in BLOCKS.items()
+    }
+    return with_blocks(page, blocks)
 
 
 def origin(result: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from benchmarks.common.pages import with_blocks
 
 from .checkpoint import HERE
 
@@ -68,15 +69,9 @@ TABLES: dict[str, Callable[[dict[str, Json]], str]] = {
 
 
 def rendered(card: str) -> str:
-    """The card with every `<!-- table: NAME -->` block filled from the results files."""
+    """The card with every table between its markers made anew from the results files."""
     results = {name: json.loads((HERE / "results" / f"{name}.json").read_text()) for name in NAMES}
-    for name, table in TABLES.items():
-        block = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not block.search(card):
-            raise ValueError(f"{CARD.name} has no block for the table {name!r}")
-        text = table(results)
-        card = block.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", card)
-    return card
+    return with_blocks(card, {name: f"\n{table(results)}\n" for name, table in TABLES.items()})
 
 
 def _compressed_table(entry: Json) -> str:

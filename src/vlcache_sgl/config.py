@@ -100,11 +100,11 @@ class KVConfig:
     weights: str = "auto"
     """What layers and heads of the model need: a file, ``auto`` (what was measured of this model, if need be on this
     start) or ``off``."""
-    host_memory: HostSize = "off"
+    host_memory: HostSize = "auto"
     """Memory beside the KV pool in which every token of a compressed prompt lies whole, per rank."""
-    share: Share = "policy"
-    """What other requests find of a compressed picture: what the first one's policy kept (``policy``), a copy made for
-    everybody (``tiered``), or nothing (``off``)."""
+    share: Share = "exact"
+    """What other requests find of a compressed prefix: all of it, in host memory (``exact``), what the first one's
+    policy kept (``policy``), a copy made for everybody (``tiered``), or nothing (``off``)."""
     share_budget: float = 0.2
     """Share of a picture's cells that a copy for everybody keeps."""
     share_scorer: str = "keydiff"
@@ -115,6 +115,11 @@ class KVConfig:
     """Whether questions about a shared picture are watched (``observe``), what they lack fetched (``enforce``)."""
     guard_threshold: float = 0.2
     """Share of a question's attention that may fall on evicted tokens, in (0, 1)."""
+
+    @property
+    def wants_host_memory(self) -> bool:
+        """Whether there is to be host memory: ``auto`` is for servers that share without loss."""
+        return self.host_memory != "off" and (self.host_memory != "auto" or self.share == "exact")
 
     @property
     def share_policy(self) -> str:
@@ -318,6 +323,10 @@ def _object_to_threshold(config: KVConfig) -> str | None:
     return "does nothing without --kv-guard observe or enforce" if config.guard == "off" else None
 
 
+def _object_to_share(config: KVConfig) -> str | None:
+    return "needs host memory" if config.share == "exact" and config.host_memory == "off" else None
+
+
 FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-policy",
@@ -360,9 +369,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-share",
         one_of(get_args(Share)),
-        "What other requests find of an image: what the first request's policy kept (`policy`), a copy made for all "
-        "questions (`tiered`), nothing (`off`)",
-        "tiered with --kv-profile, policy without",
+        "What other requests find of a prompt's beginning: all of it, from host memory (`exact`), what the first "
+        "request's policy kept (`policy`), a copy of an image made for all questions (`tiered`), nothing (`off`)",
+        "exact with host memory, off without, tiered with --kv-profile",
+        _object_to_share,
     ),
     Flag("--kv-share-budget", fraction(), "Share of an image that a copy for all questions keeps"),
     Flag("--kv-share-scorer", SCORER, "Scorer of such a copy, which must not look at the question"),
@@ -404,8 +414,8 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     parsed = {flag.field: flag.read(value) for flag, value in given.items()}
     if "profile" in parsed:
         parsed.setdefault("share", "tiered")  # who has a profile expects later questions
-    if parsed.get("host_memory", "off") != "off":
-        parsed.setdefault("share", "exact")
+    if parsed.get("host_memory") == "off":
+        parsed.setdefault("share", "off")  # what one question kept answers others badly
     config = KVConfig(**parsed)
     for flag, value in given.items():
         if objection := flag.objection(config):

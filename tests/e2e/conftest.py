@@ -7,8 +7,12 @@ ordered by the servers they use, so that each of the shared ones starts once in 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +43,8 @@ FLAGS = (
 TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
 """What SGLang logs when a process dies or its idle check finds tokens missing; other tracebacks are harmless."""
 FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
-TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1", "--enable-metrics")
+"""The server of most tests; the flag adds `/metrics`."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def ours_full(servers: Servers) -> Server:
 
 @pytest.fixture
 def ours_tenth(servers: Servers) -> Server:
-    """`--kv-policy vlcache --kv-budget 0.1`."""
+    """`--kv-policy vlcache --kv-budget 0.1`, with metrics."""
     return servers.get(*TENTH)
 
 
@@ -193,6 +198,62 @@ LIMITS = (
 def limited(servers: Servers) -> Server:
     """A server that lets requests choose little, and compresses texts too."""
     return servers.get(*LIMITS)
+
+
+BY_HEAD = (
+    *("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells"),
+    *("--kv-guard", "observe", "--kv-scope", "all"),
+)
+
+
+@pytest.fixture
+def by_head(servers: Servers) -> Server:
+    """A server with cells per KV head, whose default policy splits a budget between heads; empty."""
+    server = servers.get(*BY_HEAD)
+    server.flush()
+    return server
+
+
+PLUGINS = Path(__file__).parent / "plugins"
+EXAMPLE = ROOT / "examples/third_party_policy"
+
+
+def with_paths(*folders: Path) -> dict[str, str]:
+    """The environment in which the distributions of these folders count as installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *([inherited] if inherited else [])])}
+
+
+def _installer() -> list[str]:
+    """pip of this environment, or the uv that made it."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install", "--quiet"]
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if uv is None:
+        pytest.skip("neither pip nor uv")
+    return [uv, "pip", "install", "--quiet", "--offline", "--python", sys.executable]
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of processes for which the package of `examples/third_party_policy` is installed, and the broken
+    policies of `plugins/` too.  Built and installed as users would; nothing is fetched, nothing stays."""
+    pytest.importorskip("hatchling", reason="`make setup` installs it")
+    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("installed")
+    source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "package")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(wheels)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
+    install = [*_installer(), "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    assert (target / "vlcache_edges.py").exists()
+    return with_paths(target, PLUGINS / "broken_policies")
+
+
+@pytest.fixture
+def foreign(servers: Servers, installed: dict[str, str]) -> Server:
+    """A server whose default policy is another distribution's, and for which broken policies are installed."""
+    return servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", env=installed)
 
 
 @functools.cache
@@ -216,8 +277,9 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "ours_full", "stock", "limited", "servers")
-"""Tests run in the order of the first of these that they use: the pair `ours_full`, `stock` is alive together."""
+_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers")
+"""Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
+them: with another order servers would start twice."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -56,7 +56,7 @@ def test_openai_client(ours_tenth: Any, picture: Any, tmp_path: Path, source: st
     assert after["vision_seen_by_layer"][0] - (before["vision_seen_by_layer"] or [0])[0] == drawn.num_image_tokens
 
 
-@pytest.mark.parametrize("backend", ["sglang-oai-chat", "sglang"])
+@pytest.mark.parametrize("backend", ["sglang-oai-chat", pytest.param("sglang", marks=pytest.mark.slow)])
 def test_benchmark_of_sglang(ours_tenth: Any, tmp_path: Path, backend: str) -> None:
     """`sglang.bench_serving` with random pictures: all requests complete, all prompts are compressed.
 

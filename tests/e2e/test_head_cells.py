@@ -7,35 +7,25 @@ from typing import Any
 import pytest
 
 BUDGET = 0.2
-FLAGS = (
-    *("--kv-policy", "snapkv:heads=split", "--kv-budget", str(BUDGET), "--kv-head-cells"),
-    *("--kv-guard", "observe"),
-)
+"""Of the server `by_head`."""
 KV_HEADS = 2
 WHOLE: dict[str, Any] = {"custom_params": {"kv_budget": 1.0}}
 
 
-@pytest.fixture
-def server(servers: Any) -> Any:
-    server = servers.get(*FLAGS)
-    server.flush()
-    return server
-
-
-def test_whole_caches_answer_as_stock(server: Any, stock: Any, picture: Any, an_ask: Any) -> None:
+def test_whole_caches_answer_as_stock(by_head: Any, stock: Any, picture: Any, an_ask: Any) -> None:
     """Cells per head, several chunks, hits and misses, eight at a time: the same tokens."""
     drawn = [picture(7900 + i, 16, 16 + 4 * i) for i in range(4)]
     asked = [(question.text, d.image) for d in drawn for question in d.questions[:2]]
-    ours = server.ask_all([an_ask(text, (image,), WHOLE) for text, image in asked], at_once=8)
+    ours = by_head.ask_all([an_ask(text, (image,), WHOLE) for text, image in asked], at_once=8)
     theirs = stock.ask_all([an_ask(text, (image,)) for text, image in asked], at_once=8)
     assert [answer.text for answer in ours] == [answer.text for answer in theirs]
 
 
-def test_each_head_keeps_its_own(server: Any, picture: Any) -> None:
+def test_each_head_keeps_its_own(by_head: Any, picture: Any) -> None:
     drawn = picture(7910, 24, 24)
     options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_report": "positions"}}
-    answer = server.ask(drawn.questions[0].text, drawn.image, **options)
-    state = server.settled()
+    answer = by_head.ask(drawn.questions[0].text, drawn.image, **options)
+    state = by_head.settled()
     layers = len(answer.report["kept_positions"])
     assert state["cells_per_token"] == layers * KV_HEADS
     front = answer.report["front_tokens"]  # stays whole, beside the budget of the rest
@@ -48,13 +38,15 @@ def test_each_head_keeps_its_own(server: Any, picture: Any) -> None:
     assert answer.text.strip() == drawn.questions[0].answer
 
 
-def test_each_head_keeps_as_many_as_it_wins(server: Any, picture: Any) -> None:
+def test_each_head_keeps_as_many_as_it_wins(by_head: Any, picture: Any) -> None:
     """The default policy ranks all heads of all layers where the model's weights are not known; the sum is exact."""
     drawn = picture(7912, 24, 24)
-    before = server.settled()
+    before = by_head.settled()
     params = {"kv_policy": "vlcache", "kv_report": "positions"}
-    answer = server.ask(drawn.questions[0].text, drawn.image, max_tokens=8, return_meta_info=True, custom_params=params)
-    after, kept = server.settled(), answer.report["kept_tokens_per_layer"]
+    answer = by_head.ask(
+        drawn.questions[0].text, drawn.image, max_tokens=8, return_meta_info=True, custom_params=params
+    )
+    after, kept = by_head.settled(), answer.report["kept_tokens_per_layer"]
     front = answer.report["front_tokens"]
     total = len(kept) * front + round(BUDGET * len(kept) * (answer.prompt_tokens - front))
     assert after["cells_kept"] - before["cells_kept"] == total * KV_HEADS
@@ -66,15 +58,15 @@ def test_each_head_keeps_as_many_as_it_wins(server: Any, picture: Any) -> None:
     assert answer.text.strip() == drawn.questions[0].answer
 
 
-def test_a_second_question_shares_and_is_read(server: Any, picture: Any) -> None:
+def test_a_second_question_shares_and_is_read(by_head: Any, picture: Any) -> None:
     drawn = picture(7911, 24, 24)
     options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_share": "tiered"}}
-    first, second = (server.ask(question.text, drawn.image, **options) for question in drawn.questions[:2])
+    first, second = (by_head.ask(question.text, drawn.image, **options) for question in drawn.questions[:2])
     assert first.report["share"] == "tiered"
     assert second.cached_tokens >= drawn.num_image_tokens
     assert 0 < second.report["guard"]["missing"] < 1
-    server.flush()
-    state = server.settled()
+    by_head.flush()
+    state = by_head.settled()
     assert state["cells_used"] == 0
     assert state["integrity"] == []
-    server.assert_alive()
+    by_head.assert_alive()

@@ -10,8 +10,12 @@ import pytest
 from vlcache_sgl.client.client import model_says, user_says
 
 FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
-CHUNKING = {"chunked": (), "unchunked": ("--chunked-prefill-size", "-1")}
-SCHEDULING = {"overlap": (), "sequential": ("--disable-overlap-schedule",)}
+UNCHUNKED, SEQUENTIAL = ("--chunked-prefill-size", "-1"), ("--disable-overlap-schedule",)
+OTHER_SCHEDULES = {
+    "unchunked-overlap": UNCHUNKED,
+    "chunked-sequential": SEQUENTIAL,
+    "unchunked-sequential": (*UNCHUNKED, *SEQUENTIAL),
+}
 TOLERANCES = {"float32": 2e-3, "bfloat16": 0.25}
 """Largest difference of a chosen token's log probability.  bfloat16 has 8 bits: logits near 16 step by 1/16."""
 GRIDS = [(8, 10), (10, 11), (12, 20), (16, 16), (16, 16), (20, 32), (24, 24), (24, 24), (32, 32), (32, 32)]
@@ -88,29 +92,32 @@ def largest_difference(stock: Any, ours: Any, asks: list[Any], at_once: int, sam
     return largest
 
 
-def matrix() -> list[Any]:
-    """Every combination; the one that SGLang uses by default is in the default run."""
-    default = ("chunked", "overlap")
-    return [
-        pytest.param(c, s, id=f"{c}-{s}", marks=() if (c, s) == default else pytest.mark.slow)
-        for c in CHUNKING
-        for s in SCHEDULING
-    ]
-
-
-@pytest.mark.parametrize(("chunking", "scheduling"), matrix())
-def test_same_tokens_as_stock(
-    servers: Any, asks: list[Any], record_property: Callable[[str, object], None], chunking: str, scheduling: str
+def assert_same_tokens(
+    stock: Any, ours: Any, asks: list[Any], record_property: Callable[[str, object], None], name: str
 ) -> None:
-    flags = (*CHUNKING[chunking], *SCHEDULING[scheduling])
-    stock, ours = servers.get(*flags), servers.get(*FULL, *flags)
     for at_once in (1, 8):
         largest = largest_difference(stock, ours, asks, at_once)
         record_property(f"largest_logprob_difference_{at_once}", largest)
-        print(f"{chunking} {scheduling}, {at_once} at once: largest log probability difference {largest:.2e}")
+        print(f"{name}, {at_once} at once: largest log probability difference {largest:.2e}")
         assert largest < TOLERANCES["float32"]
     ours.assert_alive()
     assert ours.kv_state()["policy_failures"] == 0
+
+
+def test_same_tokens_as_stock(
+    stock: Any, ours_full: Any, asks: list[Any], record_property: Callable[[str, object], None]
+) -> None:
+    """In chunks and with overlap, as SGLang does by default."""
+    assert_same_tokens(stock, ours_full, asks, record_property, "chunked overlap")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", OTHER_SCHEDULES.values(), ids=OTHER_SCHEDULES.keys())
+def test_same_tokens_however_it_is_scheduled(
+    servers: Any, asks: list[Any], record_property: Callable[[str, object], None], flags: tuple[str, ...]
+) -> None:
+    stock, ours = servers.get(*flags), servers.get(*FULL, *flags)
+    assert_same_tokens(stock, ours, asks, record_property, " ".join(flags))
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ Bundled weights answer questions; these only have to be computed alike.
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks.models.make_tiny import make_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -78,13 +79,8 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`tiny(name)`: the folder of a model."""
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "benchmarks/make_tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     folder = tmp_path_factory.mktemp("tiny")
-    return lambda name: BUNDLED if name == BUNDLED.name else script.make_tiny(name, folder / name)
+    return lambda name: BUNDLED if name == BUNDLED.name else make_tiny(name, folder / name)
 
 
 def served(servers: Any, tiny: Any, name: str, *flags: str) -> Any:

@@ -6,7 +6,6 @@ come to the same verdicts; a policy that forgets what a question needs misses th
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,19 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:  # `benchmarks` and `models` are folders of programs, not installed packages
-    sys.path.insert(0, str(ROOT))
+from benchmarks.judge.cases import CaseId
+from benchmarks.judge.conditions import Condition
+from benchmarks.judge.verdicts import Judge
+from models.smollm2.build import build_text, build_vision
+from models.smollm2.check import SLOT, prompt_of
+from vlcache_sgl.client.client import data_url
+from vlcache_sgl.evaluation.tasks.cells import draw_text
+from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED, make_document
+from vlcache_sgl.policy import resolve
+from vlcache_sgl.weights import read_weights
 
-from benchmarks.judge.cases import CaseId  # noqa: E402
-from benchmarks.judge.conditions import Condition  # noqa: E402
-from benchmarks.judge.verdicts import Judge  # noqa: E402
-from models.smollm2.build import build_text, build_vision  # noqa: E402
-from models.smollm2.check import SLOT, prompt_of  # noqa: E402
-from vlcache_sgl.client.client import data_url  # noqa: E402
-from vlcache_sgl.evaluation.tasks.cells import draw_text  # noqa: E402
-from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED, make_document  # noqa: E402
-from vlcache_sgl.policy import resolve  # noqa: E402
-from vlcache_sgl.weights import read_weights  # noqa: E402
+ROOT = Path(__file__).parents[2]
+
 
 WEIGHTS = ROOT / "models/smollm2/weights.json"
 CASES = [CaseId("needle", 250, FIRST_DEVELOPMENT_SEED + number) for number in range(8)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,6 @@ def test_the_better_policy_has_the_better_recall(ours_tenth: Any, picture: Any) 
 @pytest.mark.parametrize("policy", ["vlcache", "snapkv", "random"])
 def test_as_transformers_attends(ours_tenth: Any, picture: Any, policy: str) -> None:
     """The first decoded token's attention in the stock model, and the positions that the server says it keeps."""
-    if str(ROOT) not in sys.path:  # `models` is a folder of programs, not an installed package
-        sys.path.insert(0, str(ROOT))
     from models.tinyvlm.probe import Probe
 
     drawn = picture(8102, 24, 24)

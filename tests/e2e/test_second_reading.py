@@ -17,7 +17,6 @@ ZIP: dict[str, Any] = {
     "return_meta_info": True,
     "custom_params": {"kv_policy": "kvzip", "kv_budget": BUDGET},
 }
-HEADS = ("--kv-policy", "kvzip", "--kv-budget", str(BUDGET), "--kv-head-cells", "--kv-scope", "all")
 KV_HEADS = 2
 TOTALS = ("requests_compressed", "policy_failures", "second_readings", "prefix_hits")
 
@@ -105,18 +104,10 @@ def test_what_cannot_be_read_twice_stays_whole_and_says_so(ours_tenth: Any, pict
     assert_empty_after_flush(server)
 
 
-@pytest.fixture
-def by_head(servers: Any) -> Any:
-    server = servers.get(*HEADS)
-    server.flush()
-    return server
-
-
 def test_each_head_keeps_as_many_as_it_wins(by_head: Any, picture: Any) -> None:
     drawn = picture(7954, 24, 24)
     before = by_head.settled()
-    options = {"max_tokens": 8, "return_meta_info": True}
-    answers = [by_head.ask(question.text, drawn.image, **options) for question in drawn.questions[:2]]
+    answers = [by_head.ask(question.text, drawn.image, **ZIP) for question in drawn.questions[:2]]
     after = by_head.settled()
     assert after["second_readings"] - before["second_readings"] == 1
     assert after["policy_failures"] == before["policy_failures"]
@@ -137,7 +128,7 @@ def test_text_is_read_twice_where_all_prompts_are_compressed(by_head: Any) -> No
     """A document, two questions behind it: the first one's reading serves the second."""
     document = " ".join(f"line {number} says {number * 7 % 100}" for number in range(60))
     before = by_head.settled()
-    options = {"max_tokens": 4, "return_meta_info": True, "custom_params": {"kv_policy": "kvzip"}}
+    options = {**ZIP, "max_tokens": 4}
     first, second = (by_head.ask(f"{document} {question}", **options) for question in ("line 5?", "line 40?"))
     assert grown(by_head, before)["second_readings"] == 1
     assert first.report["ratio"] == pytest.approx(BUDGET, abs=0.01)

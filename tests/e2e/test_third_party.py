@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-EXAMPLE = Path(__file__).parents[2] / "examples/third_party_policy"
-COMMON = ("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle")
 
 
 def run(*command: str, **options: Any) -> str:
@@ -24,47 +18,22 @@ def run(*command: str, **options: Any) -> str:
     return ran.stdout
 
 
-def installer() -> list[str]:
-    """pip of this environment, or the uv that made it."""
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "install", "--quiet"]
-    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if uv is None:
-        pytest.skip("neither pip nor uv")
-    return [uv, "pip", "install", "--quiet", "--offline", "--python", sys.executable]
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of processes for which the example is installed.  Nothing is fetched, nothing stays."""
-    pytest.importorskip("hatchling", reason="`make setup` installs it")
-    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("installed")
-    source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "package")
-    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(wheels), cwd=source)
-    (wheel,) = wheels.glob("*.whl")
-    run(*installer(), "--no-deps", "--no-index", "--target", str(target), str(wheel))
-    assert (target / "vlcache_edges.py").exists()
-    inherited = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(target), *([inherited] if inherited else [])])}
-
-
 def test_the_command_line_knows_it(installed: dict[str, str]) -> None:
     text = run(sys.executable, "-m", "vlcache_sgl.cli.main", "policies", "edges", env={**os.environ, **installed})
     for word in ("policy edges", "edges x uniform", "power", "vlcache-edges 0.1.0"):
         assert word in text
 
 
-def test_a_server_compresses_with_it(servers: Any, installed: dict[str, str], picture: Any) -> None:
+def test_a_server_compresses_with_it(foreign: Any, picture: Any) -> None:
     """Its name is all that vlcache-sgl is told."""
-    server = servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", common=COMMON, env=installed)
-    drawn = picture(8500, 24, 24)
+    server, drawn = foreign, picture(8500, 24, 24)
     before = server.settled()
     assert before["policy"] == "edges:power=2"
     answer = server.ask(drawn.questions[0].text, drawn.image, return_meta_info=True)
     after = server.settled()
     assert answer.completion_tokens > 0
     assert after["requests_compressed"] == before["requests_compressed"] + 1
-    assert after["policy_failures"] == 0
+    assert after["policy_failures"] == before["policy_failures"]
     seen, kept = (after[key] - before[key] for key in ("cells_seen", "cells_kept"))
     layers, front = len(answer.report["kept_tokens_per_layer"]), answer.report["front_tokens"]
     whole = layers * front  # what stands in front of the image stays
@@ -74,19 +43,16 @@ def test_a_server_compresses_with_it(servers: Any, installed: dict[str, str], pi
     server.ask(drawn.questions[0].text, drawn.image, custom_params={"kv_policy": "snapkv"})
     after = server.settled()
     assert after["requests_compressed"] == before["requests_compressed"] + 3
-    assert after["policy_failures"] == 0
+    assert after["policy_failures"] == before["policy_failures"]
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 24), (24, 16)])
-def test_a_policy_sees_the_grid_of_the_image(
-    servers: Any, installed: dict[str, str], picture: Any, rows: int, columns: int
-) -> None:
+def test_a_policy_sees_the_grid_of_the_image(foreign: Any, picture: Any, rows: int, columns: int) -> None:
     """`center` keeps text and what lies nearest to the middle; on any other grid those would be other tokens."""
-    server = servers.get("--kv-policy", "edges:power=2", "--kv-budget", "0.2", common=COMMON, env=installed)
-    drawn = picture(8501, rows, columns)
+    server, drawn = foreign, picture(8501, rows, columns)
     params = {"kv_policy": "center", "kv_report": "positions"}
     answer = server.ask(drawn.questions[0].text, drawn.image, custom_params=params, return_meta_info=True)
     (run,) = answer.report["vision"]

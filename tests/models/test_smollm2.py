@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # `models` is a folder of programs, not an installed package
-    sys.path.insert(0, str(ROOT))
+from vlcache_sgl.evaluation.tasks import cells, prose, reading
 
-from vlcache_sgl.evaluation.tasks import cells, prose, reading  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
 
 SEEDS = (reading.FIRST_DEVELOPMENT_SEED, reading.FIRST_TEST_SEED)
 SIZES = (250, 2000)

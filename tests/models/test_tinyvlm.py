@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from vlcache_sgl.evaluation.tasks import receipts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "models" / "tinyvlm"
@@ -29,11 +30,6 @@ STOCK_FILES = {
 SIZE_LIMIT = 20 * 2**20
 UNSEEN_SEED = 900_000
 """Pictures that neither training nor the results files have used."""
-
-if str(ROOT) not in sys.path:  # `models` is a folder of programs, not an installed package
-    sys.path.insert(0, str(ROOT))
-
-from vlcache_sgl.evaluation.tasks import receipts  # noqa: E402
 
 
 @cache

@@ -105,8 +105,8 @@ class Choices:
             policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
                 raise PolicyError(f"policy {spec!r} keeps other tokens per KV head, which needs --kv-head-cells")
-            if share == "exact" and self._config.host_memory == "off":
-                raise ConfigError("kv_share exact needs a server with --kv-host-memory")
+            if share == "exact" and not self._config.wants_host_memory:
+                raise ConfigError("kv_share exact needs a server with host memory (--kv-host-memory)")
             if policy.reads_twice and share == "exact":
                 share = "policy"  # its copy serves all questions
             if policy.reads_twice and share == "tiered":

@@ -296,6 +296,7 @@ class ServerArgs(Protocol):
     triton_attention_num_kv_splits: Any
     attention_backend: str | None
     radix_eviction_policy: str
+    disable_radix_cache: bool
     disable_prefill_cuda_graph: bool
     dtype: Any
     device: Any
@@ -350,6 +351,7 @@ class Configurator(Protocol):
     kv_cache_dtype: torch.dtype
     layer_info: LayerInfo
     model_config: ModelConfig
+    server_args: ServerArgs
 
 
 class PoolConfig(Protocol):

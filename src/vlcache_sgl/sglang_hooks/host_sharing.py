@@ -89,7 +89,7 @@ class HostSharing:
         if group is not None:
             tokens = group.broadcast_object(tokens if rank == 0 else None, src=0)
         if tokens < 1:
-            if config.host_memory not in ("auto", "off"):
+            if config.host_memory not in ("auto", "off") and not model_runner.server_args.disable_radix_cache:
                 raise ConfigError(f"--kv-host-memory {config.host_memory} holds no token")
             return None
         accounting = allocator.accounting

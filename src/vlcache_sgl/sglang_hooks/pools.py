@@ -39,7 +39,8 @@ class Pools:
         """After SGLang has sized its pool: what it calls tokens becomes virtual slots."""
         self.refuse_model(configurator)
         stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
-        self.host_tokens = host_tokens(self._config.host_memory, shape, stock)
+        if self._config.wants_host_memory and not configurator.server_args.disable_radix_cache:
+            self.host_tokens = host_tokens(self._config.host_memory, shape, stock)
         pool = compressed_pool(
             stock,
             shape,

@@ -57,16 +57,16 @@ class Session:
         served = self._require_ours(scheduler)
         if self.choices.default.policy.reads_twice and scheduler.tree_cache.disable:
             raise ConfigError(f"--kv-policy {self.config.policy} needs the prefix cache: omit --disable-radix-cache")
+        if scheduler.tree_cache.disable and self.config.host_memory not in ("auto", "off"):
+            raise ConfigError("--kv-host-memory needs the prefix cache: omit --disable-radix-cache")
         if served.host is not None:
-            if scheduler.tree_cache.disable:
-                raise ConfigError("--kv-share exact needs the prefix cache: omit --disable-radix-cache")
             served.host.attach(scheduler.tree_cache)
         scheduler.tree_cache.row_listener = served.backend.invalidate
         self.scheduling.start(scheduler)
         reporter = scheduler.metrics_reporter
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         self.status.start(served.compressor, scheduler.token_to_kv_pool_allocator, labels)
-        self._say_what_is_served()
+        self._say_what_is_served(served)
 
     def _require_ours(self, scheduler: Scheduler) -> ServedModel:
         served = self.model.served
@@ -81,13 +81,14 @@ class Session:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
         return served
 
-    def _say_what_is_served(self) -> None:
+    def _say_what_is_served(self, served: ServedModel) -> None:
         config = self.config
         logger.info(
-            "KV cache: policy %s, budget %s, pictures shared: %s, guard: %s, model weights: %s",
+            "KV cache: policy %s, budget %s, prefixes shared: %s, host memory: %d tokens, guard: %s, model weights: %s",
             config.policy,
             config.budget,
             config.share,
+            0 if (host := served.host) is None else host.memory.host.num_tokens,
             config.guard,
             "not known" if self.choices.weights is None else self.choices.weights.digest,
         )

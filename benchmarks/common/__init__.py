@@ -1,0 +1,1 @@
+"""What several subjects use: the machine they ran on, prompts and timing, results, generated parts of pages."""

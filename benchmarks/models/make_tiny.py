@@ -1,0 +1,185 @@
+"""Write a tiny model of another architecture with random weights: is it served, spans, positions and accounting alike?
+
+    python benchmarks/models/make_tiny.py qwen3_vl out/tiny/qwen3_vl
+
+Tokenizer and chat template are those of the bundled model; answers are nonsense.  LLaVA is in the original checkpoint
+format (`LlavaQwenForCausalLM`), with a CLIP vision tower in a folder beside the weights; SGLang runs that in half
+precision, so it is to be served with `--dtype float16`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BUNDLED = Path(__file__).parents[2] / "models/tinyvlm/grounded"
+SEED = 2410_23317
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 4, 128, 4, 2, 32
+IDS = {"image_token_id": 372, "video_token_id": 373, "vision_start_token_id": 369, "vision_end_token_id": 370}
+TEXT: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 256,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 367,
+    "eos_token_id": 368,
+    "pad_token_id": 366,
+    "tie_word_embeddings": False,
+}
+MEAN, DEVIATION = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+TILE, PATCH = 84, 14
+"""Pixels of LLaVA's tiles and patches: 36 tokens each."""
+
+
+def qwen2_vl(folder: Path) -> None:
+    """`Qwen2VLForConditionalGeneration`."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    # `in_chans`: published checkpoints name it so, and SGLang reads that name.
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "in_chans": 3}
+    config = Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, **IDS)
+    _save(Qwen2VLForConditionalGeneration(config), folder)
+    _copy(folder)
+    _processor(folder, "Qwen2VLProcessor", patch=14)
+
+
+def qwen3_vl(folder: Path) -> None:
+    """`Qwen3VLForConditionalGeneration`, with one layer of deep stacking."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 16,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": [0],
+    }
+    text = {**TEXT, "head_dim": HEAD_DIM, "rope_parameters": rope, "rope_scaling": rope}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **IDS)
+    _save(Qwen3VLForConditionalGeneration(config), folder)
+    _copy(folder)
+    _processor(folder, "Qwen3VLProcessor", patch=16)
+
+
+def llava(folder: Path) -> None:
+    """`LlavaQwenForCausalLM` with tiles of any resolution (``anyres``, unpadded)."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+
+    tower = folder / "clip"  # SGLang recognises the kind of tower by its path
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=TILE,
+        patch_size=PATCH,
+    )
+    _save(CLIPVisionModel(vision), tower)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_mean=MEAN, image_std=DEVIATION
+    )
+    processor.save_pretrained(tower)
+    processor.save_pretrained(folder)
+    text = Qwen2Config(**TEXT, rope_theta=1e4)
+    weights = dict(_random(Qwen2ForCausalLM(text)).state_dict())
+    for layer, (width, name) in enumerate(((64, "0"), (HIDDEN, "2"))):
+        weights[f"model.mm_projector.{name}.weight"] = torch.randn(HIDDEN, width) * 0.1
+        weights[f"model.mm_projector.{name}.bias"] = torch.randn(HIDDEN) * 0.1 * layer
+    weights["model.image_newline"] = torch.randn(HIDDEN) * 0.1
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    config = {
+        **text.to_dict(),
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava",
+        "dtype": "float32",
+        "mm_vision_tower": str(tower.resolve()),
+        "mm_hidden_size": 64,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_token_index": IDS["image_token_id"],
+        "image_grid_pinpoints": [[TILE * w, TILE * h] for w, h in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (3, 3))],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _copy(folder)
+    # Its own tokenizer's chat template has one place-holder per picture and nothing around it.
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
+    )
+
+
+MODELS: dict[str, Callable[[Path], None]] = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "llava": llava}
+
+
+def make_tiny(name: str, folder: Path) -> Path:
+    """Write the model to `folder` unless it is there already."""
+    stamp = folder / "made-from.json"
+    recipe = json.dumps({"name": name, "script": Path(__file__).read_text()})
+    if not (stamp.exists() and stamp.read_text() == recipe):
+        import torch
+
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        torch.manual_seed(SEED)
+        MODELS[name](folder)
+        stamp.write_text(recipe)
+    return folder
+
+
+def _random(model: Any) -> Any:
+    """Larger weights than transformers' own, so that attention looks somewhere and outputs differ."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0.0, 1.0 / weight[0].numel() ** 0.5)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.02)
+    return model
+
+
+def _save(model: Any, folder: Path) -> None:
+    import torch
+
+    _random(model.to(torch.float32)).save_pretrained(folder)
+
+
+def _copy(folder: Path) -> None:
+    """Tokenizer and chat template of the bundled model."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
+        shutil.copy(BUNDLED / name, folder / name)
+
+
+def _processor(folder: Path, name: str, patch: int) -> None:
+    settings = json.loads((BUNDLED / "preprocessor_config.json").read_text())
+    settings |= {"processor_class": name, "patch_size": patch}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
+    video = {**settings, "video_processor_type": name.replace("Processor", "VideoProcessor")}
+    video.pop("image_processor_type")
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    print(make_tiny(given.name, given.folder))

@@ -1,0 +1,1 @@
+"""Speed beside stock SGLang, and the table of it in README.md."""
