@@ -2,7 +2,8 @@
 
 The tables of docs/policies.md come from the registry (only what this distribution provides is listed, whatever else is
 installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields, README's
-table of flags from the flags' records, the tables of docs/architecture.md from the source.
+table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics, the tables of
+docs/architecture.md from the source.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 
 from vlcache_sgl.api import Budget, Grid, LayerView, Needs, Patches, Prompt, Rows, Selection
 from vlcache_sgl.config import FLAGS, Flag
+from vlcache_sgl.counters import Figure
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import Description, describe, field_texts
+from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,7 @@ from benchmarks.common.pages import with_block, with_blocks  # noqa: E402
 
 PAGE = Path(__file__).with_name("policies.md")
 README = ROOT / "README.md"
+METRICS = Path(__file__).with_name("metrics.md")
 ARCHITECTURE = Path(__file__).with_name("architecture.md")
 SOURCES = tuple(ROOT / folder for folder in ("src/vlcache_sgl", "policies/vlcache_policies", "kernels/vlcache_kernels"))
 OWN = "vlcache-sgl"
@@ -80,6 +84,19 @@ def rendered_readme(page: str) -> str:
     """`page` with its table of flags made anew."""
     rows = [(flag_with_values(flag), flag_meaning(flag), flag.default) for flag in FLAGS]
     return with_block(page, "flags", table(("flag", "meaning", "default"), rows))
+
+
+def rendered_metrics(page: str) -> str:
+    """`page` with its table of figures made anew."""
+    rows = [
+        (code(published(figure)), figure.kind, ", ".join(map(code, figure.labels)), figure.text) for figure in FIGURES
+    ]
+    return with_block(page, "figures", table(("metric", "type", "further labels", "meaning"), rows))
+
+
+def published(figure: Figure) -> str:
+    """The name under which Prometheus finds it."""
+    return PREFIX + figure.name + ("_total" if figure.kind == "counter" else "")
 
 
 def flag_with_values(flag: Flag) -> str:
@@ -231,5 +248,6 @@ def module_at(path: Path) -> Any:
 if __name__ == "__main__":
     ARCHITECTURE.write_text(rendered_architecture(ARCHITECTURE.read_text()))
     PAGE.write_text(rendered(PAGE.read_text()))
+    METRICS.write_text(rendered_metrics(METRICS.read_text()))
     README.write_text(rendered_readme(README.read_text()))
     REFERENCE.write_text(reference())

@@ -125,6 +125,11 @@ def test_the_table_of_flags_in_the_readme_is_up_to_date(generate):
     assert generate.README.read_text() == generate.rendered_readme(generate.README.read_text())
 
 
+def test_the_table_of_metrics_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after adding a statistic or changing its text."""
+    assert generate.METRICS.read_text() == generate.rendered_metrics(generate.METRICS.read_text())
+
+
 def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):
     """Run ``python docs/generate.py`` after changing a class of the api."""
     assert generate.REFERENCE.read_text() == generate.reference()

@@ -2,61 +2,180 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 MOST_RATIOS = 4096
 """Ratios that wait for the metrics; beyond that the oldest are dropped."""
 
 
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric, as it is published and documented."""
+
+    name: str
+    """Without prefix, and without the ending that its kind has."""
+    kind: Kind
+    text: str
+    """What it counts: part of a sentence, in Markdown."""
+    labels: tuple[str, ...] = ()
+    """Beside the labels that SGLang's own figures have."""
+
+    @property
+    def help(self) -> str:
+        """The same as a sentence of plain text."""
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", self.text).replace("`", "")
+        return f"{plain[0].upper()}{plain[1:]}."
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a field of `Counters` becomes a metric."""
+
+    figure: Figure
+    labels: tuple[str, ...] = ()
+    """Values of the figure's labels, where the field is one of its series."""
+    unit: float = 1.0
+    """What the field counts of the metric's units, inverse: 1000 for milliseconds in seconds."""
+
+
+PUBLISHED = "published"
+DIGITS = "digits"
+
+
+def count(figure: Figure | None = None, *labels: str) -> Any:
+    """A field that counts whole things; without a figure it is in ``/server_info`` only."""
+    return field(default=0, metadata={} if figure is None else {PUBLISHED: Published(figure, labels)})
+
+
+def time_ms(figure: Figure | None = None) -> Any:
+    """A field in milliseconds, published in seconds; several fields of one figure are added up."""
+    shown: dict[str, Any] = {DIGITS: 3}
+    return field(default=0.0, metadata=shown if figure is None else {**shown, PUBLISHED: Published(figure, unit=1e3)})
+
+
+def published(figure: Figure) -> Mapping[str, Published]:
+    """Metadata of a field that holds more than a number."""
+    return {PUBLISHED: Published(figure)}
+
+
+REQUESTS_SKIPPED = Figure(
+    "requests_skipped",
+    "counter",
+    "prompts left alone: `short` (fewer new tokens than `--kv-min-tokens`, as in a follow-up question), `scope` (no "
+    "image), `budget` (1.0 was asked for), `recall` (only measured, see below), `second_reading` (not read twice, with "
+    "a policy that [asks for that](policies.md#a-second-reading))",
+    ("reason",),
+)
+GUARD_TRIPS = Figure(
+    "guard_trips",
+    "counter",
+    "questions that missed more than `--kv-guard-threshold`, by where it was seen: `prefill`, or only in `decode`",
+    ("seen_in",),
+)
+GUARD_SECONDS = Figure("guard_seconds", "counter", "host time spent on guard readings, within forwards")
+TOKENS_SEEN = Figure(
+    "tokens_seen",
+    "counter",
+    "tokens of compressed prompts, once per layer (and per KV head with `--kv-head-cells`)",
+    (
+        "modality",
+        "layers",
+    ),
+)
+TOKENS_KEPT = Figure(
+    "tokens_kept",
+    "counter",
+    "what was kept of them",
+    (
+        "modality",
+        "layers",
+    ),
+)
+KEPT_RATIO = Figure("kept_ratio", "histogram", "kept share of a compressed prompt's own tokens")
+
+
 @dataclass
 class Counters:
-    """Totals since the server's start.  Cells are counted per plane, tokens per layer."""
+    """Totals since the server's start.  Cells are counted per plane, tokens per layer.
 
-    requests_compressed: int = 0
-    requests_skipped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``short`` (below --kv-min-tokens), ``scope`` (no image), ``budget`` (1.0 keeps everything), ``recall``
-    (decided on and measured, not evicted from), ``second_reading`` (what was not read twice, with a policy that
-    asks for that)."""
-    policy_failures: int = 0
-    cells_seen: int = 0
-    cells_kept: int = 0
-    seen_by_layer: list[int] = field(default_factory=list)
-    kept_by_layer: list[int] = field(default_factory=list)
+    Each field is declared once: ``/server_info``, the metrics and the table in docs/metrics.md follow from here.
+    """
+
+    requests_compressed: int = count(Figure("requests_compressed", "counter", "prompts that were compressed"))
+    requests_skipped: Counter[str] = field(default_factory=Counter, metadata=published(REQUESTS_SKIPPED))
+    policy_failures: int = count(
+        Figure(
+            "policy_failures",
+            "counter",
+            "prompts that keep their full cache because the policy failed on them; the log names it",
+        )
+    )
+    cells_seen: int = count()
+    cells_kept: int = count()
+    seen_by_layer: list[int] = field(default_factory=list, metadata=published(TOKENS_SEEN))
+    kept_by_layer: list[int] = field(default_factory=list, metadata=published(TOKENS_KEPT))
     vision_seen_by_layer: list[int] = field(default_factory=list)
     """What of `seen_by_layer` came from images and videos; the rest is text."""
     vision_kept_by_layer: list[int] = field(default_factory=list)
-    prefix_hits: int = 0
-    """Prompts that found vision tokens in a compressed prefix."""
-    prefix_hit_tokens: int = 0
-    """Tokens of these prompts that came from the prefix."""
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RATIOS))
-    """Kept share of each compressed prompt, in [0, 1], since the metrics last took them."""
-    guard_readings: int = 0
-    """Questions about a shared picture whose missing attention was estimated."""
-    guard_missing: float = 0.0
-    """Sum of these estimates, each in [0, 1]."""
-    guard_trips: int = 0
-    """Readings above the threshold."""
-    guard_trips_in_decode: int = 0
-    """Questions whose prefill missed little, but whose first decode steps missed more than the threshold."""
-    expansions: int = 0
-    """Pictures computed anew because of one."""
-    guard_ms: float = 0.0
-    """Host time of readings of prefill rows."""
-    guard_decode_ms: float = 0.0
-    """The same of first decode steps."""
-    second_readings: int = 0
-    """Prompts, up to the end of their images, that were read twice and compressed."""
-    second_reading_ms: float = 0.0
-    """Wall time of forwards that contained one of them."""
-    host_ms: float = 0.0
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RATIOS), metadata=published(KEPT_RATIO))
+    """Kept share of each compressed prompt, in [0, 1], since the metrics last took them; not in ``/server_info``."""
+    prefix_hits: int = count(
+        Figure("prefix_hits", "counter", "prompts that found vision tokens in a compressed prefix")
+    )
+    prefix_hit_tokens: int = count(
+        Figure("prefix_hit_tokens", "counter", "tokens of these prompts that came from the prefix")
+    )
+    guard_readings: int = count(
+        Figure(
+            "guard_readings",
+            "counter",
+            "questions about a shared picture whose missing attention was estimated ([sharing](sharing.md))",
+        )
+    )
+    guard_missing: float = field(
+        default=0.0,
+        metadata={
+            DIGITS: 4,
+            PUBLISHED: Published(Figure("guard_missing", "counter", "sum of these estimates, each a share in [0, 1]")),
+        },
+    )
+    guard_trips: int = count(GUARD_TRIPS, "prefill")
+    guard_trips_in_decode: int = count(GUARD_TRIPS, "decode")
+    expansions: int = count(
+        Figure("expansions", "counter", "pictures computed anew because of one; several trips may share one")
+    )
+    guard_ms: float = time_ms(GUARD_SECONDS)
+    """Of readings of prefill rows."""
+    guard_decode_ms: float = time_ms(GUARD_SECONDS)
+    """Of readings of first decode steps."""
+    second_readings: int = count(
+        Figure(
+            "second_readings",
+            "counter",
+            "prompts that were read twice, for policies that [ask for that](policies.md#a-second-reading)",
+        )
+    )
+    second_reading_ms: float = time_ms(
+        Figure("second_reading_seconds", "counter", "wall time of forwards that contained one of them")
+    )
+    host_ms: float = time_ms()
     """Host time spent on moving tokens to host memory and on mapping what is staged."""
-    prefill_ms: float = 0.0
-    """Wall time of forwards that contained a compressed prompt."""
-    scoring_ms: float = 0.0
-    selection_ms: float = 0.0
+    prefill_ms: float = time_ms(
+        Figure("prefill_seconds", "counter", "wall time of forwards that contained a compressed prompt")
+    )
+    scoring_ms: float = time_ms(
+        Figure("scoring_seconds", "counter", "host time spent on scoring, within these forwards")
+    )
+    selection_ms: float = time_ms(
+        Figure("selection_seconds", "counter", "host time spent on budgets, selection and eviction, likewise")
+    )
 
     def skipped(self, reason: str) -> None:
         """One request is left alone."""
@@ -92,30 +211,29 @@ class Counters:
         self.guard_trips += tripped
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "requests_compressed": self.requests_compressed,
-            "requests_skipped": dict(self.requests_skipped),
-            "policy_failures": self.policy_failures,
-            "cells_seen": self.cells_seen,
-            "cells_kept": self.cells_kept,
-            "seen_by_layer": self.seen_by_layer,
-            "kept_by_layer": self.kept_by_layer,
-            "vision_seen_by_layer": self.vision_seen_by_layer,
-            "vision_kept_by_layer": self.vision_kept_by_layer,
-            "prefix_hits": self.prefix_hits,
-            "prefix_hit_tokens": self.prefix_hit_tokens,
-            "guard_readings": self.guard_readings,
-            "guard_missing": round(self.guard_missing, 4),
-            "guard_trips": self.guard_trips,
-            "guard_trips_in_decode": self.guard_trips_in_decode,
-            "expansions": self.expansions,
-            "guard_ms": round(self.guard_ms, 3),
-            "guard_decode_ms": round(self.guard_decode_ms, 3),
-            "second_readings": self.second_readings,
-            "second_reading_ms": round(self.second_reading_ms, 3),
-            "host_ms": round(self.host_ms, 3),
-            "prefill_ms": round(self.prefill_ms, 3),
-            "scoring_ms": round(self.scoring_ms, 3),
-            "selection_ms": round(self.selection_ms, 3),
-        }
+        """JSON-ready: ``/server_info``."""
+        return {one.name: _shown(getattr(self, one.name), one.metadata) for one in fields(self) if one.name != "ratios"}
+
+    def totals(self) -> dict[tuple[Figure, tuple[str, ...]], float]:
+        """What has been counted one by one, by figure and values of its labels; layers and ratios are left out."""
+        found: dict[tuple[Figure, tuple[str, ...]], float] = {}
+        for one in fields(self):
+            how: Published | None = one.metadata.get(PUBLISHED)
+            value = getattr(self, one.name)
+            if how is None or isinstance(value, (list, deque)):
+                continue
+            series = value.items() if isinstance(value, Counter) else [(None, value)]
+            for label, total in series:
+                key = (how.figure, how.labels if label is None else (label,))
+                found[key] = found.get(key, 0.0) + total / how.unit
+        return found
+
+
+def _shown(value: Any, metadata: Mapping[str, Any]) -> Any:
+    if isinstance(value, Counter):
+        return dict(value)
+    return round(value, metadata[DIGITS]) if DIGITS in metadata else value
+
+
+COUNTED = tuple(dict.fromkeys(one.metadata[PUBLISHED].figure for one in fields(Counters) if PUBLISHED in one.metadata))
+"""Figures of `Counters`, in order."""

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.runtime_context import get_context
 
 from vlcache_sgl.api import Span
+from vlcache_sgl.sglang_hooks.jobs import job_of
 
 SYSTEM = (1, 2, 3)
 IMAGES = tuple(tuple(range(100 * k, 100 * k + 6 + 7 * k)) for k in range(1, 6))
@@ -37,10 +38,14 @@ class CapacityMachine(RuleBasedStateMachine):
         eviction_policy=st.sampled_from(["slru", "lru"]),
         expected=st.sampled_from([0.0, 0.3, 1.0]),
         trips=st.sampled_from([0.0, 0.3, 1.0]),
+        host=st.sampled_from([0, 60, 400]),
     )
-    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, trips: float) -> None:
-        """`expected`: share of an answer's limit that admission reckons with; `trips`: of questions that trip."""
-        self.world = World(physical, chunk, eviction_policy)
+    def begin(
+        self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, trips: float, host: int
+    ) -> None:
+        """`expected`: share of an answer's limit that admission reckons with; `trips`: of questions that trip; `host`:
+        tokens of host memory."""
+        self.world = World(physical, chunk, eviction_policy, host)
         self.world.new_token_ratio_tracker = NewTokenRatioTracker(init=expected, min=0.0, decay=0.01, current=expected)
         self.world.random = random.Random(seed)
         self.world.late_share = 0.5
@@ -97,6 +102,21 @@ class CapacityMachine(RuleBasedStateMachine):
         span = Span(len(SYSTEM), len(SYSTEM) + len(image))
         for tail in tails:
             self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span, twice=True)
+
+    @precondition(lambda self: self.world.host is not None)
+    @rule(
+        images=st.lists(st.sampled_from(IMAGES), min_size=1, max_size=5),
+        tails=st.lists(st.lists(st.integers(10, 13), min_size=1, max_size=6), min_size=1, max_size=4),
+        key=st.sampled_from([None, "tenant"]),
+        tokens=st.integers(1, 20),
+    )
+    def ask_about_images_in_host_memory(
+        self, images: list[tuple[int, ...]], tails: list[list[int]], key: str | None, tokens: int
+    ) -> None:
+        """Prompts up to twice the arena, each with a selection of its own."""
+        for tail in tails:
+            ids = (*SYSTEM, *(token for image in images for token in image), *tail, 9)
+            self.world.submit(ids, key=key, tokens=tokens, exact=True)
 
     @rule(
         image=st.sampled_from(IMAGES),
@@ -216,6 +236,9 @@ class CapacityMachine(RuleBasedStateMachine):
         world = self.world
         before, self.read = self.read, {}
         for req in world.owners():
+            job = job_of(req)
+            if job is not None and job.host is not None and job.host.own is None:
+                continue  # its row names what the tree shares
             row = world.rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].long()
             resident = world.arena.residency.table[:, row] >= 0
             known = before.get((req.rid, req.retraction_count))
@@ -231,6 +254,8 @@ class CapacityMachine(RuleBasedStateMachine):
         self.world.flush()
         assert self.world.arena.residency.used_cells == 0
         assert self.world.allocator.available_size() == SLOTS
+        host = self.world.allocator.accounting.host
+        assert host is None or host.used_tokens == 0
 
 
 SLOW_TO_SET_UP = [HealthCheck.too_slow, HealthCheck.filter_too_much]

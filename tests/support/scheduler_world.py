@@ -23,23 +23,28 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from vlcache_sgl.api import Span
+from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.capacity import longest_answer
+from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import config_from
 from vlcache_sgl.counters import Counters
+from vlcache_sgl.memory.host_pool import HostPool
+from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.expansion import Expansions
+from vlcache_sgl.sglang_hooks.host_sharing import HostSharing
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 
 PLANES = 3
-SLOTS = 600
+SLOTS = 900
 MIN_TOKENS = 8
 
 
@@ -75,6 +80,17 @@ class Event:
         self.passed = True
 
 
+class LaggingHostMemory(HostMemory):
+    """Of a device that may be behind with what it frees."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.allocator.accounting, world.allocator.alloc_bare)
+        self._world = world
+
+    def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
+        self._world.retire(slots, keep)
+
+
 class Batch:
     """The running requests, as admission sees SGLang's batch."""
 
@@ -97,8 +113,8 @@ class Batch:
 class World:
     """One scheduler over real parts.  Names as on SGLang's `Scheduler`, because the hooks are given this."""
 
-    def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru") -> None:
-        """`physical`: uncompressed tokens that the arena holds."""
+    def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru", host: int = 0) -> None:
+        """`physical`: uncompressed tokens that the arena holds; `host`: tokens that host memory holds."""
         pool = KVArena(
             num_cells=physical * PLANES,
             groups=1,
@@ -117,7 +133,7 @@ class World:
         )
         self.arena = pool.arena
         self.allocator = VirtualSlotAllocator(pool, physical_tokens=physical, need_sort=False)
-        self.rows = ReqToTokenPool(size=16, max_context_len=2 * physical, device="cpu", enable_memory_saver=False)
+        self.rows = ReqToTokenPool(size=16, max_context_len=4 * physical, device="cpu", enable_memory_saver=False)
         self.tree = CompressedPrefixTree(
             CacheInitParams(
                 disable=False,
@@ -155,6 +171,13 @@ class World:
         self.processed_tokens_counter = 0
         self.readings = SecondReadings(self)
         self.enable_overlap = False
+        self.host: HostSharing | None = None
+        if host:
+            accounting = self.allocator.accounting
+            accounting.host = HostPool(PLANES, SLOTS, host, self.arena.cells)
+            model = Prompt(0, 0, (), PLANES, 1, 1, 1)
+            self.host = HostSharing(LaggingHostMemory(self), accounting, model)
+            self.host.attach(self.tree)
         self.tree.copy_listener = self.expansions.published
         self.tree.reset_listener = self.images.clear
         self.aborted_for_memory = 0
@@ -172,16 +195,18 @@ class World:
         tokens: int = 4,
         picture: Span | None = None,
         twice: bool = False,
+        exact: bool = False,
     ) -> Req | None:
         """Queue a request; None when it is refused because it can never fit.
 
         Args:
             picture: where a picture lies that is shared under a guard.
             twice: whether its policy reads the prompt twice.
+            exact: whether its prefix is shared without loss, in host memory.
         """
-        room = self.allocator.max_new_tokens_for_memory(
-            len(ids), tokens, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
-        )
+        if exact:
+            return self._submit_exact(ids, key, tokens)
+        room = longest_answer(len(ids), tokens, self.allocator.accounting.physical_tokens)
         if room is None:
             return None
         self.names += 1
@@ -200,11 +225,28 @@ class World:
         self.waiting.append(req)
         return req
 
+    def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int) -> Req | None:
+        assert self.host is not None
+        req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=tokens))
+        job = CompressionJob(Asked(self.choice, (), len(ids), MIN_TOKENS))
+        if not self.host.admits(job):
+            return None
+        self.host.begin(req, job)
+        assert job.host is not None
+        job.host.first_row = max(0, len(ids) - self.random.randint(1, 4))
+        if self.host.fit(req, job) is not None:
+            return None
+        self.names += 1
+        give_job(req, job)
+        req.extra_key = f"{key or ''}|kv|exact"
+        most = req._compute_max_prefix_len
+        req._compute_max_prefix_len = lambda length: self.host.limit_hit(most(length), req)
+        self.waiting.append(req)
+        return req
+
     def init_req_max_new_tokens(self, req: Req) -> None:
-        room = self.allocator.max_new_tokens_for_memory(
-            len(req.origin_input_ids), 1, token_capacity=SLOTS, sliding_window_size=None, chunk_size=self.chunk
-        )
-        if room is None:
+        physical = self.allocator.accounting.physical_tokens
+        if longest_answer(len(req.origin_input_ids), 1, physical) is None:
             req.to_finish = FINISH_ABORT("too long")
 
     @property
@@ -250,11 +292,13 @@ class World:
         )
         if self.chunked_req is not None:
             self.chunked_req.init_next_round_input()
+            admission.consider_request(adder, self.chunked_req)
             self.chunked_req = adder.add_chunked_req(self.chunked_req)
         for req in list(self.waiting):
             if adder.budget_state() == AddReqResult.OTHER or len(self.batch.reqs) + len(adder.can_run_list) >= 12:
                 break
             req.init_next_round_input(self.tree)
+            admission.consider_request(adder, req)
             result = adder.add_one_req(req, has_chunked_req=self.chunked_req is not None, truncation_align_size=None)
             if result != AddReqResult.CONTINUE:
                 if result == AddReqResult.NO_TOKEN:
@@ -279,6 +323,7 @@ class World:
         assert self.rows.alloc(reqs) is not None
         # Raises when admission has let in more than there is.
         slots = alloc_token_slots(self.tree, sum(req.extend_len for req in reqs))
+        staged = []
         for req, prefix, mine in zip(reqs, prefixes, slots.split([req.extend_len for req in reqs]), strict=True):
             row = req.kv.req_pool_idx
             self.rows.write((row, slice(0, req.prefix_len)), prefix.to(torch.int32))
@@ -286,11 +331,13 @@ class World:
             req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
             req.is_retracted = False
             self._write(req, req.prefix_len, req.extend_end)
+            if (job := job_of(req)) is not None and job.host is not None:
+                staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len
             req.extend_batch_idx += 1
             job = job_of(req)
-            if job is not None:
+            if job is not None and job.host is None:
                 if job.progress.reached is not None and job.progress.reached != req.prefix_len:
                     job.restart()
                 if job.progress.reached is None:
@@ -305,6 +352,9 @@ class World:
                         job.sharing.guard = Reading()  # type: ignore[assignment]
                     elif self.random.random() < self.late_trip_share:
                         job.sharing.decode_guard = LateReading(req)  # type: ignore[assignment]
+        self._attend(staged)
+        for req, _ in staged:
+            self._end_chunk(req)
         self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
         for req in reqs:
             if req.is_retracted:
@@ -316,17 +366,62 @@ class World:
                 self.batch.reqs.append(req)
         self._finish_those_at_their_end()
 
+    def _attend(self, staged: list[tuple[Req, torch.Tensor]]) -> None:
+        """Layer after layer, every token of a prefix is within reach, and is the right one."""
+        if not staged:
+            return
+        assert self.host is not None
+        memory = self.host.memory
+        memory.stage([slots for _, slots in staged])
+        for plane in range(PLANES):
+            memory.staging.fill(slice(plane, plane + 1))
+            for req, slots in staged:
+                cells = self.arena.residency.table[plane, slots].long()
+                assert (cells > 0).all(), "a token of the prefix is neither in the arena nor in host memory"
+                marks = self._marks(req, 0, len(slots))[plane]
+                assert torch.equal(self.arena.cells[cells, 0, 0, 0], marks), f"{req.rid} is shown others' tokens"
+        memory.staging.end()
+
+    def _end_chunk(self, req: Req) -> None:
+        """As `Compressor.end_chunk` and `Compressor.finish`."""
+        job = job_of(req)
+        assert self.host is not None
+        assert job is not None
+        assert job.host is not None
+        memory, length = self.host.memory, job.asked.length
+        row = self.rows.req_to_token[req.kv.req_pool_idx]
+        slots = row[req.prefix_len : min(req.extend_end, length)].long()
+        job.progress.reached = req.extend_end
+        if slots.numel():
+            if not memory.write_back(slots):
+                job.host.unwritten = True
+            elif req.extend_end < length:
+                memory.release_chunk(slots)
+        if req.extend_end >= length:
+            keep = torch.tensor([[self.random.random() < 0.2 for _ in range(length)] for _ in range(PLANES)])
+            if length < MIN_TOKENS:
+                keep[:] = True
+            most = PLANES * int(job.host.ratio * length)
+            keep &= keep.flatten().cumsum(0).view_as(keep) <= most
+            job.host.own = memory.settle(row[:length].long(), keep)  # raises when admission has let in too many
+            row[:length] = job.host.own.private.to(row.dtype)
+            job.progress.done = True
+
+    def retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
+        """Evict; now and then the host learns of the end later."""
+        event = Event() if self.random.random() < self.late_share else None
+        eviction = self.arena.residency.evict(slots, keep)
+        self.allocator.accounting.retire(eviction, event)
+        if event is not None:
+            self.evictions.append((event, eviction.cells[: int(eviction.count)]))
+
     def _compress(self, req: Req, job: CompressionJob) -> None:
         if job.sharing.image is not None and job.sharing.generation > job.sharing.image.generation:
             self.images.learn(job.sharing.image)
         start = job.report.fields["start"]
         slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.asked.length].long()
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])
-        event = Event() if self.random.random() < self.late_share else None
-        eviction = self.arena.residency.evict(slots, keep)
-        self.allocator.accounting.retire(eviction, event)
-        if event is not None:
-            self.evictions.append((event, eviction.cells))
+        self.retire(slots, keep)
         job.progress.done = job.progress.compressed = True
 
     def decode(self) -> None:
@@ -457,6 +552,7 @@ class World:
     def _check_slots(self) -> None:
         allocator, tree = self.allocator, self.tree
         private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
+        private += sum(len(own.private) for own in map(self._own, self.owners()) if own is not None)
         assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
         assert int(allocator.accounting._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
         unlocked = int((allocator.accounting._in_tree & (allocator.accounting._locks == 0)).sum())
@@ -482,7 +578,18 @@ class World:
         if not pending:
             assert allocator.verify_byte_accounting() == []
 
+        if allocator.accounting.host is not None:
+            assert allocator.accounting.host.check_integrity() == []
+            free = allocator.accounting.host.rows[allocator.free_pages]
+            assert (free < 0).all(), "a free slot has a row of host memory"
+
+    @staticmethod
+    def _own(req: Req) -> OwnSlots | None:
+        job = job_of(req)
+        return None if job is None or job.host is None else job.host.own
+
     def _check_reads(self) -> None:
+        self._check_host()
         table = self.arena.residency.table
         for req in self.owners():
             end = req.kv.kv_allocated_len
@@ -494,7 +601,19 @@ class World:
                 f"{req.rid} reads others"
             )
             job = job_of(req)
-            if job is None or not job.progress.done:
+            if job is None or (not job.progress.done and job.host is None):
                 own = kept[:, req.kv.cache_protected_len :]
                 assert own.all(), "evicted before the decision"
             assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"
+
+    def _check_host(self) -> None:
+        """Everything of a prompt is in host memory, whatever its request keeps."""
+        host = self.allocator.accounting.host
+        for req in self.owners():
+            job, own = job_of(req), self._own(req)
+            if host is None or own is None or job is None or job.host is None or job.host.unwritten:
+                continue
+            rows = host.rows[own.shared].long()
+            assert (rows >= 0).all(), f"{req.rid} has lost a token"
+            assert torch.equal(host.cells[:, rows, 0, 0, 0], self._marks(req, 0, len(rows)))
+            assert (self.arena.residency.table[:, own.shared] < 0).all(), "what the tree shares is not in the arena"

@@ -48,6 +48,8 @@ class HostMemory:
         """Tokens staged so far, counted once per forward."""
         self.make_room: Callable[[int], None] = lambda tokens: None
         """Lets the prefix tree drop what nobody uses until so many tokens fit host memory, as far as that goes."""
+        self.make_cells: Callable[[int], None] = lambda cells: None
+        """The same until so many cells are free."""
 
     # -- one forward ------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,9 @@ class HostMemory:
         """Bring the prefixes of a prefill batch, slots `[tokens]` each, within reach of attention."""
         if prefixes:
             self._accounting.settle()
-            self.staged_tokens += self.staging.begin(torch.cat(list(prefixes)).to(torch.int64))
+            slots = torch.cat(list(prefixes)).to(torch.int64)
+            self.make_cells(self._groups * slots.numel())
+            self.staged_tokens += self.staging.begin(slots)
 
     def write_back(self, slots: torch.Tensor) -> bool:
         """Copy a computed chunk, slots `[tokens]` resident in all planes, to host memory.
@@ -97,6 +101,7 @@ class HostMemory:
             self._retire(private[moved], keep[:, moved])
         if restored.numel():
             self._accounting.settle()
+            self.make_cells(int(keep[:, restored].sum()))
             self._restore(slots[restored], private[restored], keep[:, restored])
         return OwnSlots(slots, private)
 

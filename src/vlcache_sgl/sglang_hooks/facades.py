@@ -227,6 +227,19 @@ class PoolStatsObserver(Protocol):
     """`VirtualSlotAllocator`."""
 
 
+class MemoryLoad(Protocol):
+    """How full a scheduler's memory is."""
+
+    token_capacity: int
+
+
+class Load(Protocol):
+    """How busy a scheduler is."""
+
+    memory: MemoryLoad | None
+    max_total_num_tokens: int
+
+
 class StateRequest(Protocol):
     """Settings that change while the scheduler runs."""
 
@@ -388,6 +401,8 @@ CLASSES: Mapping[type, str] = {
     TpWorker: "sglang.srt.managers.tp_worker:TpModelWorker",
     Scheduler: "sglang.srt.managers.scheduler:Scheduler",
     PoolStatsObserver: f"{_COMPONENTS}.pool_stats_observer:SchedulerPoolStatsObserver",
+    MemoryLoad: "sglang.srt.managers.load_snapshot:MemoryMetrics",
+    Load: "sglang.srt.managers.load_snapshot:LoadSnapshot",
     StateRequest: f"{_IO}:SetInternalStateReq",
     StateOutput: f"{_IO}:GetInternalStateReqOutput",
     ForwardBatch: "sglang.srt.model_executor.forward_batch_info:ForwardBatch",

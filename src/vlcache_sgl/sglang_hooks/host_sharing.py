@@ -20,6 +20,7 @@ from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape, longest_answer
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
+from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req
@@ -57,17 +58,15 @@ class HostSharing:
 
     Args:
         memory: moves tokens.
+        accounting: of the arena.
         model: what policies are told of the model.
-        min_tokens: shorter prompts are not compressed.
-        physical_tokens: uncompressed tokens of the arena.
-        chunk_tokens: SGLang's longest prefill chunk; None: no limit.
     """
 
-    def __init__(self, memory: HostMemory, model: Prompt, physical_tokens: int, chunk_tokens: int | None) -> None:
+    def __init__(self, memory: HostMemory, accounting: CellAccounting, model: Prompt) -> None:
         self.memory = memory
+        self._accounting = accounting
+        self._physical = accounting.physical_tokens
         self._model = model
-        self._physical = physical_tokens
-        self._chunk = chunk_tokens
         self.tree: Any = None
 
     @classmethod
@@ -100,18 +99,26 @@ class HostSharing:
         except MemoryError as error:
             raise ConfigError(f"--kv-host-memory: {error}") from error
         memory = HostMemory(accounting, allocator.alloc_bare)
-        chunk = model_runner.server_args.chunked_prefill_size
-        return cls(memory, prompt, accounting.physical_tokens, chunk if chunk and chunk > 0 else None)
+        return cls(memory, accounting, prompt)
 
     def attach(self, tree: Any) -> None:
         """The prefix tree exists now."""
         self.tree = tree
         self.memory.make_room = self._make_room
+        self.memory.make_cells = self._make_cells
 
     def _make_room(self, tokens: int) -> None:
         host = self.memory.host
         while (missing := tokens - host.free_tokens) > 0:
             if self.tree.evict(EvictParams(num_tokens=missing)).num_tokens_evicted == 0:
+                return
+
+    def _make_cells(self, cells: int) -> None:
+        accounting = self._accounting
+        planes = accounting.residency.num_planes
+        # Prefixes in host memory give back none; what policies share does.
+        while accounting.evictable_cells and (missing := cells - accounting.residency.free_cells) > 0:
+            if self.tree.evict(EvictParams(num_tokens=-(-missing // planes))).num_tokens_evicted == 0:
                 return
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ class HostSharing:
                 return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
         else:
             charge = HostCharge.of(job, self._model.num_layers)
-            room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(length, 0)
+            room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(last=False)
             if room < 1:
                 return (
                     f"the prompt has {length} tokens, of which {charge.kept} are kept: with a chunk and a staged layer "

@@ -8,11 +8,14 @@ a scheduler falls idle, never inside a forward.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlcache_sgl.counters import Counters
+from vlcache_sgl.compression.exact import HostMemory
+from vlcache_sgl.compression.sharing.images import SharedImages
+from vlcache_sgl.counters import COUNTED, KEPT_RATIO, TOKENS_KEPT, TOKENS_SEEN, Counters, Figure
+from vlcache_sgl.memory.accounting import CellAccounting
 
 MOST_GROUPS = 4
 """Layers are reported in so many groups: one series per layer and modality would be hundreds."""
@@ -20,70 +23,88 @@ RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One metric, without its prefix."""
+class Present:
+    """Where a scheduler's present figures are read."""
 
-    name: str
-    kind: str
-    """``counter``, ``gauge`` or ``histogram``."""
-    text: str
-    labels: tuple[str, ...] = ()
-    """Beside the labels that SGLang's own figures have."""
+    cells: CellAccounting
+    images: SharedImages
+    memory: HostMemory | None
+    """None: without host memory."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What is there now."""
+
+    figure: Figure
+    read: Callable[[Present], int]
+    in_state: str = ""
+    """Its name in ``/server_info``, where it is another."""
+
+    @property
+    def key(self) -> str:
+        """Its name in ``/server_info``."""
+        return self.in_state or self.figure.name
 
 
 PREFIX = "vlcache:"
-FIGURES = (
-    Figure("requests_compressed", "counter", "Prompts that were compressed."),
-    Figure(
-        "requests_skipped",
-        "counter",
-        "Prompts left alone, by reason: short (below --kv-min-tokens), scope (no image), budget (1.0), "
-        "recall (measured only), second_reading (not read twice).",
-        ("reason",),
+GAUGES = (
+    Gauge(
+        Figure("cells_total", "gauge", "cells of the arena; a cell is one token's K and V in one layer (or KV head)"),
+        lambda now: now.cells.residency.num_cells,
     ),
-    Figure("policy_failures", "counter", "Prompts that keep their full cache because the policy failed on them."),
-    Figure(
-        "tokens_seen",
-        "counter",
-        "Tokens of compressed prompts, once per layer (and per KV head with --kv-head-cells).",
-        ("modality", "layers"),
+    Gauge(Figure("cells_used", "gauge", "cells that hold a token"), lambda now: now.cells.residency.used_cells),
+    Gauge(Figure("cells_free", "gauge", "cells that hold nothing"), lambda now: now.cells.residency.free_cells),
+    Gauge(
+        Figure("cells_tree", "gauge", "used cells that belong to the prefix tree: shared by all requests that match"),
+        lambda now: now.cells.tree_cells,
     ),
-    Figure("tokens_kept", "counter", "What was kept of vlcache:tokens_seen.", ("modality", "layers")),
-    Figure("kept_ratio", "histogram", "Kept share of a compressed prompt's own tokens, in [0, 1]."),
-    Figure("prefix_hits", "counter", "Prompts that found vision tokens in a compressed prefix."),
-    Figure("prefix_hit_tokens", "counter", "Tokens of these prompts that came from the prefix."),
-    Figure("guard_readings", "counter", "Questions about a shared picture whose missing attention was estimated."),
-    Figure("guard_missing", "counter", "Sum of these estimates, each a share in [0, 1]."),
-    Figure(
-        "guard_trips",
-        "counter",
-        "Questions that missed more than --kv-guard-threshold, by where it was seen: prefill, or only decode.",
-        ("seen_in",),
+    Gauge(
+        Figure("cells_evictable", "gauge", "cells of the tree that no running request relies on"),
+        lambda now: now.cells.evictable_cells,
     ),
-    Figure("expansions", "counter", "Pictures computed anew because of one; several trips may share one."),
-    Figure("guard_seconds", "counter", "Host time spent on guard readings, within forwards."),
-    Figure("second_readings", "counter", "Prompts that were read twice, for policies that ask for that."),
-    Figure("second_reading_seconds", "counter", "Wall time of forwards that contained one of them."),
-    Figure("prefill_seconds", "counter", "Wall time of forwards that contained a compressed prompt."),
-    Figure("scoring_seconds", "counter", "Host time spent on scoring, within vlcache:prefill_seconds."),
-    Figure("selection_seconds", "counter", "Host time spent on budgets, selection and eviction, likewise."),
-    Figure("cells_total", "gauge", "Cells of the arena; a cell is one token's K and V in one layer (or KV head)."),
-    Figure("cells_used", "gauge", "Cells that hold a token."),
-    Figure("cells_free", "gauge", "Cells that hold nothing."),
-    Figure("cells_tree", "gauge", "Used cells that belong to the prefix tree, hence shared by all who match."),
-    Figure("cells_evictable", "gauge", "Cells of the prefix tree that no running request relies on."),
-    Figure("pictures_whole", "gauge", "Pictures that are shared uncompressed: too many questions missed parts."),
-    Figure("sketch_bytes", "gauge", "Bytes of the sketches of evicted keys that guards read."),
-    Figure("host_tokens_total", "gauge", "Tokens that host memory holds; 0 without --kv-host-memory."),
-    Figure("host_tokens_used", "gauge", "Tokens in host memory, each whole."),
-    Figure("host_bytes_per_token", "gauge", "Bytes of a token in host memory."),
-    Figure("host_bytes_written", "gauge", "Bytes copied to host memory since the start."),
-    Figure("host_bytes_read", "gauge", "Bytes copied from host memory since the start."),
-    Figure("staged_tokens", "gauge", "Tokens brought back for a prefill, once per forward, since the start."),
-    Figure("cell_bytes", "gauge", "Bytes of a cell."),
-    Figure("cells_per_token", "gauge", "Cells of an uncompressed token."),
+    Gauge(
+        Figure(
+            "pictures_whole", "gauge", "pictures that are shared uncompressed: too many questions missed parts of them"
+        ),
+        lambda now: now.images.settled,
+    ),
+    Gauge(
+        Figure("sketch_bytes", "gauge", "bytes of the sketches of evicted keys that guards read"),
+        lambda now: now.images.sketch_bytes,
+    ),
+    Gauge(
+        Figure("host_tokens_total", "gauge", "tokens that host memory holds; 0 without `--kv-host-memory`"),
+        lambda now: 0 if now.memory is None else now.memory.host.num_tokens,
+    ),
+    Gauge(
+        Figure("host_tokens_used", "gauge", "tokens in host memory, each whole"),
+        lambda now: 0 if now.memory is None else now.memory.host.used_tokens,
+    ),
+    Gauge(
+        Figure("host_bytes_per_token", "gauge", "bytes of a token in host memory"),
+        lambda now: 0 if now.memory is None else now.memory.host.token_bytes,
+    ),
+    Gauge(
+        Figure("host_bytes_written", "gauge", "bytes copied to host memory since the start"),
+        lambda now: 0 if now.memory is None else now.memory.host.written,
+    ),
+    Gauge(
+        Figure("host_bytes_read", "gauge", "bytes copied from host memory since the start"),
+        lambda now: 0 if now.memory is None else now.memory.host.read,
+    ),
+    Gauge(
+        Figure("staged_tokens", "gauge", "tokens brought back for a prefill, once per forward, since the start"),
+        lambda now: 0 if now.memory is None else now.memory.staged_tokens,
+    ),
+    Gauge(Figure("cell_bytes", "gauge", "bytes of a cell"), lambda now: now.cells.arena.cell_bytes, "bytes_per_cell"),
+    Gauge(
+        Figure("cells_per_token", "gauge", "cells of an uncompressed token"),
+        lambda now: now.cells.residency.num_planes,
+    ),
 )
-"""Everything that is published; docs/metrics.md explains it and a test compares the two."""
+FIGURES = (*COUNTED, *(gauge.figure for gauge in GAUGES))
+"""Everything that is published, in the order of docs/metrics.md."""
 
 
 class Metrics:
@@ -95,7 +116,7 @@ class Metrics:
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         # Not before now: prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported, SGLang sets it at start.
-        from prometheus_client import Counter, Gauge, Histogram
+        import prometheus_client
 
         self._labels = dict(labels)
         self._published: dict[tuple[str, ...], float] = {}
@@ -103,11 +124,15 @@ class Metrics:
         for figure in FIGURES:
             name, names = PREFIX + figure.name, (*self._labels, *figure.labels)
             if figure.kind == "counter":
-                self._metrics[figure.name] = Counter(name, figure.text, names)
+                self._metrics[figure.name] = prometheus_client.Counter(name, figure.help, names)
             elif figure.kind == "gauge":
-                self._metrics[figure.name] = Gauge(name, figure.text, names, multiprocess_mode="mostrecent")
+                self._metrics[figure.name] = prometheus_client.Gauge(
+                    name, figure.help, names, multiprocess_mode="mostrecent"
+                )
             else:
-                self._metrics[figure.name] = Histogram(name, figure.text, names, buckets=RATIO_BUCKETS)
+                self._metrics[figure.name] = prometheus_client.Histogram(
+                    name, figure.help, names, buckets=RATIO_BUCKETS
+                )
         for figure in FIGURES:
             if not figure.labels and figure.kind == "counter":
                 self._raise_to(figure.name, 0.0)  # a rate over a counter that does not exist yet would miss its start
@@ -120,28 +145,13 @@ class Metrics:
             cells: values of the gauges, by their names.
             counted: whether the device has said how many vision tokens all prompts keep; modalities wait otherwise.
         """
-        self._raise_to("requests_compressed", counters.requests_compressed)
-        for reason, count in counters.requests_skipped.items():
-            self._raise_to("requests_skipped", count, reason=reason)
-        self._raise_to("policy_failures", counters.policy_failures)
-        self._raise_to("prefix_hits", counters.prefix_hits)
-        self._raise_to("prefix_hit_tokens", counters.prefix_hit_tokens)
-        self._raise_to("guard_readings", counters.guard_readings)
-        self._raise_to("guard_missing", counters.guard_missing)
-        self._raise_to("guard_trips", counters.guard_trips, seen_in="prefill")
-        self._raise_to("guard_trips", counters.guard_trips_in_decode, seen_in="decode")
-        self._raise_to("expansions", counters.expansions)
-        self._raise_to("guard_seconds", (counters.guard_ms + counters.guard_decode_ms) / 1e3)
-        self._raise_to("second_readings", counters.second_readings)
-        self._raise_to("second_reading_seconds", counters.second_reading_ms / 1e3)
-        self._raise_to("prefill_seconds", counters.prefill_ms / 1e3)
-        self._raise_to("scoring_seconds", counters.scoring_ms / 1e3)
-        self._raise_to("selection_seconds", counters.selection_ms / 1e3)
+        for (figure, labels), total in counters.totals().items():
+            self._raise_to(figure.name, total, **dict(zip(figure.labels, labels, strict=True)))
         if counted:
-            self._publish_tokens("tokens_seen", counters.seen_by_layer, counters.vision_seen_by_layer)
-            self._publish_tokens("tokens_kept", counters.kept_by_layer, counters.vision_kept_by_layer)
+            self._publish_tokens(TOKENS_SEEN.name, counters.seen_by_layer, counters.vision_seen_by_layer)
+            self._publish_tokens(TOKENS_KEPT.name, counters.kept_by_layer, counters.vision_kept_by_layer)
         while counters.ratios:
-            self._metrics["kept_ratio"].labels(**self._labels).observe(counters.ratios.popleft())
+            self._metrics[KEPT_RATIO.name].labels(**self._labels).observe(counters.ratios.popleft())
         for name, value in cells.items():
             self._metrics[name].labels(**self._labels).set(value)
 

@@ -94,9 +94,9 @@ class ModelStart:
             sharing = Sharing(self._config, self._choices.copies, prompt, self._images, arena_bytes)
         except ValueError as error:
             raise ConfigError(f"--kv-profile: {error}") from error
-        accounting = model_runner.token_to_kv_pool_allocator.accounting
-        compressor = Compressor(prompt, HeadGather(group, rank, size), self._counters, sharing, accounting)
         allocator = model_runner.token_to_kv_pool_allocator
+        heads = HeadGather(group, rank, size)
+        compressor = Compressor(prompt, heads, self._counters, sharing, allocator.accounting)
         host = HostSharing.build(self._config, self._pools.host_tokens, model_runner, allocator, prompt, group, rank)
         if host is not None:
             compressor.host = host.memory

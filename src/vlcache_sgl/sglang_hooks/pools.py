@@ -13,7 +13,7 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
-from vlcache_sgl.sglang_hooks.facades import Configurator, ModelRunner, PoolConfig, PoolStatsObserver
+from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
@@ -130,7 +130,7 @@ class Pools:
         used = self.physical_tokens - free
         return replace(stats, full_num_used=used, full_token_usage=used / self.physical_tokens)
 
-    def show_physical_load(self, load: Any, *_: Any) -> Any:
+    def show_physical_load(self, load: Load, *_: Any) -> Load:
         """After SGLang has described its load to routers: tokens are those of the memory."""
         if load.memory is not None:
             load.memory.token_capacity = self.physical_tokens

@@ -20,20 +20,22 @@ class HostCharge:
     """What a prompt that shares without loss takes beside the chunk that is computed, in uncompressed tokens."""
 
     length: int
+    prefix: int
+    """Tokens before what is computed next."""
     layers: int
     kept: int
     """Tokens that it keeps at most, averaged over layers."""
 
     @classmethod
-    def of(cls, job: CompressionJob, layers: int) -> HostCharge:
+    def of(cls, job: CompressionJob, layers: int, prefix: int = 0) -> HostCharge:
         """For a request with `job.host`."""
         assert job.host is not None
-        return cls(job.asked.length, layers, math.ceil(job.host.ratio * job.asked.length))
+        return cls(job.asked.length, prefix, layers, math.ceil(job.host.ratio * job.asked.length))
 
-    def beside(self, extend_input_len: int, chunk: int) -> int:
-        """While a chunk of the `extend_input_len` tokens that are to be computed runs, the tokens before it are staged
-        for one layer after another; at the end, what is kept of them takes cells."""
-        earlier = self.length - extend_input_len if chunk >= extend_input_len else self.length
+    def beside(self, *, last: bool) -> int:
+        """While a chunk runs, the tokens before it are staged for one layer after another; at the end of the `last`
+        one, what is kept of them takes cells."""
+        earlier = self.prefix if last else max(self.prefix, self.length)
         return max(math.ceil(earlier / self.layers), min(earlier, self.kept))
 
 
@@ -58,7 +60,11 @@ class CellPrefillBudget(PrefillBudget):
     def consider(self, req: Req) -> None:
         """The next questions and reservations are about `req`."""
         job = job_of(req)
-        self._charge = None if job is None or job.host is None else HostCharge.of(job, self._accounting.num_layers)
+        self._charge = (
+            None
+            if job is None or job.host is None
+            else HostCharge.of(job, self._accounting.num_layers, int(req.prefix_len))
+        )
 
     def _available_and_evictable(self) -> int:
         slots = int(super()._available_and_evictable()) - self._slots
@@ -70,9 +76,9 @@ class CellPrefillBudget(PrefillBudget):
         A chunk is made smaller only where it would not fit an empty arena either.
         """
         chunk = extend_input_len if limit is None else min(extend_input_len, limit)
-        beside = charge.beside(extend_input_len, chunk) + others
+        beside = charge.beside(last=chunk >= extend_input_len) + others
         if chunk + beside >= self._accounting.physical_tokens:
-            beside = charge.beside(extend_input_len, 0) + others
+            beside = charge.beside(last=False) + others
             chunk = max(1, min(chunk, self._accounting.physical_tokens - beside - 1))
         return chunk, beside
 
@@ -100,7 +106,7 @@ class CellPrefillBudget(PrefillBudget):
     def reserve(self, extend_input_len: int, max_new_tokens: int, **options: Any) -> None:
         super().reserve(extend_input_len, max_new_tokens, **options)
         if self._charge is not None:
-            beside = self._charge.beside(extend_input_len, extend_input_len if max_new_tokens else 0)
+            beside = self._charge.beside(last=max_new_tokens > 0)
             self.total_offset += beside
             self.current_offset += beside
             self._slots += self._charge.length

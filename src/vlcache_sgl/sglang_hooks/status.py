@@ -12,7 +12,7 @@ from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.facades import StateOutput
-from vlcache_sgl.sglang_hooks.metrics import Metrics
+from vlcache_sgl.sglang_hooks.metrics import GAUGES, Metrics, Present
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Status:
         started.compressor.settle_counts(wait=True)
         residency = cells.residency
         slots_used = residency.num_slots - allocator.available_size()
+        now = self._present(started)
         return {
             "version": __version__,
             "policy": self._choices.default.policy.spec,
@@ -97,65 +98,33 @@ class Status:
             "scope": self._config.scope,
             "min_tokens": self._config.min_tokens,
             "overcommit": self._config.overcommit_factor,
-            "cells_total": residency.num_cells,
-            "cells_used": residency.used_cells,
-            "cells_free": residency.free_cells,
-            "cells_tree": cells.tree_cells,
+            **{gauge.key: gauge.read(now) for gauge in GAUGES},
             "cells_requests": cells.request_cells,
-            "cells_evictable": cells.evictable_cells,
             # Free cells that cannot serve a token, fewer than a token needs: any cell serves any plane of any token.
             "cells_fragmented": residency.free_cells % residency.num_planes,
             # What the tokens in use would hold uncompressed is 1.
             "realised_ratio": round(residency.used_cells / max(1, slots_used * residency.num_planes), 4),
-            "bytes_per_cell": cells.arena.cell_bytes,
-            "cells_per_token": residency.num_planes,
             "physical_tokens_total": cells.physical_tokens,
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
-            **self._host_figures(started),
             "guard": self._config.guard,
             "pictures_known": len(self._images),
-            "pictures_whole": self._images.settled,
-            "sketch_bytes": self._images.sketch_bytes,
             "integrity": cells.verify(),
             **started.compressor.counters.as_dict(),
         }
 
-    @staticmethod
-    def _host_figures(started: _Started) -> dict[str, int]:
-        """Of host memory, zeros where there is none."""
-        memory = started.compressor.host
-        host = None if memory is None else memory.host
-        return {
-            "host_tokens_total": 0 if host is None else host.num_tokens,
-            "host_tokens_used": 0 if host is None else host.used_tokens,
-            "host_bytes_per_token": 0 if host is None else host.token_bytes,
-            "host_bytes_written": 0 if host is None else host.written,
-            "host_bytes_read": 0 if host is None else host.read,
-            "staged_tokens": 0 if memory is None else memory.staged_tokens,
-        }
+    def _present(self, started: _Started) -> Present:
+        return Present(started.allocator.accounting, self._images, started.compressor.host)
 
     def _publish(self, started: _Started, metrics: Metrics) -> None:
         """Publish all figures."""
-        cells = started.allocator.accounting
-        cells.settle()
+        started.allocator.accounting.settle()
         started.compressor.settle_counts()
-        residency = cells.residency
+        now = self._present(started)
         metrics.publish(
             started.compressor.counters,
-            {
-                "cells_total": residency.num_cells,
-                "cells_used": residency.used_cells,
-                "cells_free": residency.free_cells,
-                "cells_tree": cells.tree_cells,
-                "cells_evictable": cells.evictable_cells,
-                "pictures_whole": self._images.settled,
-                "sketch_bytes": self._images.sketch_bytes,
-                "cell_bytes": cells.arena.cell_bytes,
-                "cells_per_token": residency.num_planes,
-                **self._host_figures(started),
-            },
+            {gauge.figure.name: gauge.read(now) for gauge in GAUGES},
             counted=started.compressor.all_counted,
         )
         self._stale = False
