@@ -78,9 +78,9 @@ class Sender:
         sent = time.perf_counter()
         first = usage = None
         text = ""
-        stream = await self._client.chat.completions.create(
+        stream = await self._client.chat.completions.create(  # type: ignore[call-overload]
             model="default",
-            messages=ask.messages,  # type: ignore[arg-type]
+            messages=ask.messages,
             max_tokens=ask.max_tokens,
             temperature=0.0,
             stream=True,

@@ -173,7 +173,7 @@ def run_inspect(console: Console) -> None:
 
 def written(name: str, result: Mapping[str, Any], console: Console) -> None:
     """Write the result of an experiment, one record per line."""
-    console.print(f"written: {save(result_path(name), result, evaluation.dump(result))}")
+    console.print(f"written: {save(result_path(name), result, evaluation.dump(dict(result)))}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -10,5 +10,5 @@ POLICIES = (Edges(), Edges(power=2.0), Center())
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_it_keeps_its_contract(policy, name):
+def test_it_keeps_its_contract(policy: Edges | Center, name: str) -> None:
     check_policy(policy, name)
