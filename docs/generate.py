@@ -34,7 +34,7 @@ INTRODUCTION = """# What a policy sees
 
 Written by `docs/generate.py` from `vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
 
-Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
+Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` query rows, `n` tokens of the prompt,
 `m = n - start` *owned* tokens, those that this request computed itself and may evict. `[K, m]` is a tensor of
 that shape.
 """

@@ -2,7 +2,7 @@
 
 The three servers are alive together and asleep while idle; one is asked at a time, in an order that rotates from
 repeat to repeat, so that a slow minute of the machine falls on all of them.  Every prompt is new to its server: its
-caches are flushed and the pictures change with the repeat.
+caches are flushed and the images change with the repeat.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What the cache keeps of one picture, as a picture."""
+"""What the cache keeps of one image, drawn."""
