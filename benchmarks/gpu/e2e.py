@@ -132,7 +132,8 @@ def decode_speed(lines: Sequence[Any]) -> float | None:
     (begin, had), (end, has) = last.arrivals[0], last.arrivals[-1]
     if has <= had or min(line.arrivals[-1][0] for line in lines) <= begin:
         return None
-    return round(len(lines) * float(has - had) / (end - begin), 2)
+    speed: float = len(lines) * (has - had) / (end - begin)
+    return round(speed, 2)
 
 
 def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]:
