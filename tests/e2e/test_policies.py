@@ -104,7 +104,7 @@ def test_many_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: An
     specs = [report_of(answer)["policy"] for answer in alone]
     assert len(set(specs)) == len(TOGETHER)
     before = server.settled()
-    met = []
+    met: list[Any] = []
     while len(met) < 2 or max(met) < len(TOGETHER):  # a busy machine may let the first one end before the last begins
         assert len(met) < ROUNDS, f"they never met in one batch: {met}"
         server.flush()

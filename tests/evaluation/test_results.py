@@ -102,7 +102,7 @@ def test_a_bootstrap_covers() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(100):
-        low, high = stats.bootstrap({str(i): rng.random(4) < 0.6 for i in range(40)})
+        low, high = stats.bootstrap({str(i): list(rng.random(4) < 0.6) for i in range(40)})
         hits += low <= 0.6 <= high
     assert hits >= 88
 
