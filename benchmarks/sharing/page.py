@@ -85,8 +85,8 @@ def targets(result: Result) -> str:
     lines = []
     for row in result["summary"]:
         if row["arm"] not in (FULL, PRIVATE):
-            values = (f"{row['lost']:.3f}", f"{row['ttft_ratio']:.2f}", f"{row['ttft_gain']:.2f}")
-            values = (*values, f"{row['picture_ratio']:.3f}", f"{row['bytes_ratio']:.3f}")
+            values = [f"{row['lost']:.3f}", f"{row['ttft_ratio']:.2f}", f"{row['ttft_gain']:.2f}"]
+            values += [f"{row['picture_ratio']:.3f}", f"{row['bytes_ratio']:.3f}"]
             met = reached(row).values()
             lines.append([row["arm"], *(f"{v}{'' if ok else ', **no**'}" for v, ok in zip(values, met, strict=True))])
     bounds = ("at most 0.02", "at most 1.5", "at least 2", "at most 0.25", "at most 0.25")

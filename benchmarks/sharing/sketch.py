@@ -158,8 +158,8 @@ def code_books(model: Recorder, pictures: Sequence[Picture]) -> list[Tensor]:
         for layer, seen in enumerate(model.seen):
             keys[layer].append(seen.keys[0, model.span])
     books = []
-    for layer in keys:
-        points = torch.cat(layer)  # [n, K, D]
+    for of_layer in keys:
+        points = torch.cat(of_layer)  # [n, K, D]
         count, heads, dim = points.shape
         split = points.view(count, heads, 4, dim // 4).permute(1, 2, 0, 3).flatten(0, 1)
         books.append(k_means(split, 256)[1].view(heads, 4, 256, dim // 4))
@@ -251,7 +251,7 @@ def summarise_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> None:
     """Measure and write `path`."""
     records, sizes = measure(1 if quick else PICTURES, console)
-    tokens = SIDE * SIDE
+    tokens, summary = SIDE * SIDE, summarise(records, sizes)
     result = {
         "task": "sharing",
         "experiment": "sketch",
@@ -260,13 +260,13 @@ def run(path: Path, host: Mapping[str, Any], quick: bool, console: Console) -> N
         "model": MODEL,
         "kept": KEPT,
         "tokens": tokens,
-        "summary": summarise(records, sizes),
+        "summary": summary,
         "rows": summarise_rows(records),
         "sizes": sizes,
         "records": records,
     }
     if quick:
-        for row in result["summary"]:
+        for row in summary:
             console.print(row)
         return
     save(path, result, dump(result))

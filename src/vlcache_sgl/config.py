@@ -106,13 +106,13 @@ class KVConfig:
     """What other requests find of a compressed prefix: all of it, in host memory (``exact``), what the first one's
     policy kept (``policy``), a copy made for everybody (``tiered``), or nothing (``off``)."""
     share_budget: float = 0.2
-    """Share of a picture's cells that a copy for everybody keeps."""
+    """Share of an image's cells that a copy for everybody keeps."""
     share_scorer: str = "keydiff"
     """The query-agnostic scorer of such a copy, with parameters."""
     profile: str | None = None
     """File of layer weights: what each layer is worth to later questions."""
     guard: Guard = "off"
-    """Whether questions about a shared picture are watched (``observe``), what they lack fetched (``enforce``)."""
+    """Whether questions about a shared image are watched (``observe``), what they lack fetched (``enforce``)."""
     guard_threshold: float = 0.2
     """Share of a question's attention that may fall on evicted tokens, in (0, 1)."""
 

@@ -18,9 +18,10 @@ from benchmarks.speed import readme
 
 
 def sharing(page: str) -> str:
-    from benchmarks.sharing import main
+    from benchmarks.sharing.main import committed
+    from benchmarks.sharing.page import rendered
 
-    return main.rendered(page, main.committed())
+    return rendered(page, committed())
 
 
 def measured(page: str) -> str:

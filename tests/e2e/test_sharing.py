@@ -1,4 +1,4 @@
-"""One picture, many questions, on a real server: copies for everybody, the guard, and pictures that come back."""
+"""One image, many questions, on a real server: copies for everybody, the guard, and images that are recomputed."""
 
 from __future__ import annotations
 

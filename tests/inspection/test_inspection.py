@@ -1,4 +1,4 @@
-"""From a server's report to pictures."""
+"""From a server's report to images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grid(rows: int, columns: int, newlines: bool = False, fit: str = "stretch") 
 
 
 def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLACK, question: str = "q?") -> Inspection:
-    """A prompt of three text tokens, one picture, two text tokens."""
+    """A prompt of three text tokens, one image, two text tokens."""
     end = 3 + sum(g["rows"] * (g["columns"] + g["newlines"]) for g in grids)
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
     report = {"kept_positions": kept, "vision": vision, "prompt_tokens": end + 2}
@@ -143,7 +143,7 @@ def test_says_when_there_is_nothing_to_see(report: dict[str, Any], message: str)
 
 
 def shared_report(positions: list[list[int]], **more: Any) -> dict[str, Any]:
-    """Of a question about the picture that another one has asked about."""
+    """Of a question about the image that another one has asked about."""
     grid = {"rows": 2, "columns": 3, "newlines": False, "fit": "stretch"}
     run = {"begin": 2, "end": 8, "modality": "image", "item": 0, "grids": [grid]}
     return {"kept_positions": positions, "vision": [run], **more}
@@ -163,8 +163,8 @@ def test_what_a_copy_has_gained_is_tinted(tmp_path: Path) -> None:
     assert corner[0] == [0, 0, 0]
     assert corner[1][0] > corner[1][2], "orange"
     assert seen.sharing == (
-        "a copy for all questions, number 1, 20% of pictures; "
-        "its answer missed about 41% in the copy before: the picture was computed anew"
+        "a copy for all questions, number 1, 20% of images; "
+        "its answer missed about 41% in the copy before: the image was recomputed"
     )
     draw_sheet(seen, tmp_path / "sheet.png")
     write_page(seen, tmp_path / "page.html")

@@ -57,7 +57,7 @@ class CapacityMachine(RuleBasedStateMachine):
             self.freed.update(slots.tolist())
             free(slots)
 
-        self.world.allocator.free = spy  # type: ignore[method-assign]
+        self.world.allocator.free = spy  # type: ignore[method-assign,assignment]
         self.world.trip_share = self.world.late_trip_share = trips
         self.read: dict[tuple[str, int], torch.Tensor] = {}
         hollow = self.world.allocator.accounting.hollow

@@ -160,7 +160,7 @@ class World:
         """Of the compressions whose end the host learns of later."""
         self.random = random.Random(0)
         self.trip_share = 0.0
-        """Of the questions about a shared picture, those that miss too much of it."""
+        """Of the questions about a shared image, those that miss too much of it."""
         self.late_trip_share = 0.0
         """Of the other ones, those whose answer does."""
         self.images = SharedImages()
@@ -200,7 +200,7 @@ class World:
         """Queue a request; None when it is refused because it can never fit.
 
         Args:
-            picture: where a picture lies that is shared under a guard.
+            image: where an image lies that is shared under a guard.
             twice: whether its policy reads the prompt twice.
             exact: whether its prefix is shared without loss, in host memory.
         """
