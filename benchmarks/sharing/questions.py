@@ -158,7 +158,8 @@ def ask(
         "stream_options": {"include_usage": True},
         "custom_params": ARMS[arm],
     }
-    started, first, text, usage = time.perf_counter(), 0.0, "", {}
+    started, first, text = time.perf_counter(), 0.0, ""
+    usage: dict[str, Any] = {}
     with httpx.stream("POST", f"{server.openai_url}/chat/completions", json=body, timeout=300) as reply:
         reply.raise_for_status()
         for line in reply.iter_lines():
