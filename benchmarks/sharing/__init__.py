@@ -1,1 +1,0 @@
-"""What sharing a compressed image costs and saves."""
