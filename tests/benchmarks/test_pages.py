@@ -17,12 +17,6 @@ from benchmarks.fidelity import policies
 from benchmarks.speed import readme
 
 
-def sharing(page: str) -> str:
-    from benchmarks.sharing import main
-
-    return main.rendered(page, main.committed())
-
-
 def measured(page: str) -> str:
     return policies.rendered(page, json.loads(policies.result_path().read_text()))
 
@@ -38,7 +32,6 @@ def measured(page: str) -> str:
             id="python benchmarks/run.py fidelity --page",
         ),
         pytest.param("docs/policies-measured.md", measured, id="python benchmarks/run.py policies --page"),
-        pytest.param("docs/sharing.md", sharing, id="python benchmarks/run.py sharing --page"),
     ],
 )
 def test_a_page_is_current(page: str, rendered: Callable[[str], str]) -> None:
