@@ -137,6 +137,18 @@ class Values:
     metavar: str
 
 
+def fraction(*, below_one: bool = False) -> Values:
+    """Shares; 0 is none, and 1 is one unless `below_one`."""
+
+    def read(value: object) -> float:
+        number = float(str(value))
+        if not 0 < number <= 1 or (below_one and number == 1):
+            raise ValueError(value)
+        return number
+
+    return Values(f"a fraction in (0, 1{')' if below_one else ']'}", read, "SHARE")
+
+
 def whole(low: int, metavar: str) -> Values:
     """Whole numbers from `low`."""
 
@@ -174,13 +186,6 @@ def one_of(choices: tuple[str, ...]) -> Values:
     return Values(f"one of {', '.join(choices)}", read, "|".join(choices))
 
 
-def _read_fraction(value: object) -> float:
-    number = float(str(value))
-    if not 0 < number <= 1:
-        raise ValueError(value)
-    return number
-
-
 def _read_text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(value)
@@ -214,7 +219,6 @@ def _read_size(value: object) -> HostSize:
 
 
 SWITCH = Values("true or false", _read_switch, "")
-FRACTION = Values("a fraction in (0, 1]", _read_fraction, "SHARE")
 POLICY = Values("NAME[:key=value,...] or scorer=A,allocator=B[,key=value,...]", _read_text, "POLICY")
 NAMES = Values("names with commas between them, or `*` for all, or `none`", _read_names, "NAMES")
 
@@ -322,8 +326,10 @@ FLAGS: tuple[Flag, ...] = (
         "Account KV memory per KV head, so that policies with heads=split may keep different tokens per head",
         "off",
     ),
-    Flag("--kv-budget-min", FRACTION, "Least share of a prompt that a request may ask to keep", None, _object_to_least),
-    Flag("--kv-budget-max", FRACTION, "Largest share that a request may ask to keep", None, _object_to_most),
+    Flag(
+        "--kv-budget-min", fraction(), "Least share of a prompt that a request may ask to keep", None, _object_to_least
+    ),
+    Flag("--kv-budget-max", fraction(), "Largest share that a request may ask to keep", None, _object_to_most),
     Flag("--kv-allow-policies", NAMES, "Policies that a request may choose beside the server's own", "*"),
     Flag(
         "--kv-weights",

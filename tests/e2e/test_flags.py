@@ -37,7 +37,6 @@ WRONG = {
         (*POLICY, "--kv-share", "exact", "--kv-host-memory", "off"),
         ["--kv-share exact needs host memory"],
     ),
-    "a guard, which is no more": ((*POLICY, "--kv-guard", "observe"), ["--kv-guard"]),
     "nearest policy": (("--kv-policy", "vl-cache"), ["did you mean 'vlcache'?"]),
     "nearest scorer": (("--kv-policy", "scorer=SnapKV,allocator=uniform"), ["did you mean 'snapkv'?"]),
     "nearest allocator": (("--kv-policy", "scorer=snapkv,allocator=unifrom"), ["did you mean 'uniform'?"]),
