@@ -82,7 +82,7 @@ bench-capacity: setup ## Measure how many users fit beside stock SGLang in equal
 bench-sharing: setup ## Measure what sharing a compressed picture costs and saves; goes on where it stopped; writes docs/sharing.md
 	$(BIN)/python benchmarks/run.py sharing $(ARGS)
 
-bench-policies: setup ## Ask one question per picture under every policy; writes docs/policies-measured.md
+bench-policies: setup ## Ask one question per image under every policy; writes docs/policies-measured.md
 	$(BIN)/python benchmarks/run.py policies $(ARGS)
 
 fidelity: setup ## Count right answers under every policy and budget; goes on where it stopped; writes docs/fidelity.md

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ INTRODUCTION = """# What a policy sees
 For authors of policies: every field that a policy reads, declares and returns. Written by `docs/generate.py` from
 `vlcache_sgl.api`; [the tutorial](writing-a-policy.md) says how it goes together.
 
-Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
+Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` query rows, `n` tokens of the prompt,
 `m = n - start` *owned* tokens, those that this request computed itself and may evict. `[K, m]` is a tensor of
 that shape.
 """
@@ -141,8 +142,8 @@ def prose(text: str) -> str:
     return " ".join(text.replace("``", "`").split())
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines: list[tuple[str, ...]] = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

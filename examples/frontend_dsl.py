@@ -40,14 +40,14 @@ def read(s: Any, picture: Image.Image, question: str) -> None:
 
 @sgl.function
 def choose(s: Any, picture: Image.Image, question: str, codes: list[str]) -> None:
-    """One question with given answers: they are compared on one compressed picture."""
+    """One question with given answers: they are compared on one compressed image."""
     s += sgl.user(sgl.image(picture) + question)
     s += sgl.assistant(sgl.select("code", codes))
 
 
 @sgl.function
 def read_all(s: Any, picture: Image.Image, questions: list[str]) -> None:
-    """Questions side by side: `fork` prefills the picture alone, all branches share it."""
+    """Questions side by side: `fork` prefills the image alone, all branches share it."""
     s += sgl.user_begin() + sgl.image(picture)
     s.sync()  # A program runs in a thread of its own; `fork` prefills what it has got when asked.
     branches = s.fork(len(questions))

@@ -1,4 +1,4 @@
-"""What the examples ask about: a picture of coloured letters with codes, and questions whose answers are known."""
+"""What the examples ask about: an image of coloured letters with codes, and questions whose answers are known."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
 
 
 def draw(seed: int = 7) -> Picture:
-    """A picture of 24 x 24 cells, which the bundled model sees as 576 tokens; put yours in its place."""
+    """An image of 24 x 24 cells, which the bundled model sees as 576 tokens; put yours in its place."""
     return make_picture(seed, 24, 24)
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as a URL that holds it, which is how the OpenAI protocol takes pictures that are not on the web."""
+    """The image as a URL that holds it, which is how the OpenAI protocol takes images that are not on the web."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,10 +1,10 @@
-"""Ask a compressed server several questions about one picture: `python examples/quickstart.py [--url URL]`.
+"""Ask a compressed server several questions about one image: `python examples/quickstart.py [--url URL]`.
 
 Start the server first:
 
     sglang serve --model-path models/tinyvlm/grounded --kv-policy vlcache --kv-budget 0.1
 
-The first question's prompt is compressed to a tenth.  The later ones find the picture in the cache, compressed for the
+The first question's prompt is compressed to a tenth.  The later ones find the image in the cache, compressed for the
 first: cheap, and possibly wrong.
 """
 

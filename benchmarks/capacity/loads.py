@@ -1,11 +1,11 @@
 """The loads of `main.py`: what all servers are sent, and the client that sends it and takes the times.
 
-Pictures, questions and arrivals are drawn from a seed: every server is sent the same.
+Images, questions and arrivals are drawn from a seed: every server is sent the same.
 
-* in-flight: all requests at once, each about a picture of its own; how many decode together?
-* working-set: repeated questions about 40 pictures, Zipf-distributed; what does the prefix cache still know?
-* multi-turn: 20 chats of 6 turns, each about its picture.
-* mixed: texts, pictures at the server's budget, pictures that ask for another policy or for no compression.
+* in-flight: all requests at once, each about an image of its own; how many decode together?
+* working-set: repeated questions about 40 images, Zipf-distributed; what does the prefix cache still know?
+* multi-turn: 20 chats of 6 turns, each about its image.
+* mixed: texts, images at the server's budget, images that ask for another policy or for no compression.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Sender:
         sent = time.perf_counter()
         first = usage = None
         text = ""
-        stream = await self._client.chat.completions.create(
+        stream = await self._client.chat.completions.create(  # type: ignore[call-overload]
             model="default",
-            messages=ask.messages,  # type: ignore[arg-type]
+            messages=ask.messages,
             max_tokens=ask.max_tokens,
             temperature=0.0,
             stream=True,
@@ -114,7 +114,7 @@ class Sender:
 
 @cache
 def picture(number: int, num_questions: int) -> Picture:
-    """A picture of 1024 image tokens, drawn once."""
+    """An image of 1024 image tokens, drawn once."""
     return make_picture(FIRST_SEED + number, SIDE, SIDE, num_questions=num_questions)
 
 
@@ -125,7 +125,7 @@ def _first_turn(number: int, num_questions: int, question: int) -> Message:
 
 
 def about(number: int, question: int = 0, num_questions: int = 1, **fields: Any) -> Ask:
-    """A question about a picture."""
+    """A question about an image."""
     expected = picture(number, num_questions).questions[question].answer
     return Ask((_first_turn(number, num_questions, question),), expected=expected, **fields)
 
@@ -154,7 +154,7 @@ class Load:
     """Of requests, or of chats, unless told otherwise."""
     quick_count: int
     prepare: Callable[[int], Any]
-    """Draws the pictures; gets the count, returns what `run` gets."""
+    """Draws the images; gets the count, returns what `run` gets."""
     run: Callable[[Send, Any], Awaitable[list[Outcome]]]
     warm_up: Callable[[Send, Any], Awaitable[Any]] | None = None
     """Sent before, after the flush, and not counted."""

@@ -1,8 +1,8 @@
 """How many users fit: stock SGLang and ours in equally many bytes, under four loads, one server after another.
 
-The pool holds about eight uncompressed requests of one 32 x 32 picture (1024 image tokens).  What SGLang gives its KV
+The pool holds about eight uncompressed requests of one 32 x 32 image (1024 image tokens).  What SGLang gives its KV
 cache in bytes is what ours gets for cells, residency table and slots together.  The loads are in `capacity_loads.py`,
-tables and pictures in `capacity_report.py`.
+tables and plots in `report.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MODELS: dict[str, Callable[[], Path]] = {
     "tinyvlm": lambda: ROOT / "models/tinyvlm/grounded",
     MODEL_NAME: lambda: make_model(ROOT / "out/bench-model"),
 }
-"""The bundled model, which answers; and one of random weights, whose prefill is dear beside reading a picture."""
+"""The bundled model, which answers; and one of random weights, whose prefill is dear beside reading an image."""
 REQUEST_TOKENS = SIDE * SIDE + 48 + 32
-"""Of one uncompressed request: picture, template and question, answer."""
+"""Of one uncompressed request: image, template and question, answer."""
 POOL_REQUESTS = 8
 FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", str(POOL_REQUESTS * REQUEST_TOKENS)),
@@ -160,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace, console: Console) -> int:
-    """Measure and write a JSON file and a picture per load; the exit code says whether it could be measured."""
+    """Measure and write a JSON file and a plot per load; the exit code says whether it could be measured."""
     if arguments.page:
         for path in result_paths():
             result = json.loads(path.read_text())

@@ -24,7 +24,9 @@ STOCK = "stock"
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """Give every row its ratios to stock."""
     stock = next((row for row in rows if row["server"] == STOCK), None)
-    for row in rows if stock else ():
+    if stock is None:
+        return
+    for row in rows:
         for key in ("running_peak", "running_mean_while_others_wait", "tokens_per_s", "ttft_mean_ms", "latency_p95_ms"):
             row[f"{key}_ratio"] = round(row[key] / stock[key], 3) if stock[key] else None
 

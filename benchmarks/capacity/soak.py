@@ -1,6 +1,6 @@
 """For some minutes: everything clients do, and what they should not, to one compressing server on a small pool.
 
-Drawn from a seed: pictures that recur and pictures that do not, in several sizes, texts, streams, long and short
+Drawn from a seed: images that recur and images that do not, in several sizes, texts, streams, long and short
 answers, policies and budgets per request, requests that are aborted or whose client goes away, requests that are wrong,
 and flushes under load.  The pool makes requests wait, evict and retract each other.  Questions whose answers stock
 SGLang gave before are asked again and again at budget 1.0.
@@ -46,7 +46,7 @@ FLAGS = (
 ENVIRONMENT = {
     # glibc would keep each request's pixels in fragments of its heap, stock or not: that is not what is watched here.
     "MALLOC_MMAP_THRESHOLD_": "4194304",
-    # So that memory has levelled off after a minute: a full cache of picture embeddings is no leak.
+    # So that memory has levelled off after a minute: a full cache of image embeddings is no leak.
     "SGLANG_VLM_CACHE_SIZE_MB": "16",
     # Or SGLang admits nobody whose own answer might not fit, and nobody is ever retracted.
     "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "64",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def known_questions(seed: int) -> list[dict[str, Any]]:
-    """Requests whose answers end by themselves: pictures of all sizes, and texts."""
+    """Requests whose answers end by themselves: images of all sizes, and texts."""
     bodies = []
     for number in range(KNOWN):
         if number % 4 == 3:
@@ -113,7 +113,7 @@ def sheet(seed: int, rows: int, cols: int) -> Picture:
 
 @cache
 def long_prompt(tokens: int, seed: int) -> Prompt:
-    """Several pictures; there are 80 of these."""
+    """Several images; there are 80 of these."""
     return make_prompt(tokens, seed)
 
 

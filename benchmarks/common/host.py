@@ -50,7 +50,7 @@ def host_block() -> Host:
     return {
         "device": device_name(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),

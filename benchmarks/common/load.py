@@ -1,4 +1,4 @@
-"""Requests with many pictures to `/generate`, sent at one moment, timed by the token."""
+"""Requests with many images to `/generate`, sent at one moment, timed by the token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's turn with pictures, as `/generate` takes it."""
+    """A user's turn with images, as `/generate` takes it."""
 
     text: str
     image_data: tuple[str, ...]
@@ -62,9 +62,9 @@ class Timeline:
 
 
 def make_prompt(tokens: int, seed: int) -> Prompt:
-    """About `tokens` prompt tokens of distinct pictures and a question; another seed shares none of the pictures.
+    """About `tokens` prompt tokens of distinct images and a question; another seed shares none of the images.
 
-    A picture is drawn once and then shifted by whole cells, around its edges: drawing 31 would take seconds.
+    An image is drawn once and then shifted by whole cells, around its edges: drawing 31 would take seconds.
     """
     count = max(1, (tokens - TEXT_TOKENS) // PICTURE_TOKENS)
     drawn = make_picture(seed, SIDE, SIDE, num_questions=1)
@@ -76,9 +76,9 @@ def make_prompt(tokens: int, seed: int) -> Prompt:
 
 
 def make_long_prompt(tokens: int, seed: int) -> Prompt:
-    """About `tokens` prompt tokens: words, then one picture and a question, so that few rows vote on many keys.
+    """About `tokens` prompt tokens: words, then one image and a question, so that few query rows meet many keys.
 
-    128k tokens of pictures would be gigabytes of pixels for a server to unpack, which is not what is measured.
+    128k tokens of images would be gigabytes of pixels for a server to unpack, which is not what is measured.
     """
     one = make_prompt(0, seed)
     rng = np.random.default_rng(seed)

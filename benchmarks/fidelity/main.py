@@ -58,7 +58,7 @@ SENSITIVITY = {
 }
 """Policies of the table of sensitivity, by what the table calls them."""
 INSPECTED = argparse.Namespace(image=None, question=None, policy=None, budget=None, max_tokens=inspection.MAX_TOKENS)
-"""Arguments of `vlcache inspect`: its own picture and question, the server's policy and budget."""
+"""Arguments of `vlcache inspect`: its own image and question, the server's policy and budget."""
 ALONE = "recent=0.1,floor=0.5"
 """Selection of every cell of the ablation: that of `vlcache:density`."""
 
@@ -164,7 +164,7 @@ def run_recall(console: Console) -> None:
 
 
 def run_inspect(console: Console) -> None:
-    """One picture, as `vlcache inspect` sees it."""
+    """One image, as `vlcache inspect` sees it."""
     flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
     images, question = inspection.pictures_of(INSPECTED)
     with ServerProcess(GROUNDED, flags, title=INSPECT, console=console) as server:
@@ -175,7 +175,7 @@ def run_inspect(console: Console) -> None:
 
 def written(name: str, result: Mapping[str, Any], console: Console) -> None:
     """Write the result of an experiment, one record per line."""
-    console.print(f"written: {save(result_path(name), result, evaluation.dump(result))}")
+    console.print(f"written: {save(result_path(name), result, evaluation.dump(dict(result)))}")
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def cell(row: Mapping[str, Any] | None) -> str:
 
 
 def without_first(records: Sequence[Mapping[str, Any]], condition: str) -> Mapping[str, Any] | None:
-    """The questions after the first one about each picture."""
+    """The questions after the first one about each image."""
     mine = {r["sample"]: [q["score"] for q in r["questions"][1:]] for r in records if r["condition"] == condition}
     if not mine:
         return None

@@ -1,8 +1,8 @@
 """Every recipe on one real server: is the first question answered, what is kept, what does deciding it cost?
 
-One server compresses to a fifth by default; each request names its own policy.  Held-out pictures of 24 x 24 cells,
-one question each; the outer loop is over pictures, the inner one over policies, which begins with another policy at
-each picture, so that a slow minute of the machine falls on all.  The bundled model was trained for the idea of one of
+One server compresses to a fifth by default; each request names its own policy.  Held-out images of 24 x 24 cells,
+one question each; the outer loop is over images, the inner one over policies, which begins with another policy at
+each image, so that a slow minute of the machine falls on all.  The bundled model was trained for the idea of one of
 these methods (its card says how): the table shows that all of them run, not which is best.
 """
 
@@ -50,7 +50,7 @@ FLAGS = (
     *("--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
 )
 ENVIRONMENT = {
-    # No cache of picture embeddings: every prefill runs the vision tower, whichever policy asks first.
+    # No cache of image embeddings: every prefill runs the vision tower, whichever policy asks first.
     "SGLANG_VLM_CACHE_SIZE_MB": "0",
     # glibc would keep each request's pixels (10 MB) in fragments of its heap: gigabytes over this run, stock or not.
     "MALLOC_MMAP_THRESHOLD_": "4194304",

@@ -1,6 +1,6 @@
 """Of a full cache's attention while it answers, how much falls on what each score would have kept?
 
-One question per picture, asked with `kv_report: recall`, so answers are those of the full cache.  Part of
+One question per image, asked with `kv_report: recall`, so answers are those of the full cache.  Part of
 `fidelity.py`, which writes the result down and puts table and figure into docs/fidelity.md.
 """
 
@@ -43,7 +43,7 @@ def policy(name: str) -> str:
 
 
 def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str, Any]]:
-    """One record per picture and score: `model`, `sample`, `scores`, `right`, `kept_tokens_per_layer`, and the report
+    """One record per image and score: `model`, `sample`, `scores`, `right`, `kept_tokens_per_layer`, and the report
     of `kv_report: recall`."""
     samples = [TASKS["single"](number) for number in range(PICTURES)]
     work = [(sample, name) for sample in samples for name in SCORES]
@@ -74,7 +74,7 @@ def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per model and score, means over pictures: `cache_hit_rate` and `attention_mass` per layer, and `steps`."""
+    """Per model and score, means over images: `cache_hit_rate` and `attention_mass` per layer, and `steps`."""
     rows = []
     for model, name in dict.fromkeys((record["model"], record["scores"]) for record in records):
         mine = [record for record in records if (record["model"], record["scores"]) == (model, name)]

@@ -54,7 +54,7 @@ def statistics(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Mea
                 yield _statistics(model, keys, name, want, name in WANTED_WITH_LSE, parameters, sizes, device)
 
 
-def _prefill(model: Model, keys: int, parameters: dict, device: torch.device) -> Measurement:
+def _prefill(model: Model, keys: int, parameters: dict[str, object], device: torch.device) -> Measurement:
     q = torch.randn(1, model.heads, keys, model.head_dim, device=device).to(DTYPE)
     k, v = (torch.randn(1, model.kv_heads, keys, model.head_dim, device=device).to(DTYPE) for _ in range(2))
 
@@ -73,7 +73,7 @@ def _statistics(
     name: str,
     want: StatsRequest,
     given_lse: bool,
-    parameters: dict,
+    parameters: dict[str, object],
     sizes: Sizes,
     device: torch.device,
 ) -> Measurement:
@@ -128,7 +128,7 @@ def decode(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Measure
         del arena
 
 
-def _linear(model: Model, batch: int, parameters: dict, sizes: Sizes, device: torch.device) -> Measurement:
+def _linear(model: Model, batch: int, parameters: dict[str, object], sizes: Sizes, device: torch.device) -> Measurement:
     """The matrix products of one decoder layer, so that shares of a whole decode step can be told."""
     size = sum(out * width * DTYPE.itemsize for out, width in model.linears())
     sets = copies(size, sizes.cache_bytes)
@@ -147,7 +147,7 @@ def _decode(
     layers: int,
     budget: float,
     arena: torch.Tensor,
-    parameters: dict,
+    parameters: dict[str, object],
     sizes: Sizes,
     device: torch.device,
 ) -> Iterator[Measurement]:
@@ -191,7 +191,7 @@ def index(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Measurem
 
 
 def _index(
-    model: Model, batch: int, budget: float, parameters: dict, sizes: Sizes, device: torch.device
+    model: Model, batch: int, budget: float, parameters: dict[str, object], sizes: Sizes, device: torch.device
 ) -> Iterator[Measurement]:
     n, layers = sizes.context, model.layers
     slots = (torch.randperm(batch * n, device=device) + 1).to(torch.int32)

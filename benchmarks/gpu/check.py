@@ -23,6 +23,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a bare machine may lack is imported after `unfit`
+    import torch
+
+    from benchmarks.gpu.report import Measured, Target
+    from benchmarks.gpu.sizes import Sizes
+    from benchmarks.gpu.timing import Clock, Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
@@ -97,7 +105,7 @@ def read_report(file: Path, tests: Tests) -> None:
             tests.passed += 1
 
 
-def check_decode(device) -> list[str]:
+def check_decode(device: torch.device) -> list[str]:
     """The decode attention that (b) measures, against float64; names of providers that are wrong."""
     import torch
 
@@ -125,7 +133,7 @@ def check_decode(device) -> list[str]:
     return wrong
 
 
-def measure(sizes, device, clock, wrong: list[str]) -> Iterator:
+def measure(sizes: Sizes, device: torch.device, clock: Clock, wrong: list[str]) -> Iterator[Measurement]:
     """All measurements; a benchmark that breaks is added to `wrong`, and the next one begins."""
     from benchmarks.gpu import cases
     from benchmarks.gpu.timing import Measurement, copy_bandwidth
@@ -145,7 +153,7 @@ def measure(sizes, device, clock, wrong: list[str]) -> Iterator:
             yield Measurement(part.__name__, "the rest", {}, skipped=what)
 
 
-def host() -> dict:
+def host() -> dict[str, Any]:
     """Device, versions, commit; a bare machine may have neither Git nor a checkout."""
     import torch
     import triton
@@ -153,7 +161,7 @@ def host() -> dict:
     from benchmarks.common.host import host_block
 
     try:
-        block = host_block()
+        block: dict[str, Any] = {**host_block()}
     except OSError as error:
         block = {"incomplete": str(error)}
     block["cuda"] = torch.version.cuda
@@ -242,7 +250,15 @@ def main(argv: list[str] | None = None) -> int:
     return finish(result, measured, copy, layers, aims, tests, out)
 
 
-def finish(result: dict, measured, copy, layers, aims, tests: Tests | None, out: Path) -> int:
+def finish(
+    result: dict[str, Any],
+    measured: Measured,
+    copy: float | None,
+    layers: dict[str, int],
+    aims: list[Target],
+    tests: Tests | None,
+    out: Path,
+) -> int:
     """Print the table, last what matters most; the exit status."""
     from benchmarks.gpu import report
 

@@ -110,9 +110,8 @@ def triton_decode(
     kv_heads = arena.shape[2]
     splits = max(1, min(MAX_SPLITS, TARGET_PROGRAMS // (batch * kv_heads), triton.cdiv(longest, 2 * BLOCK_N)))
     # A split without a cell leaves maximum -inf; `join_kernel` gives it weight 0.
-    new = {"dtype": torch.float32, "device": queries.device}
-    part_out = torch.empty(splits, batch, heads, head_dim, **new)
-    part_max, part_sum = (torch.empty(splits, batch, heads, **new) for _ in range(2))
+    part_out = queries.new_empty(splits, batch, heads, head_dim, dtype=torch.float32)
+    part_max, part_sum = (part_out.new_empty(splits, batch, heads) for _ in range(2))
     out = torch.empty_like(queries)
 
     def call() -> torch.Tensor:

@@ -63,7 +63,7 @@ def settings(smoke: bool, backend: str | None) -> Setting:
     if smoke:
         # More ids than the tokenizer knows, as in the large model.
         text = TEXT | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "vocab_size": 1024}
-        flags = ("--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "256")
+        flags: tuple[str, ...] = ("--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "256")
         return Setting(((600, 1), (600, 3)), 12, 1, flags, text, "float32", "smoke-3x512-dummy")
     points = tuple((tokens, batch) for tokens in (2048, 32768, 131072) for batch in (1, 4, 64))
     backend = backend or ("flashinfer" if importlib.util.find_spec("flashinfer") else "triton")
@@ -132,7 +132,8 @@ def decode_speed(lines: Sequence[Any]) -> float | None:
     (begin, had), (end, has) = last.arrivals[0], last.arrivals[-1]
     if has <= had or min(line.arrivals[-1][0] for line in lines) <= begin:
         return None
-    return round(len(lines) * (has - had) / (end - begin), 2)
+    speed: float = len(lines) * (has - had) / (end - begin)
+    return round(speed, 2)
 
 
 def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]:

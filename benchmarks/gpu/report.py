@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.gpu.timing import Measurement
 
@@ -35,7 +36,7 @@ class Measured:
         found = self.find(name, **parameters)
         return None if found is None else found.ms
 
-    def values(self, key: str, *names: str) -> list:
+    def values(self, key: str, *names: str) -> list[Any]:
         """What `parameters[key]` took, in order of appearance."""
         seen = [m.parameters[key] for m in self.all if key in m.parameters and (not names or m.name in names)]
         return list(dict.fromkeys(seen))

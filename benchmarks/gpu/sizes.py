@@ -36,7 +36,7 @@ QWEN = Model("Qwen2.5-VL-7B", 28, 28, 4, 128, 3584, 18944)
 class Sizes:
     models: tuple[Model, ...] = (LLAVA, QWEN)
     rows: int = 50
-    """Query rows that vote."""
+    """Query rows that are scored with."""
     prompts: tuple[int, ...] = (2048, 8192, 32768, 131072)
     """Keys of (a) and (d)."""
     context: int = 32768

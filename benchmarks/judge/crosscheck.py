@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..common.host import ROOT, host_block
 from ..common.pages import with_block
 from ..common.results import RESULTS, save
 from .cases import Asked, CaseId, CaseMaker
-from .decisions import Decisions, Medium, reads_twice
+from .decisions import Decisions, Kept, Medium, reads_twice
 from .page import PAGE
 from .records import digest
 from .verdicts import Judge, Verdict
@@ -39,6 +40,9 @@ RECORDED = ROOT / "tests/oracles/kvpress_smollm2.json"
 RESULT = RESULTS / "judge-crosscheck.json"
 ASKED = ("needle:500", "list:250")
 SEEDS = range(100, 110)
+BARE = ", template evicted"
+"""Ends the name of a press whose twin does what kvpress does with the template in front of the text: evict it, but for
+the sinks.  Here it is shared by all texts and stays, whatever the policy."""
 TWINS = {
     "keydiff": "keydiff:allocator=uniform,heads=split",
     "snapkv": "snapkv:allocator=uniform,window=64,heads=split",
@@ -49,8 +53,9 @@ TWINS = {
     "knorm": "knorm:allocator=uniform,heads=split",
     "compactor": "compactor:allocator=uniform,heads=split",
     "kvzip": "kvzip:heads=split",
+    f"kvzip{BARE}": "kvzip:heads=split",
 }
-"""A press of kvpress, and the policy that should keep the same."""
+"""A press of kvpress, and the policy that should keep the same; with BARE, also of what stands in front of the text."""
 
 
 def digest_of(asked: Asked) -> str:
@@ -92,16 +97,22 @@ def ours(
     names, kept = [(press, share) for press in twins for share in shares], []
     for press, share in names:
         policy = resolve(twins[press])
-        if reads_twice(
-            policy
-        ):  # the text without the question; what is in front of it stays here, but for sinks not there
-            kept.append(made["image"].keep(policy, share))
+        if reads_twice(policy):  # the text without the question
+            one = made["image"].keep(policy, share)
+            kept.append(without_template(one, asked, policy.selection.sink) if press.endswith(BARE) else one)
         else:
             # kvpress rounds down, and n (1 - (1 - share)) may be just below a whole number.
             length = len(asked.prompt)
             kept.append(made["text"].keep(policy, int(length * (1 - (1 - share))) / length))
     verdicts = judge.first(asked, hidden[-1], states, kept)
     return {f"{press}@{share}": verdict for (press, share), verdict in zip(names, verdicts, strict=True)}
+
+
+def without_template(kept: Kept, asked: Asked, sinks: int) -> Kept:
+    """The same without what stands in front of the text but its first tokens."""
+    cells = kept.cells.clone()
+    cells[..., sinks : asked.lines[0].begin] = False
+    return replace(kept, cells=cells)
 
 
 def compare(
@@ -111,7 +122,7 @@ def compare(
     rows = []
     for name in found[0]:
         press, _, share = name.rpartition("@")
-        theirs = [prompt["found"][name] for prompt in recorded["prompts"]]
+        theirs = [prompt["found"][f"{press.removesuffix(BARE)}@{share}"] for prompt in recorded["prompts"]]
         mine = [verdicts[name] for verdicts in found]
         differences = {
             str(number): [ours.log_probability - gained]
@@ -119,8 +130,8 @@ def compare(
         }
         rows.append(
             {
-                "press": press,
-                "policy": twins[press],
+                "press": press.removesuffix(BARE),
+                "policy": twins[press] + (BARE if press.endswith(BARE) else ""),
                 "share": float(share),
                 "prompts": len(mine),
                 "right": [sum(int(right) for right, _ in theirs), sum(verdict.right for verdict in mine)],

@@ -78,7 +78,7 @@ class Judge:
             )
             for medium in {condition.medium for condition in conditions}
         }
-        found = {}
+        found: dict[tuple[str, str, float], Kept] = {}
         for condition in conditions:
             key = (condition.medium, condition.policy, condition.budget)
             if condition.policy == FULL:

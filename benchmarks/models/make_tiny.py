@@ -118,7 +118,7 @@ def llava(folder: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _copy(folder)
-    # Its own tokenizer's chat template has one place-holder per picture and nothing around it.
+    # Its own tokenizer's chat template has one place-holder per image and nothing around it.
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text(
         template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")

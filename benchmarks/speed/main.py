@@ -2,7 +2,7 @@
 
 The three servers are alive together and asleep while idle; one is asked at a time, in an order that rotates from
 repeat to repeat, so that a slow minute of the machine falls on all of them.  Every prompt is new to its server: its
-caches are flushed and the pictures change with the repeat.
+caches are flushed and the images change with the repeat.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def tokens_held(lines: Sequence[Timeline], before: dict[str, Any], after: dict[s
     if not after:
         return prompt_tokens
     seen, kept = _gain(before, after, "cells_seen"), _gain(before, after, "cells_kept")
-    return prompt_tokens - (seen - kept) / (after["cells_per_token"] * len(lines))
+    return prompt_tokens - (seen - kept) / (int(after["cells_per_token"]) * len(lines))
 
 
 def _gain(before: dict[str, Any], after: dict[str, Any], key: str) -> float:
@@ -222,6 +222,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
                         progress.advance(task)
         rows = summarise(samples) if contenders[0].name == "stock" else []
     sglang = host["packages"]["sglang"]
+    targets = check_targets(rows)
     result = {
         "task": "speed",
         "command": command_line(),
@@ -231,7 +232,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         "servers": {contender.name: list(contender.flags) for contender in contenders},
         "decode_tokens": DECODE_TOKENS,
         "load_average_at_end": round(os.getloadavg()[0], 2),
-        "targets": check_targets(rows),
+        "targets": targets,
         "summary": rows,
         "samples": samples,
     }
@@ -239,7 +240,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     name = f"{device_name()}-{MODEL_NAME}-speed-sglang{sglang}.json"
     written = save(folder(arguments.output, whole) / name, result)
     console.print(table_of(rows))
-    for name, check in result["targets"].items():
+    for name, check in targets.items():
         console.print(f"{name}: {check['worst']:.3f}, {check['target']}: {'' if check['reached'] else 'not '}reached")
     console.print(f"written: {written}")
     return 0

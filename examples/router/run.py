@@ -33,7 +33,7 @@ PICTURES = 12
 AT_ONCE = 4
 SEED = 90
 MOSTLY = 0.8
-"""Of a prompt's tokens from the cache: the picture was there."""
+"""Of a prompt's tokens from the cache: the image was there."""
 POLICIES = ("cache_aware", "manual")
 ROUTER_FLAGS = (
     # A server that is gone is left alone after one failure, and looked for again every few seconds.
@@ -54,7 +54,7 @@ class Router(ServerProcess):
 
 
 def routing_key(url: str) -> dict[str, str]:
-    """The header by which the router's policy `manual` keeps requests about one picture together."""
+    """The header by which the router's policy `manual` keeps requests about one image together."""
     return {"X-SMG-Routing-Key": hashlib.sha256(url.encode()).hexdigest()[:32]}
 
 
@@ -72,7 +72,7 @@ class Reply:
 
 
 def ask(router: Router, drawn: Picture, question: int) -> Reply:
-    """One question about a picture, as any client would send it, with the key."""
+    """One question about an image, as any client would send it, with the key."""
     client = openai.OpenAI(base_url=router.openai_url, api_key="none", timeout=120, max_retries=0)
     url = data_url(drawn.image)
     try:
@@ -91,7 +91,7 @@ def ask(router: Router, drawn: Picture, question: int) -> Reply:
 
 
 def ask_all(router: Router, drawn: Sequence[Picture], question: int) -> list[Reply]:
-    """The same question about all pictures."""
+    """The same question about all images."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda picture: ask(router, picture, question), drawn))
 

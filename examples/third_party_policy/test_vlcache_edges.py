@@ -1,5 +1,7 @@
 """The tests of a policy package: `pytest`, in this folder, without a server."""
 
+from typing import Any
+
 import pytest
 from vlcache_edges import Center, Edges
 
@@ -10,5 +12,5 @@ POLICIES = (Edges(), Edges(power=2.0), Center())
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_it_keeps_its_contract(policy, name):
+def test_it_keeps_its_contract(policy: Edges | Center, name: Any) -> None:
     check_policy(policy, name)

@@ -29,7 +29,9 @@ def draw_bank(variants: int, seed: int) -> Tensor:
     """
     rng = np.random.default_rng(seed)
     pixels = np.stack([receipts.draw_cell(rng, g) for g in range(receipts.NUM_GLYPHS) for _ in range(variants)])
-    values = (pixels.astype(np.float32) / 255.0 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    values = (pixels.astype(np.float32) / 255.0 - np.asarray(IMAGE_MEAN, np.float32)) / np.asarray(
+        IMAGE_STD, np.float32
+    )
     patches = values.reshape(-1, 2, PATCH, 2, PATCH, 3).transpose(0, 1, 3, 5, 2, 4)
     shape = (receipts.NUM_GLYPHS, variants, PATCHES_PER_CELL, PATCH_VALUES)
     return torch.from_numpy(np.ascontiguousarray(patches)).view(shape)
@@ -43,7 +45,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         def ids(text: str) -> list[int]:
-            return tokenizer(text)["input_ids"]
+            return list(tokenizer(text)["input_ids"])
 
         self.prefix = torch.tensor(ids("<|im_start|>user\n<|vision_start|>"))
         """`[prefix tokens]`: what precedes the image tokens."""

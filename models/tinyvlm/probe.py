@@ -84,7 +84,7 @@ class Probe:
         for key, tail in (("input_ids", answer), *((k, v) for k, v in _alike(inputs, answer) if k in inputs)):
             inputs[key] = torch.cat([inputs[key], tail], 1)
         logits = self.model(**inputs).logits[0, -len(expected) :]
-        return logits.argmax(-1).tolist() == expected
+        return bool(logits.argmax(-1).tolist() == expected)
 
     @torch.no_grad()
     def prefill(self, picture: Picture, question: Question) -> Prompt:

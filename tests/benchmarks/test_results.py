@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.common import results
-from benchmarks.common.host import PACKAGES, command_line, host_block
+from benchmarks.common.host import PACKAGES, ROOT, command_line, host_block
 
 
 def whole() -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_only_whole_runs_go_where_results_are_committed(tmp_path: Path) -> None:
 def test_the_command_is_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "__spec__", None)
-    monkeypatch.setattr(sys, "argv", [str(results.ROOT / "benchmarks/run.py"), "speed", "--points", "2048x1"])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks/run.py"), "speed", "--points", "2048x1"])
     assert command_line() == "python benchmarks/run.py speed --points 2048x1"
     from benchmarks import judge
 

@@ -35,7 +35,7 @@ MAX_ALIVE = 2
 """A small server costs 1.5 to 3 GB and a share of two cores."""
 
 FLAGS = (
-    # float32: equality is exact.  512: prompts of the larger pictures take two or three chunks.
+    # float32: equality is exact.  512: prompts of the larger images take two or three chunks.
     *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "65536"),
     *("--max-running-requests", "32", "--enable-cache-report", "--skip-server-warmup"),
     "--sleep-on-idle",  # the scheduler of an idle server would keep one of the two cores busy

@@ -12,7 +12,7 @@ from vlcache_sgl.client.client import model_says, user_says
 
 BUDGET = 0.1
 TEMPLATE = 8
-"""Prompt tokens before the picture, which all prompts share."""
+"""Prompt tokens before the image, which all prompts share."""
 
 
 def num_layers(state: dict[str, Any]) -> int:
@@ -29,7 +29,7 @@ def gained(before: dict[str, Any], after: dict[str, Any], key: str) -> int:
     ids=lambda grids: "+".join(f"{rows}x{cols}" for rows, cols in grids),
 )
 def test_holds_a_tenth_after_prefill_and_nothing_after_flush(ours_tenth: Any, picture: Any, grids: Any) -> None:
-    """Within 1 % of the target, for one chunk and for several, for one picture and for three."""
+    """Within 1 % of the target, for one chunk and for several, for one image and for three."""
     server = ours_tenth
     server.flush()
     before = server.kv_state()
@@ -160,7 +160,7 @@ def test_tenants_do_not_share(ours_tenth: Any, picture: Any, key: str) -> None:
 
 
 def test_conversation_with_a_second_picture(ours_tenth: Any, picture: Any) -> None:
-    """Picture in turn 1, a question about it in turn 2, a second picture in turn 3: each turn builds on the cache."""
+    """Picture in turn 1, a question about it in turn 2, a second image in turn 3: each turn builds on the cache."""
     server, first, second = ours_tenth, picture(6700, 24, 24), picture(6701, 20, 20)
     server.flush()
     turns = [user_says(first.questions[0].text, first.image)]
@@ -181,7 +181,7 @@ def test_conversation_with_a_second_picture(ours_tenth: Any, picture: Any) -> No
 
 
 def test_compressed_answers_are_right(ours_tenth: Any, picture: Any, an_ask: Any) -> None:
-    """A tenth of the cache still answers the first question about a picture: one by one, and eight at a time."""
+    """A tenth of the cache still answers the first question about an image: one by one, and eight at a time."""
     server = ours_tenth
     for at_once in (1, 8):
         drawn = [picture(6800 + 20 * at_once + i, 24, 24) for i in range(8)]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("source", ["base64", "file"])
 def test_openai_client(ours_tenth: Any, picture: Any, tmp_path: Path, source: str, stream: bool) -> None:
-    """Nothing but the client's own calls; the answer is right and the picture was compressed."""
+    """Nothing but the client's own calls; the answer is right and the image was compressed."""
     server, drawn = ours_tenth, picture(8200 + 2 * (source == "file") + stream, 24, 24)
     server.flush()
     drawn.image.save(tmp_path / "picture.png")
@@ -58,7 +58,7 @@ def test_openai_client(ours_tenth: Any, picture: Any, tmp_path: Path, source: st
 
 @pytest.mark.parametrize("backend", ["sglang-oai-chat", pytest.param("sglang", marks=pytest.mark.slow)])
 def test_benchmark_of_sglang(ours_tenth: Any, tmp_path: Path, backend: str) -> None:
-    """`sglang.bench_serving` with random pictures: all requests complete, all prompts are compressed.
+    """`sglang.bench_serving` with random images: all requests complete, all prompts are compressed.
 
     Its random text is short and always the same: from so small a vocabulary it may draw the token of a video, which
     SGLang then misses.

@@ -24,7 +24,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_quickstart(ours_tenth: Any) -> None:
-    """The first question is answered, the others find the picture in the cache."""
+    """The first question is answered, the others find the image in the cache."""
     ours_tenth.flush()
     lines = run("quickstart.py", "--url", ours_tenth.url).splitlines()
     found = [re.search(r"\? +(\w*) +\(expected (\w+)\); (\d+) of (\d+)", line) for line in lines]

@@ -34,7 +34,7 @@ def test_an_evaluation_that_is_interrupted_goes_on(ours_tenth: Any, tmp_path: Pa
     assert rows["single", "random@0.1"]["score"] == 0.0
     assert rows["single", "vlcache@0.1"]["ratio"] == pytest.approx(TENTH_AND_FRONT, abs=1e-3)
     shared = rows["requery", "vlcache@0.1"]
-    assert shared["cached"] > 0.8  # seven of eight questions found the picture
+    assert shared["cached"] > 0.8  # seven of eight questions found the image
     assert shared["questions"] == 16
     assert shared["score"] < 0.5 < rows["requery", "full"]["score"]
     assert all(row["failed"] == 0 for row in result["summary"])

@@ -32,13 +32,13 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def asks(picture: Any, an_ask: Any) -> list[Any]:
-    """40 requests: 1 to 3 pictures, text only, long, streamed, n = 2, conversations; all with log probabilities."""
+    """40 requests: 1 to 3 images, text only, long, streamed, n = 2, conversations; all with log probabilities."""
 
     def one(turns: Any, *images: Any, **options: Any) -> Any:
         return an_ask(turns, images, {"max_tokens": 8, "logprobs": True, **options})
 
     asks = []
-    for i, (rows, cols) in enumerate(GRIDS):  # 10 of one picture
+    for i, (rows, cols) in enumerate(GRIDS):  # 10 of one image
         drawn = picture(5000 + i, rows, cols)
         asks.append(one(drawn.questions[0].text, drawn.image))
     for i in range(6):  # of two
@@ -56,7 +56,7 @@ def asks(picture: Any, an_ask: Any) -> list[Any]:
     for i in range(3):  # two choices each
         drawn = picture(5500 + i)
         asks.append(one(drawn.questions[0].text, drawn.image, n=2))
-    for i in range(2):  # conversations, the second with a second picture
+    for i in range(2):  # conversations, the second with a second image
         first, second = picture(5600 + i), picture(5610 + i, 12, 20)
         turns = [user_says(first.questions[0].text, first.image), model_says(first.questions[0].answer)]
         turns.append(user_says(second.questions[0].text, *([second.image] if i else [])))

@@ -51,7 +51,7 @@ def assert_nothing_lost(server: Any, picture: Any) -> None:
 
 
 def test_abort_in_prefill(ours_tenth: Any, picture: Any) -> None:
-    """Between the chunks of a prompt of three large pictures."""
+    """Between the chunks of a prompt of three large images."""
     server = ours_tenth
     server.flush()
     body = native("red K?", [picture(7010 + i, 32, 32).image for i in range(3)], 4, rid="abort-prefill")

@@ -36,7 +36,7 @@ class Model:
 
     dtype: str
     sizes: tuple[tuple[int, int], ...]
-    """Width and height of test pictures."""
+    """Width and height of test images."""
     grids: tuple[tuple[tuple[int, int, bool], ...], ...]
     """Rows, columns and newlines of each picture's grids, worked out by hand."""
 
@@ -50,14 +50,14 @@ MODELS = {
     "qwen3_vl": Model(
         "float32", ((640, 640), (320, 768), (960, 256)), (((20, 20, False),), ((24, 10, False),), ((8, 30, False),))
     ),
-    # An overview of 6 x 6, then tiles of 6 x 6 as far as the picture fills them, each row ended by a newline.
+    # An overview of 6 x 6, then tiles of 6 x 6 as far as the image fills them, each row ended by a newline.
     "llava": Model(
         "float16",
         ((500, 500), (240, 230), (500, 250)),
         (
             ((6, 6, False), (18, 18, True)),  # 3 x 3 tiles
             ((6, 6, False), (18, 18, True)),
-            ((6, 6, False), (10, 18, True)),  # 3 x 3 tiles, of which the picture fills the middle
+            ((6, 6, False), (10, 18, True)),  # 3 x 3 tiles, of which the image fills the middle
         ),
     ),
 }
@@ -94,7 +94,7 @@ def outputs(server: Any, images: list[Image.Image], question: str = "What is the
 
 
 def test_budget_one_is_stock(servers: Any, tiny: Any, name: str) -> None:
-    """The same tokens, one picture at a time and a question again on a cached prefix."""
+    """The same tokens, one image at a time and a question again on a cached prefix."""
     model = MODELS[name]
     stock, ours = served(servers, tiny, name), served(servers, tiny, name, *TENTH)
     full = {"custom_params": {"kv_budget": 1.0}}
@@ -154,7 +154,7 @@ def test_a_follow_up_shares(servers: Any, tiny: Any, name: str) -> None:
 
 
 def test_two_pictures_in_one_prompt(servers: Any, tiny: Any, name: str) -> None:
-    """SGLang reads one picture of a LLaVA prompt only, unless it is told that there are several."""
+    """SGLang reads one image of a LLaVA prompt only, unless it is told that there are several."""
     if name == "llava":
         pytest.skip("one picture per prompt")
     server, model = served(servers, tiny, name, *TENTH), MODELS[name]
@@ -185,7 +185,7 @@ def film_model(request: pytest.FixtureRequest) -> str:
 
 
 def film(token: int, seed: int) -> bytes:
-    """Two seconds of noise, four pictures each, which SGLang thins to two a second: two tokens deep."""
+    """Two seconds of noise, four images each, which SGLang thins to two a second: two tokens deep."""
     frames = [picture((COLUMNS * token, ROWS * token), 10 * seed + number) for number in range(8)]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250)
@@ -210,7 +210,7 @@ def test_a_video_at_budget_one_is_stock(servers: Any, tiny: Any, film_model: str
 
 
 def test_frames_of_a_video_are_found(servers: Any, tiny: Any, film_model: str) -> None:
-    """As vision tokens in their places, compressed and shared like pictures."""
+    """As vision tokens in their places, compressed and shared like images."""
     server, video = served(servers, tiny, film_model, *TENTH), film(FRAMES[film_model], 2)
     server.flush()
     before = server.settled()

@@ -15,7 +15,7 @@ from vlcache_sgl.client.client import data_url, user_says
 
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 TEMPLATE = 8
-"""Prompt tokens before the picture, which all prompts share."""
+"""Prompt tokens before the image, which all prompts share."""
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 128
 """Long enough that requests which arrive together also decode together."""
@@ -36,7 +36,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 def body(drawn: Any, question: int = 0, params: Any = None, tokens: int = 8, **sampling: Any) -> dict[str, Any]:
-    """A native request about a picture."""
+    """A native request about an image."""
     sampling = {"temperature": 0.0, "max_new_tokens": tokens, **sampling}
     if params is not None:
         sampling["custom_params"] = params
@@ -104,7 +104,7 @@ def test_many_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: An
     specs = [report_of(answer)["policy"] for answer in alone]
     assert len(set(specs)) == len(TOGETHER)
     before = server.settled()
-    met = []
+    met: list[Any] = []
     while len(met) < 2 or max(met) < len(TOGETHER):  # a busy machine may let the first one end before the last begins
         assert len(met) < ROUNDS, f"they never met in one batch: {met}"
         server.flush()
@@ -175,7 +175,7 @@ def test_report_says_why_nothing_was_done(ours_tenth: Any, picture: Any) -> None
 
 
 def test_shared_tokens_are_those_of_the_prefix(ours_tenth: Any, picture: Any) -> None:
-    """A second picture in the conversation: the first is shared, only the second is compressed."""
+    """A second image in the conversation: the first is shared, only the second is compressed."""
     server, first, second = ours_tenth, picture(7513, 16, 16), picture(7514, 20, 20)
     server.flush()
     opening = body(first)

@@ -14,7 +14,7 @@ PAD = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def ask(server: Any, *pictures: Any, question: int = 0, **params: Any) -> dict[str, Any]:
-    """The report of one native request about pictures."""
+    """The report of one native request about images."""
     text = PROMPT.format(images=PAD * len(pictures), text=pictures[-1].questions[question].text)
     sampling = {"temperature": 0.0, "max_new_tokens": 4, "custom_params": {"kv_report": "positions", **params}}
     images = [data_url(one.image) for one in pictures]
@@ -57,7 +57,7 @@ def test_the_answer_is_among_what_is_kept(ours_tenth: Any, picture: Any) -> None
 
 
 def test_a_follow_up_shows_what_it_shares(ours_tenth: Any, picture: Any) -> None:
-    """Nothing is compressed, yet the picture is as small as its first user left it."""
+    """Nothing is compressed, yet the image is as small as its first user left it."""
     server, drawn = ours_tenth, picture(7802, 20, 20)
     server.flush()
     first, second = ask(server, drawn), ask(server, drawn, question=1)

@@ -113,9 +113,9 @@ def test_scheduler_killed_in_mid_request_and_sigterm_in_prefill(picture: Any) ->
         os.kill(members[0].pid, signal.SIGTERM)
         sender.join(4 * GONE_S)
         assert not sender.is_alive()
-        (reply,) = replies
-        if isinstance(reply, httpx.Response) and reply.status_code == 200:
-            assert reply.json()["meta_info"]["completion_tokens"] == 4  # drained: all of it
+        (ending,) = replies
+        if isinstance(ending, httpx.Response) and ending.status_code == 200:
+            assert ending.json()["meta_info"]["completion_tokens"] == 4  # drained: all of it
         assert_all_end(members)
         assert server.log_path is not None
         assert "leak detected" not in server.log_path.read_text(errors="replace")

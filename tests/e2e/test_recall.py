@@ -25,7 +25,7 @@ def test_nothing_is_evicted_and_nothing_left_behind(ours_tenth: Any, picture: An
     before = server.settled()
     answer = ask(server, drawn, kv_report="recall")
     after = server.settled()
-    assert answer.cached_tokens == 0  # neither the compressed picture nor the full one was used
+    assert answer.cached_tokens == 0  # neither the compressed image nor the full one was used
     assert answer.text == full.text
     for key in ("cells_used", "cells_tree", "requests_compressed", "virtual_slots_free"):
         assert after[key] == before[key], key

@@ -95,7 +95,7 @@ def test_malformed_custom_params(ours_tenth: Any, picture: Any) -> None:
             sampling = {"max_new_tokens": 1, "temperature": 0.0, "custom_params": params}
             body: dict[str, Any] = {"text": "red K?", "sampling_params": sampling}
             if with_image:
-                # A key of its own: the picture is computed and compressed, not found in the prefix cache.
+                # A key of its own: the image is computed and compressed, not found in the prefix cache.
                 prompt = f"<|im_start|>user\n{IMAGE}red K?<|im_end|>\n<|im_start|>assistant\n"
                 body |= {"text": prompt, "image_data": [image], "extra_key": str(sent)}
             reply = http.post("/generate", content=json.dumps(body), headers={"content-type": "application/json"})

@@ -19,7 +19,7 @@ TENANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("tenants", TENANTS.values(), ids=TENANTS.keys())
 def test_a_tenants_compressed_prefix_is_unreachable(ours_tenth: Any, picture: Any, tenants: Any) -> None:
-    """The same picture and question: the owner hits what it has stored, the other computes all of it again."""
+    """The same image and question: the owner hits what it has stored, the other computes all of it again."""
     server, (mine, theirs) = ours_tenth, tenants
     drawn = picture(8100)
     question = drawn.questions[0].text

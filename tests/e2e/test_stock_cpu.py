@@ -17,7 +17,7 @@ def test_answers_text(stock: Any) -> None:
 
 @pytest.mark.parametrize(("rows", "cols"), [(10, 11), (16, 16), (24, 24), (32, 32)], ids=lambda n: str(n))
 def test_reads_pictures(stock: Any, picture: Any, rows: int, cols: int) -> None:
-    """Every cell of the picture is one prompt token, and the codes are read."""
+    """Every cell of the image is one prompt token, and the codes are read."""
     right = 0
     for seed in range(4000, 4003):
         drawn = picture(seed, rows, cols)

@@ -82,7 +82,7 @@ def test_wilson_for_single_questions() -> None:
 
 
 def test_questions_of_one_picture_are_not_independent() -> None:
-    """Ten pictures with eight equal answers each say no more than ten questions."""
+    """Ten images with eight equal answers each say no more than ten questions."""
     rng = np.random.default_rng(0)
     per_picture = rng.integers(0, 2, 10).astype(float)
     low, high = stats.interval({str(i): [s] * 8 for i, s in enumerate(per_picture)})
@@ -102,7 +102,7 @@ def test_a_bootstrap_covers() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(100):
-        low, high = stats.bootstrap({str(i): rng.random(4) < 0.6 for i in range(40)})
+        low, high = stats.bootstrap({str(i): list(rng.random(4) < 0.6) for i in range(40)})
         hits += low <= 0.6 <= high
     assert hits >= 88
 

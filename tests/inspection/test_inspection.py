@@ -1,4 +1,4 @@
-"""From a server's report to pictures."""
+"""From a server's report to images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def grid(rows: int, columns: int, newlines: bool = False, fit: str = "stretch") 
 
 
 def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLACK, question: str = "q?") -> Inspection:
-    """A prompt of three text tokens, one picture, two text tokens."""
+    """A prompt of three text tokens, one image, two text tokens."""
     end = 3 + sum(g["rows"] * (g["columns"] + g["newlines"]) for g in grids)
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
     report = {"kept_positions": kept, "vision": vision, "prompt_tokens": end + 2}

@@ -53,7 +53,7 @@ class CapacityMachine(RuleBasedStateMachine):
             self.freed.update(slots.tolist())
             free(slots)
 
-        self.world.allocator.free = spy  # type: ignore[method-assign]
+        self.world.allocator.free = spy  # type: ignore[method-assign,assignment]
         self.read: dict[tuple[str, int], torch.Tensor] = {}
 
     @rule(

@@ -62,7 +62,7 @@ def test_fewer_questions_are_the_first_of_more() -> None:
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 6), (10, 11), (24, 24)], ids=lambda side: str(side))
 def test_answers_are_drawn_where_the_cells_say(rows: int, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the picture back through the glyph numbers that were drawn into its cells."""
+    """Read the image back through the glyph numbers that were drawn into its cells."""
     drawn: list[int] = []
     draw = receipts.draw_cell
     monkeypatch.setattr(receipts, "draw_cell", lambda rng, glyph: (drawn.append(glyph), draw(rng, glyph))[1])
@@ -172,7 +172,7 @@ def test_budgets_are_exact() -> None:
 
 
 def test_post_vision_foresees_decoding_better_than_accumulated() -> None:
-    """The paper's figure 3 on the grounded model: in the results file, and on a picture that it has not seen."""
+    """The paper's figure 3 on the grounded model: in the results file, and on an image that it has not seen."""
     import torch
 
     from models.tinyvlm import caches

@@ -157,7 +157,7 @@ def test_permuting_vision_tokens_permutes_their_scores(scorer):
 
 
 @pytest.mark.parametrize("scorer", ["vlcache", "aircache", "snapkv", "cake", "tova"])
-def test_only_the_voters_matter(scorer):
+def test_only_the_query_rows_matter(scorer):
     """Other rows may say what they like: here those of the image."""
     prompt = PROMPTS["one-image"]
     changed = [Layer(layer.queries.clone(), layer.keys, layer.values) for layer in layers("one-image")]

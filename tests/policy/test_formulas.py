@@ -40,7 +40,7 @@ def per_kv_head(x: np.ndarray, prompt: Prompt) -> np.ndarray:
     return x.reshape(prompt.num_kv_heads, -1, *x.shape[1:]).mean(1)
 
 
-def voters(prompt: Prompt) -> list[int]:
+def query_rows(prompt: Prompt) -> list[int]:
     after = max(end for _, end in prompt.vision)
     rows = [row for row in range(after, prompt.length) if row >= prompt.start]
     return rows or list(range(max(prompt.start, prompt.length - 32), prompt.length))
@@ -87,14 +87,14 @@ def shares(weights: np.ndarray, total: int) -> np.ndarray:
 @PROMPTS
 def test_vlcache_scores(prompt):
     for ours, layer in zip(scored("vlcache:paper", prompt), synthetic_layers(prompt), strict=True):
-        votes = per_kv_head(attention(layer, prompt)[:, voters(prompt)].sum(1), prompt)
+        votes = per_kv_head(attention(layer, prompt)[:, query_rows(prompt)].sum(1), prompt)
         close(ours, votes[:, prompt.start :])
 
 
 @PROMPTS
 def test_vlcache_scores_are_the_strongest_votes_smoothed(prompt):
     for ours, layer in zip(scored("vlcache", prompt), synthetic_layers(prompt), strict=True):
-        votes = attention(layer, prompt)[:, voters(prompt)].max(1)
+        votes = attention(layer, prompt)[:, query_rows(prompt)].max(1)
         heads = votes.reshape(prompt.num_kv_heads, -1, prompt.length).max(1)
         padded = np.pad(heads[:, prompt.start :], ((0, 0), (8, 8)))
         close(ours, np.stack([padded[:, i : i + prompt.owned] for i in range(17)]).mean(0))
@@ -106,7 +106,7 @@ def test_vlcache_budgets(prompt):
     for layer in synthetic_layers(prompt):
         kept = visible = 0
         for head in attention(layer, prompt):
-            for row in voters(prompt):
+            for row in query_rows(prompt):
                 kept += int((head[row, : row + 1] >= 0.01 * head[row].max()).sum())
                 visible += row + 1
         density.append(kept / visible)
@@ -240,7 +240,7 @@ def elite_votes(layer: Layer, prompt: Prompt) -> np.ndarray:
     group, start = q.shape[0] // k.shape[0], prompt.start
     vision = [p for p in range(start, prompt.length) if vision_mask(prompt)[p - start]]
     text = [p for p in range(start, prompt.length) if p not in vision]
-    rows = voters(prompt)
+    rows = query_rows(prompt)
     text = sorted({*text, *rows})  # without text after the image its last rows ask
     asking = np.zeros(len(text))
     for head in range(q.shape[0]):

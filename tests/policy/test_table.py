@@ -18,7 +18,7 @@ def decide(settings: str, total: int, *, vision: tuple[int, int] | None = None, 
     )
 
 
-def counts(settings: str, total: int = 60, **options) -> list[int]:
+def counts(settings: str, total: int = 60, **options) -> list[float]:
     return decide(settings, total, **options).tokens_per_layer
 
 

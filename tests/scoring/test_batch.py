@@ -172,7 +172,7 @@ def test_a_batch_is_scored_as_its_requests_are(one_by_one: World, launches: list
             for layer in range(LAYERS):
                 for field in fields(theirs.stats[layer]):
                     a, b = getattr(mine.stats[layer], field.name), getattr(theirs.stats[layer], field.name)
-                    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=lambda m, f=field: f"{f.name}: {m}")
+                    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=lambda m, f=field: f"{f.name}: {m}")  # type: ignore[misc]
         assert torch.equal(together.kept(row), one_by_one.kept(row)), row
         assert together.jobs[row].report.fields == one_by_one.jobs[row].report.fields
     assert bool(together.kept(6).all())

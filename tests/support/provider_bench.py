@@ -103,9 +103,9 @@ class StandIn:
     def __init__(self, workspace: torch.Tensor, layout: str, backend: str, **options: Any) -> None:
         assert layout == "NHD"
         self.recorded = options.get("use_cuda_graph", False)
-        self.indptr = options.get("paged_kv_indptr_buffer")
-        self.indices = options.get("paged_kv_indices_buffer")
-        self.fixed = options.get("paged_kv_last_page_len_buffer")
+        self.indptr: Any = options.get("paged_kv_indptr_buffer")
+        self.indices: Any = options.get("paged_kv_indices_buffer")
+        self.fixed: Any = options.get("paged_kv_last_page_len_buffer")
 
     def reset_workspace_buffer(self, workspace: torch.Tensor, schedule: torch.Tensor) -> None:
         assert schedule.dtype == torch.uint8

@@ -188,6 +188,7 @@ class World:
 
     def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int) -> Req | None:
         assert self.host is not None
+        self.names += 1
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=tokens))
         job = CompressionJob(Asked(self.choice, (), len(ids), MIN_TOKENS))
         if not self.host.admits(job):
@@ -197,7 +198,6 @@ class World:
         job.host.first_row = max(0, len(ids) - self.random.randint(1, 4))
         if self.host.fit(req, job) is not None:
             return None
-        self.names += 1
         give_job(req, job)
         req.extra_key = f"{key or ''}|kv|exact"
         most = req._compute_max_prefix_len

@@ -1,7 +1,7 @@
-"""`vlcache demo`: ask a real server about pictures, compressed and in full, and show what each answer cost.
+"""`vlcache demo`: ask a real server about images, compressed and in full, and show what each answer cost.
 
 Two servers run one after the other on the same questions, the first with the policy at a small budget, the second at
-budget 1.0.  The exit code is 0 when the compressed answers to the first question about each picture are those of the
+budget 1.0.  The exit code is 0 when the compressed answers to the first question about each image are those of the
 full cache (19 of 20 suffice).
 """
 
@@ -27,10 +27,10 @@ from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerError, ServerProcess,
 from vlcache_sgl.evaluation.tasks.receipts import make_picture
 
 GRIDS = ((24, 24), (24, 28), (28, 28), (28, 32), (32, 32))
-"""Rows and columns of the pictures, 576 to 1024 image tokens."""
+"""Rows and columns of the images, 576 to 1024 image tokens."""
 NUM_PICTURES = 20
 FOLLOWED = (0, 4)
-"""Pictures that get follow-up questions: the smallest and the largest."""
+"""Images that get follow-up questions: the smallest and the largest."""
 NUM_FOLLOW_UPS = 3
 FIRST_SEED = 30000
 MATCHING_SHARE = 0.95
@@ -42,13 +42,13 @@ _WIDTH = 150
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a picture."""
+    """A question about an image."""
 
     label: str
     image: Image.Image
     question: str
     expected: str | None
-    """None for a user's own picture."""
+    """None for a user's own image."""
     follow_up: bool = False
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def receipt_tasks() -> list[Task]:
-    """The first question about every picture, then the follow-ups."""
+    """The first question about every image, then the follow-ups."""
     first, later = [], []
     for number in range(NUM_PICTURES):
         rows, cols = GRIDS[number % len(GRIDS)]
@@ -151,8 +151,8 @@ def ask(server: ServerProcess, client: Client, task: Task) -> Row:
 def table_of(rows: Sequence[Row], title: str) -> Table:
     """Questions and answers, with the memory of each."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "KV kept: what the request itself holds; follow-up questions share the picture with the first."
-    table.add_column("picture", no_wrap=True)
+    table.caption = "KV kept: what the request itself holds; follow-up questions share the image with the first."
+    table.add_column("image", no_wrap=True)
     table.add_column("question")
     for name in ("answer", "expected"):
         table.add_column(name, no_wrap=True)
@@ -203,7 +203,7 @@ def summarise(compressed: Sequence[Row], full: Sequence[Row], budget: str, conso
     )
     console.print(f"First questions: {same} of {len(first)} answers are those of the full cache", _right(first))
     if later:
-        console.print(f"Follow-up questions: {len(later)} on pictures that were asked about before", _right(later))
+        console.print(f"Follow-up questions: {len(later)} on images that were asked about before", _right(later))
         shared = sum(ours.cached_tokens for ours, _ in later) / sum(ours.prompt_tokens for ours, _ in later)
         most = max(ours.bytes_kept for ours, _ in later)
         console.print(f"  {shared:.1%} of their tokens came from the cache; none added more than {decimal(most)}")
@@ -241,8 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="a vision-language model; default: the bundled one")
     parser.add_argument("--policy", default="vlcache", help="value of --kv-policy; default: vlcache")
     parser.add_argument("--budget", default="0.1", help="value of --kv-budget of the compressed run; default: 0.1")
-    parser.add_argument("--image", metavar="PATH", help="ask about this picture instead of the built-in ones")
-    parser.add_argument("--question", default="What is in this picture?", help="what to ask about --image")
+    parser.add_argument("--image", metavar="PATH", help="ask about this image instead of the built-in ones")
+    parser.add_argument("--question", default="What is in this image?", help="what to ask about --image")
     return parser
 
 

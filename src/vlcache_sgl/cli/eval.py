@@ -220,7 +220,7 @@ def say_cost(
     asked = ask(client, probe, first[1])["questions"][0]
     # An answer that is forced costs a prompt and what it costs to find it again.
     seconds = (time.perf_counter() - started) * (2 if arguments.logprob else 1)
-    # What is left after the first question about a picture is shared; how much that saves is not known before.
+    # What is left after the first question about an image is shared; how much that saves is not known before.
     prefills = sum(1 if condition.sharing == "shared" else len(sample.questions) for sample, condition in work)
     console.print(
         f"{total} questions, {prefills} of them with an image or a text to prefill, {arguments.at_once} at once. "
@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sharing",
         choices=("shared", "private", "both"),
         default="shared",
-        help="whether later questions about a picture find its compressed copy, or compress it again; default: shared",
+        help="whether later questions about an image find its compressed copy, or compress it again; default: shared",
     )
     how.add_argument("--no-full", action="store_true", help="leave out the full cache")
     how.add_argument(

@@ -1,7 +1,7 @@
-"""`vlcache inspect`: which patches of a picture each layer keeps, and what the answer is without the others.
+"""`vlcache inspect`: which patches of an image each layer keeps, and what the answer is without the others.
 
 Asks one question at the full cache and compressed, and writes a PNG and an HTML page that needs nothing else: the
-picture with kept patches per layer, layers against positions, layer budgets, both answers.
+image with kept patches per layer, layers against positions, layer budgets, both answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlcache_sgl.inspection.sheet import draw_sheet
 
 MAX_TOKENS = 64
 _SEED, _SIDE = 30_000, 24
-"""The picture that is shown when none is given: the first one of the demo."""
+"""The image that is shown when none is given: the first one of the demo."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def inspect(
     server: RunningServer, images: Sequence[Image.Image], question: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Ask with the full cache and compressed; what `read_report` wants besides the pictures, ready for JSON.
+    """Ask with the full cache and compressed; what `read_report` wants besides the images, ready for JSON.
 
     Args:
         arguments: with `policy`, `budget` (None: the server's) and `max_tokens`.
@@ -98,20 +98,16 @@ def inspect(
 
 
 def pictures_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
-    """The pictures and the question; the demo's first when no picture is given."""
+    """The images and the question; the demo's first when no image is given."""
     if not arguments.image:
         drawn = make_picture(_SEED, _SIDE, _SIDE)
         return [drawn.image], arguments.question or drawn.questions[0].text
-    return [
-        Image.open(path).convert("RGB") for path in arguments.image
-    ], arguments.question or "What is in this picture?"
+    return [Image.open(path).convert("RGB") for path in arguments.image], arguments.question or "What is in this image?"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcache inspect", description=(__doc__ or "").split("\n\n", 1)[1])
-    parser.add_argument(
-        "--image", nargs="+", metavar="PATH", help="pictures; default: one that the bundled model knows"
-    )
+    parser.add_argument("--image", nargs="+", metavar="PATH", help="images; default: one that the bundled model knows")
     parser.add_argument("--question", metavar="TEXT", help="what to ask about them")
     parser.add_argument("--policy", help="value of kv_policy; default: the server's, or vlcache")
     parser.add_argument("--budget", help="value of kv_budget; default: the server's, or 0.1")

@@ -24,9 +24,9 @@ class Command:
 COMMANDS = {
     "calibrate": Command("vlcache_sgl.cli.calibrate", "measure what each layer and KV head of a model needs"),
     "compare": Command("vlcache_sgl.cli.compare", "by how much two results of `vlcache eval` differ"),
-    "demo": Command("vlcache_sgl.cli.demo", "ask a real server about pictures, compressed and in full"),
+    "demo": Command("vlcache_sgl.cli.demo", "ask a real server about images, compressed and in full"),
     "eval": Command("vlcache_sgl.cli.eval", "count right answers under many policies and budgets"),
-    "inspect": Command("vlcache_sgl.cli.inspect", "show which patches of a picture each layer keeps"),
+    "inspect": Command("vlcache_sgl.cli.inspect", "show which patches of an image each layer keeps"),
     "plan": Command("vlcache_sgl.cli.plan", "how many requests and images fit into a GPU"),
     "policies": Command("vlcache_sgl.cli.policies", "list the installed policies, or explain one"),
     "top": Command("vlcache_sgl.cli.top", "watch a running server"),

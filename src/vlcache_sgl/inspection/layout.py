@@ -1,4 +1,4 @@
-"""From kept positions to places on pictures.  Pure: numpy and Pillow only."""
+"""From kept positions to places on images.  Pure: numpy and Pillow only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
 
 MOST_PIXELS = 720
-"""Longer side of a drawn picture."""
+"""Longer side of a drawn image."""
 _VEIL_COLOUR = (173, 181, 189)
 """Grey, not white: on a scanned page what is kept must stand out from what is veiled."""
 _VEIL = 0.8
@@ -23,10 +23,10 @@ _VEIL = 0.8
 
 @dataclass(frozen=True)
 class Look:
-    """One grid of tokens over one picture: a picture has one, LLaVA's have an overview and tiles."""
+    """One grid of tokens over one image: an image has one, LLaVA's have an overview and tiles."""
 
     item: int
-    """Which picture."""
+    """Which image."""
     title: str
     first: int
     """Position of the grid's first token."""
@@ -126,20 +126,20 @@ def read_report(
         attention: as in `Inspection`.
 
     Raises:
-        ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the pictures.
+        ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the images.
     """
     kept = kept_mask(report)
     looks = []
     for run in report["vision"]:
         first = run["begin"]
         for number, grid in enumerate(run["grids"]):
-            name = ("overview", "tiles")[number] if len(run["grids"]) == 2 else "picture"
+            name = ("overview", "tiles")[number] if len(run["grids"]) == 2 else "image"
             title = f"{name} {run['item'] + 1}" if len(images) > 1 else name
             rows, columns, newlines = grid["rows"], grid["columns"], grid["newlines"]
             looks.append(Look(run["item"], title, first, rows, columns, newlines, grid["fit"]))
             first += rows * (columns + newlines)
     if not looks:
-        raise ValueError("the server does not know how this model's vision tokens lie on a picture")
+        raise ValueError("the server does not know how this model's vision tokens lie on an image")
     return Inspection(
         images=tuple(shrunk(image) for image in images),
         question=question,
@@ -163,7 +163,7 @@ def shrunk(image: Image.Image) -> Image.Image:
 
 
 def places(look: Look, width: int, height: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Row of each pixel line `[height]` and column of each pixel column `[width]` of a picture.
+    """Row of each pixel line `[height]` and column of each pixel column `[width]` of an image.
 
     >>> look = Look(0, "", 0, rows=2, columns=2, newlines=False, fit="pad")
     >>> [axis.tolist() for axis in places(look, 4, 2)]  # the square around it is 4 x 4: its lines are the middle ones

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: pictures and positions are inside, a slider goes through the layers."""
+"""One HTML page that needs nothing else: images and positions are inside, a slider goes through the layers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ const looks = data.looks.map(look => {
   return {look, canvas, image};
 });
 
-// A patch's box in pixels; with padding the grid covers the square around the picture.
+// A patch's box in pixels; with padding the grid covers the square around the image.
 function box(look, row, column, width, height) {
   const square = Math.max(width, height);
   const w = look.pad ? square : width, h = look.pad ? square : height;

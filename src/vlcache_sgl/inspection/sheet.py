@@ -1,4 +1,4 @@
-"""One PNG: the picture under every layer's eyes, budgets, positions, answers."""
+"""One PNG: the image under every layer's eyes, budgets, positions, answers."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def _top(figure: Any, seen: Inspection) -> None:
     count = len(seen.looks)
     axes = figure.subplots(1, count + 2, width_ratios=[1] * (count + 1) + [1.2])
     _picture(axes[0], seen.images[0])
-    axes[0].set_title(
-        "the picture" if len(seen.images) == 1 else f"the first of {len(seen.images)} pictures", fontsize=10
-    )
+    axes[0].set_title("the image" if len(seen.images) == 1 else f"the first of {len(seen.images)} images", fontsize=10)
     for axis, look in zip(axes[1:], seen.looks, strict=False):
         drawn = _heat(axis, seen, look)
         name = f" ({look.title})" if count > 1 else ""

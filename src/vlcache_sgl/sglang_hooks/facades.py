@@ -73,6 +73,7 @@ class RequestKV(Protocol):
 class Req(Protocol):
     """A request in a scheduler."""
 
+    prefix_len: int
     origin_input_ids: Any
     """The prompt's token numbers, an array."""
     output_ids: array[int]

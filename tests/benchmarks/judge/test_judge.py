@@ -17,7 +17,7 @@ from benchmarks.judge import crosscheck, page
 from benchmarks.judge import main as program
 from benchmarks.judge.cases import CaseId, CaseMaker
 from benchmarks.judge.conditions import BUDGETS, FULL, MEDIA, Condition, conditions, parse_condition, recipes
-from benchmarks.judge.decisions import BudgetError, Decisions, Medium
+from benchmarks.judge.decisions import BudgetError, Decisions, Kept, Medium
 from benchmarks.judge.network import Network, Past, States
 from benchmarks.judge.records import Records, RecordsError
 from benchmarks.judge.summary import ALL, summarise
@@ -364,6 +364,18 @@ def test_the_cross_check_on_the_page_is_current() -> None:
     """After a new result the command writes it itself."""
     text = page.PAGE.read_text()
     assert text == crosscheck.rendered(text, crosscheck.committed())
+
+
+def test_a_twin_may_lose_the_template(checkpoint: Path) -> None:
+    """All that stands in front of the first line but the sinks, and nothing else."""
+    asked = CaseMaker(checkpoint).make(CASE).first
+    begin, length = asked.lines[0].begin, len(asked.prompt)
+    kept = Kept(torch.rand(3, 2, length) < 0.5, 0.5, length)
+    bare = crosscheck.without_template(kept, asked, 2)
+    assert begin > 3
+    assert not bool(bare.cells[..., 2:begin].any())
+    assert torch.equal(bare.cells[..., :2], kept.cells[..., :2])
+    assert torch.equal(bare.cells[..., begin:], kept.cells[..., begin:])
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
