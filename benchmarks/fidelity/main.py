@@ -359,8 +359,8 @@ def draw_front(recipes: Mapping[str, Any], requery: Mapping[str, Any], path: Pat
     single, records = rows_of(recipes, "single"), requery["records"]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     first, later = figure.subplots(1, 2, sharey=True)
-    first.set_title("The question that compresses the picture", fontsize=12)
-    later.set_title("Questions 2 to 8 about the same picture", fontsize=12)
+    first.set_title("The question that compresses the image", fontsize=12)
+    later.set_title("Questions 2 to 8 about the same image", fontsize=12)
     for axis, full in ((first, single[FULL]), (later, without_first(records, FULL))):
         assert full is not None
         axis.axhline(full["score"], color="black", linestyle=":", linewidth=1.5, label="full cache")
