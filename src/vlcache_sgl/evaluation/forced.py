@@ -9,8 +9,8 @@ Two requests to SGLang's `/generate` for each question, both with the policy and
 
 The sum is what greedy decoding reports for these tokens, had it chosen them.
 
-Where prefixes are shared without loss, an answer is the one of a question asked alone, and the second request would select anew.
-There both share what the first has compressed (`kv_share: policy`) in a namespace that nobody else uses.
+Where prefixes are shared without loss, an answer is the one of a question asked alone, and the second request would
+select anew.  There both share what the first has compressed (`kv_share: policy`), in a namespace of their own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Forcing:
 
         Args:
             images: URLs.
-            salt: separates prefixes; with `kv_share` `policy` those of the same salt share what the first has compressed.
+            salt: separates prefixes; with `kv_share` `policy` requests of the same salt share what the first has
+                compressed.
 
         Raises:
             NotMeasured: the prompt was not shared or not found whole, or the answer has no tokens.
