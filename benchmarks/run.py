@@ -21,6 +21,7 @@ TASKS = {
     "soak": "benchmarks.capacity.soak",
     "fidelity": "benchmarks.fidelity.main",
     "policies": "benchmarks.fidelity.policies",
+    "questions": "benchmarks.sharing.questions",
 }
 """Modules by name of the task, each with `add_arguments(parser)` and `main(arguments, console)`; 0 is success."""
 

@@ -22,6 +22,8 @@ FLAGS = (
     *("--kv-host-memory", "16MB", "--kv-overcommit", "4"),
     *("--max-total-tokens", str(POOL), "--chunked-prefill-size", "128"),
 )
+HEADS = ("--kv-policy", "snapkv:heads=split", "--kv-head-cells", "--kv-host-memory", "16MB", "--kv-min-tokens", "16")
+RANKS = ("--tp", "2")
 POLICIES = ("vlcache:density", "vlcache", "snapkv:window=8", "keydiff", "pyramidkv")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -173,3 +175,31 @@ def test_disconnects_and_retractions(small: Any, picture: Any) -> None:
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
     assert all(reply["text"].startswith(d.questions[0].answer) for reply, d in zip(replies, drawn, strict=True))
     assert_nothing_held(small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [FLAGS, HEADS], ids=["layer-cells", "head-cells"])
+def test_two_ranks_share_without_loss(
+    servers: Any, ours_tenth: Any, an_ask: Any, picture: Any, flags: tuple[str, ...]
+) -> None:
+    """Each rank has its own heads of the prefix; all decide alike, and answer as one rank that computes all."""
+    two = servers.get(*flags, *RANKS, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    drawn = [picture(60_700 + i, 24, 24) for i in range(2)]
+    asked: list[Any] = [(question.text, (d.image,), {}) for d in drawn for question in d.questions]
+    answers = both(two, ours_tenth, an_ask, asked)
+    assert sum(answer.cached_tokens >= 576 for answer in answers) >= 4
+    assert_nothing_held(two)
+
+
+@pytest.mark.slow
+def test_streams_without_overlap_and_heads_of_their_own(servers: Any, an_ask: Any, picture: Any) -> None:
+    """Cells per KV head, no overlap, whole prefills: a stream says what a request says that computes all."""
+    server = servers.get(*HEADS, "--disable-overlap-schedule", "--chunked-prefill-size", "-1")
+    drawn = picture(60_800, 24, 24)
+    for question in drawn.questions:
+        exact, alone = (
+            server.ask(question.text, drawn.image, stream=True, custom_params={"kv_share": share, "kv_budget": 0.2})
+            for share in ("exact", "off")
+        )
+        assert exact.text == alone.text
+    assert_nothing_held(server)

@@ -34,13 +34,13 @@ from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
-from vlcache_sgl.sglang_hooks.host_sharing import HostSharing
+from vlcache_sgl.sglang_hooks.host_sharing import HostSharing, TreeRoom
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 
 PLANES = 3
-SLOTS = 900
+SLOTS = 500
 MIN_TOKENS = 8
 
 
@@ -61,7 +61,7 @@ class LaggingHostMemory(HostMemory):
     """Of a device that may be behind with what it frees."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world.allocator.accounting, world.allocator.alloc_bare)
+        super().__init__(world.allocator.accounting, world.room)
         self._world = world
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
@@ -139,11 +139,12 @@ class World:
         self.processed_tokens_counter = 0
         self.readings = SecondReadings(self)
         self.host: HostSharing | None = None
+        self.room: TreeRoom = TreeRoom(self.allocator)
         if host:
             accounting = self.allocator.accounting
             accounting.host = HostPool(PLANES, SLOTS, host, self.arena.cells)
             model = Prompt(0, 0, (), PLANES, 1, 1, 1)
-            self.host = HostSharing(LaggingHostMemory(self), accounting, model)
+            self.host = HostSharing(LaggingHostMemory(self), self.room, physical, model)
             self.host.attach(self.tree)
         self.aborted_for_memory = 0
         self.served = 0

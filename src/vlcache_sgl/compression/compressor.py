@@ -26,7 +26,7 @@ from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.events import passed_event
-from vlcache_sgl.memory.residency import EVICTED, OutOfCells
+from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.scoring import KeysValues, Scoring, divide_prefix
@@ -321,7 +321,7 @@ class Compressor:
         assert job.host is not None
         try:
             job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
-        except (OutOfMemory, OutOfCells) as error:
+        except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")
             return

@@ -13,6 +13,7 @@ host memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,24 @@ from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.host_pool import HostFull
 from vlcache_sgl.memory.own_slots import OwnSlots
+from vlcache_sgl.memory.residency import OutOfCells
 from vlcache_sgl.memory.staging import Staging
+
+
+class Room(Protocol):
+    """What gives way when memory is needed: the prefix tree drops prefixes that nobody uses, as far as that goes."""
+
+    def make_host_room(self, tokens: int) -> None:
+        """Until so many tokens fit host memory."""
+
+    def make_cells(self, cells: int) -> None:
+        """Until so many cells are free."""
+
+    def take_slots(self, count: int) -> torch.Tensor | None:
+        """`[count]` int64, slots without cells; None: there are not so many."""
+
+    def give_slots(self, slots: torch.Tensor) -> None:
+        """Take back `slots`, with their cells."""
 
 
 class OutOfMemory(RuntimeError):
@@ -32,24 +50,20 @@ class HostMemory:
 
     Args:
         accounting: of the arena; with host memory.
-        alloc_bare: `[count]` int64, slots without cells; None: there are not so many.
+        room: is asked before memory is taken.
     """
 
-    def __init__(self, accounting: CellAccounting, alloc_bare: Callable[[int], torch.Tensor | None]) -> None:
+    def __init__(self, accounting: CellAccounting, room: Room) -> None:
         assert accounting.host is not None
         self.host = accounting.host
         self._accounting = accounting
         self._residency = accounting.residency
-        self._alloc_bare = alloc_bare
+        self._room = room
         self._arena = accounting.arena.cells
         self._groups = accounting.arena.groups
         self.staging = Staging(accounting.arena, self.host)
         self.staged_tokens = 0
         """Tokens staged so far, counted once per forward."""
-        self.make_room: Callable[[int], None] = lambda tokens: None
-        """Lets the prefix tree drop what nobody uses until so many tokens fit host memory, as far as that goes."""
-        self.make_cells: Callable[[int], None] = lambda cells: None
-        """The same until so many cells are free."""
 
     # -- one forward ------------------------------------------------------------------------------------------------
 
@@ -58,7 +72,7 @@ class HostMemory:
         if prefixes:
             self._accounting.settle()
             slots = torch.cat(list(prefixes)).to(torch.int64)
-            self.make_cells(self._groups * slots.numel())
+            self._room.make_cells(self._groups * slots.numel())
             self.staged_tokens += self.staging.begin(slots)
 
     def write_back(self, slots: torch.Tensor) -> bool:
@@ -66,8 +80,7 @@ class HostMemory:
 
         Returns whether it is there: False when host memory is full of what requests use.
         """
-        if self.host.free_tokens < slots.numel():
-            self.make_room(slots.numel())
+        self._room.make_host_room(slots.numel())
         try:
             self.host.store(slots, self._arena, self._residency.table[:, slots])
         except HostFull:
@@ -89,9 +102,9 @@ class HostMemory:
             keep: `[planes, length]` bool.
 
         Raises:
-            OutOfMemory: too few slots or cells; nothing has changed then.
+            OutOfMemory: too few slots or cells; the arena may have nothing of the prompt then.
         """
-        private = self._alloc_bare(slots.numel())
+        private = self._room.take_slots(slots.numel())
         if private is None:
             raise OutOfMemory(f"{slots.numel()} slots are not free")
         resident = self._residency.slot_cells[slots] > 0
@@ -101,8 +114,12 @@ class HostMemory:
             self._retire(private[moved], keep[:, moved])
         if restored.numel():
             self._accounting.settle()
-            self.make_cells(int(keep[:, restored].sum()))
-            self._restore(slots[restored], private[restored], keep[:, restored])
+            self._room.make_cells(int(keep[:, restored].sum()))
+            try:
+                self._restore(slots[restored], private[restored], keep[:, restored])
+            except OutOfCells as error:
+                self._room.give_slots(private)
+                raise OutOfMemory(str(error)) from error
         return OwnSlots(slots, private)
 
     def _restore(self, slots: torch.Tensor, private: torch.Tensor, keep: torch.Tensor) -> None:

@@ -95,9 +95,9 @@ class HostPool:
         rows = self._free[self.free_tokens - count : self.free_tokens].flip(0)
         self.free_tokens -= count
         self.rows[slots] = rows
-        for plane, (target, source) in enumerate(zip(self.cells, cells, strict=True)):
-            del plane
-            target[self._host(rows)] = arena[source.to(torch.int64)].to(target.device)
+        places = self._host(rows)
+        for target, source in zip(self.cells, cells, strict=True):
+            target[places] = arena[source.to(torch.int64)].to(target.device)
         self.written += count * self.token_bytes
 
     def load(self, planes: slice, slots: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req, ServerArgs
+from vlcache_sgl.sglang_hooks.facades import Req, ServerArgs
 
 TESTED_SGLANG = "0.5.23"
 
@@ -179,7 +179,7 @@ def slot_writers(model: Any) -> list[str]:
     )
 
 
-def attention_tp(model_runner: ModelRunner) -> tuple[Any, int, int]:
+def attention_tp() -> tuple[Any, int, int]:
     """Group, rank and size over which attention heads are divided."""
     from sglang.srt.runtime_context import get_parallel
 

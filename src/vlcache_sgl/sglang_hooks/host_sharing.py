@@ -6,6 +6,7 @@ See `compression/exact.py` for what happens to tokens.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -20,10 +21,10 @@ from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape, longest_answer
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
-from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
-from vlcache_sgl.sglang_hooks.facades import ModelRunner, Req
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
 
@@ -53,73 +54,81 @@ def host_tokens(size: HostSize, shape: KVShape, pool_tokens: int) -> int:
     return min(POOLS_IN_HOST * pool_tokens, int(free) // shape.token_bytes)
 
 
+class TreeRoom:
+    """`Room`: the prefix tree gives way, least recently used first.
+
+    Args:
+        allocator: of slots and cells.
+    """
+
+    def __init__(self, allocator: VirtualSlotAllocator) -> None:
+        self._allocator = allocator
+        self._accounting = allocator.accounting
+        self.tree: Any = None
+        """SGLang's; None until it is built."""
+
+    def make_host_room(self, tokens: int) -> None:
+        host = self._accounting.host
+        assert host is not None
+        self._evict(lambda: tokens - host.free_tokens)
+
+    def make_cells(self, cells: int) -> None:
+        accounting = self._accounting
+        planes = accounting.residency.num_planes
+        # Prefixes in host memory give back none; what policies share does.
+        self._evict(lambda: -((accounting.residency.free_cells - cells) // planes) if accounting.evictable_cells else 0)
+
+    def take_slots(self, count: int) -> torch.Tensor | None:
+        self._evict(lambda: count - int(self._allocator.available_size()))
+        return self._allocator.alloc_bare(count)
+
+    def give_slots(self, slots: torch.Tensor) -> None:
+        self._allocator.free(slots)
+
+    def _evict(self, missing: Callable[[], int]) -> None:
+        """Drop prefixes until no tokens are `missing`, or nothing can be dropped."""
+        while (tokens := missing()) > 0:
+            if self.tree.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted == 0:
+                return
+
+
 class HostSharing:
     """One scheduler's host memory.
 
     Args:
         memory: moves tokens.
-        accounting: of the arena.
+        room: is told of the prefix tree.
+        physical_tokens: uncompressed tokens of the arena.
         model: what policies are told of the model.
     """
 
-    def __init__(self, memory: HostMemory, accounting: CellAccounting, model: Prompt) -> None:
+    def __init__(self, memory: HostMemory, room: TreeRoom, physical_tokens: int, model: Prompt) -> None:
         self.memory = memory
-        self._accounting = accounting
-        self._physical = accounting.physical_tokens
+        self._room = room
+        self._physical = physical_tokens
         self._model = model
-        self.tree: Any = None
 
     @classmethod
-    def build(
-        cls,
-        config: KVConfig,
-        tokens: int,
-        model_runner: ModelRunner,
-        allocator: Any,
-        prompt: Prompt,
-        group: Any,
-        rank: int,
-    ) -> HostSharing | None:
-        """Host memory for `tokens` tokens, those of rank 0 on all ranks; None: there is none.
+    def build(cls, config: KVConfig, tokens: int, allocator: VirtualSlotAllocator, model: Prompt) -> HostSharing | None:
+        """Host memory for `tokens` tokens; None: there is none.
 
         Raises:
             ConfigError: it cannot be had.
         """
-        if group is not None:
-            tokens = group.broadcast_object(tokens if rank == 0 else None, src=0)
         if tokens < 1:
-            if config.host_memory not in ("auto", "off") and not model_runner.server_args.disable_radix_cache:
-                raise ConfigError(f"--kv-host-memory {config.host_memory} holds no token")
             return None
         accounting = allocator.accounting
+        residency = accounting.residency
         try:
-            accounting.host = HostPool(
-                accounting.residency.num_planes, accounting.residency.num_slots, tokens, accounting.arena.cells
-            )
+            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.cells)
         except MemoryError as error:
-            raise ConfigError(f"--kv-host-memory: {error}") from error
-        memory = HostMemory(accounting, allocator.alloc_bare)
-        return cls(memory, accounting, prompt)
+            raise ConfigError(f"--kv-host-memory {config.host_memory}: {error}") from error
+        room = TreeRoom(allocator)
+        return cls(HostMemory(accounting, room), room, accounting.physical_tokens, model)
 
     def attach(self, tree: Any) -> None:
         """The prefix tree exists now."""
-        self.tree = tree
-        self.memory.make_room = self._make_room
-        self.memory.make_cells = self._make_cells
-
-    def _make_room(self, tokens: int) -> None:
-        host = self.memory.host
-        while (missing := tokens - host.free_tokens) > 0:
-            if self.tree.evict(EvictParams(num_tokens=missing)).num_tokens_evicted == 0:
-                return
-
-    def _make_cells(self, cells: int) -> None:
-        accounting = self._accounting
-        planes = accounting.residency.num_planes
-        # Prefixes in host memory give back none; what policies share does.
-        while accounting.evictable_cells and (missing := cells - accounting.residency.free_cells) > 0:
-            if self.tree.evict(EvictParams(num_tokens=-(-missing // planes))).num_tokens_evicted == 0:
-                return
+        self._room.tree = tree
 
     # -- requests ---------------------------------------------------------------------------------------------------
 

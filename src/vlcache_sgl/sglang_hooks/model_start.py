@@ -61,7 +61,7 @@ class ModelStart:
         """Instead of SGLang's attention backend `name`."""
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
-        group, rank, size = attention_tp(model_runner)
+        group, rank, size = attention_tp()
         model = model_runner.model_config
         prompt = Prompt(
             length=0,
@@ -86,7 +86,7 @@ class ModelStart:
         allocator = model_runner.token_to_kv_pool_allocator
         heads = HeadGather(group, rank, size)
         compressor = Compressor(prompt, heads, self._counters, allocator.accounting)
-        host = HostSharing.build(self._config, self._pools.host_tokens, model_runner, allocator, prompt, group, rank)
+        host = HostSharing.build(self._config, self._pools.host_tokens, allocator, prompt)
         if host is not None:
             compressor.host = host.memory
         backend = ResidencyBackend(model_runner, compressor, name, prompt.num_heads // size)

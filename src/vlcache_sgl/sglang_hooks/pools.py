@@ -13,6 +13,7 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.compat import attention_tp
 from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
@@ -41,6 +42,11 @@ class Pools:
         stock, shape = int(config.max_total_num_tokens), self._shape(configurator)
         if self._config.wants_host_memory and not configurator.server_args.disable_radix_cache:
             self.host_tokens = host_tokens(self._config.host_memory, shape, stock)
+            group = attention_tp()[0]
+            if group is not None:  # machines tell their ranks different things about their memory
+                self.host_tokens = int(group.broadcast_object(self.host_tokens, src=0))
+            if not self.host_tokens and self._config.host_memory != "auto":
+                raise ConfigError(f"--kv-host-memory {self._config.host_memory} holds no token")
         pool = compressed_pool(
             stock,
             shape,

@@ -1,0 +1,1 @@
+"""What sharing a compressed image costs and saves."""
