@@ -21,7 +21,6 @@ TASKS = {
     "soak": "benchmarks.capacity.soak",
     "fidelity": "benchmarks.fidelity.main",
     "policies": "benchmarks.fidelity.policies",
-    "sharing": "benchmarks.sharing.main",
     "questions": "benchmarks.sharing.questions",
 }
 """Modules by name of the task, each with `add_arguments(parser)` and `main(arguments, console)`; 0 is success."""

@@ -4,8 +4,8 @@ Start the server first:
 
     sglang serve --model-path models/tinyvlm/grounded --kv-policy vlcache --kv-budget 0.1
 
-The first question's prompt is compressed to a tenth.  The later ones find the image in the cache, compressed for the
-first: cheap, and possibly wrong.
+Each question's prompt is compressed to a tenth.  The later ones find the image in the cache, all of it, and keep of it
+what they need.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def test_defaults_and_values() -> None:
             ({"kv_policy": "v", "kv_allow_policies": n}, ["--kv-allow-policies"])
             for n in (",", "*,knorm", "none,knorm")
         ),
-        *(({"kv_policy": "v", "kv_guard": "observe", "kv_guard_threshold": t}, ["(0, 1)"]) for t in ("0", "1.0", "x")),
+        ({"kv_policy": "v", "kv_share": "tiered"}, ["--kv-share", "exact, policy, off"]),
     ],
 )
 def test_wrong_values_are_one_line_that_names_the_flag(values: dict[str, object], words: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_wrong_values_are_one_line_that_names_the_flag(values: dict[str, object]
             {"kv_budget": "0.9", "kv_budget_max": "0.5"},
             "--kv-budget-max 0.5 is below --kv-budget 0.9, what a prompt keeps by default",
         ),
-        ({"kv_guard_threshold": "0.3"}, "--kv-guard-threshold 0.3 does nothing without --kv-guard observe or enforce"),
+        ({"kv_share": "exact", "kv_host_memory": "off"}, "--kv-share exact needs host memory"),
     ],
 )
 def test_flags_that_contradict_another_or_do_nothing_are_refused(values: dict[str, object], message: str) -> None:
@@ -128,10 +128,8 @@ def test_overcommit_auto_follows_the_budget() -> None:
     assert factors == [1.0, 1.6, 4.0, 8.0, 16.0]
 
 
-def test_a_profile_is_for_later_questions() -> None:
+def test_without_host_memory_nothing_is_shared_unless_that_is_asked_for() -> None:
     plain = config_from({"kv_policy": "vlcache"})
-    profiled = config_from({"kv_policy": "vlcache", "kv_profile": "p.json"})
-    asked = config_from({"kv_policy": "vlcache", "kv_profile": "p.json", "kv_share": "policy"})
-    assert [config.share for config in (plain, profiled, asked) if config] == ["policy", "tiered", "policy"]
-    assert profiled is not None
-    assert profiled.share_policy == "scorer=keydiff,allocator=table,file=p.json"
+    without = config_from({"kv_policy": "vlcache", "kv_host_memory": "off"})
+    asked = config_from({"kv_policy": "vlcache", "kv_host_memory": "off", "kv_share": "policy"})
+    assert [config.share for config in (plain, without, asked) if config] == ["exact", "off", "policy"]

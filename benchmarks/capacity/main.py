@@ -34,7 +34,6 @@ MODELS: dict[str, Callable[[], Path]] = {
     MODEL_NAME: lambda: make_model(ROOT / "out/bench-model"),
 }
 """The bundled model, which answers; and one of random weights, whose prefill is dear beside reading an image."""
-PROFILE = ROOT / "models/tinyvlm/profiles/grounded.json"
 REQUEST_TOKENS = SIDE * SIDE + 48 + 32
 """Of one uncompressed request: image, template and question, answer."""
 POOL_REQUESTS = 8
@@ -56,19 +55,17 @@ class Contender(NamedTuple):
 
     name: str
     flags: tuple[str, ...]
-    models: tuple[str, ...] = tuple(MODELS)
-    """That it can serve."""
 
 
-def compressing(budget: str) -> tuple[str, ...]:
+def compressing(budget: str, share: str) -> tuple[str, ...]:
     """Flags of ours."""
-    return ("--kv-policy", "vlcache", "--kv-budget", budget)
+    return ("--kv-policy", "vlcache", "--kv-budget", budget, "--kv-share", share)
 
 
 CONTENDERS = (
     Contender(STOCK, ()),
-    *(Contender(f"ours {budget}", compressing(budget)) for budget in ("1.0", "0.2", "0.1")),
-    Contender("ours 0.1, profile", (*compressing("0.1"), "--kv-profile", str(PROFILE)), ("tinyvlm",)),
+    *(Contender(f"ours {budget}", compressing(budget, "policy")) for budget in ("1.0", "0.2", "0.1")),
+    Contender("ours 0.1, exact", compressing("0.1", "exact")),
 )
 
 
@@ -171,8 +168,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         PAGE.write_text(rendered(PAGE.read_text()))
         return 0
     loads = [load for load in LOADS if load.name in arguments.loads]
-    able = [c for c in CONTENDERS if arguments.model in c.models]
-    contenders = [c for c in able if not arguments.only or c.name in arguments.only]
+    contenders = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
     flags = [*FLAGS, *(TWO_RANKS if arguments.tp == 2 else ()), *arguments.flags.split()]
     counts = {load.name: arguments.requests or (load.quick_count if arguments.quick else load.count) for load in loads}
     environment = ENVIRONMENT | (ONE_CORE_EACH if arguments.tp == 2 else {})
@@ -207,7 +203,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             "tensor_parallel": arguments.tp,
             "server_flags": flags,
             "environment": environment,
-            "servers": {c.name: [flag.removeprefix(f"{ROOT}/") for flag in c.flags] for c in contenders},
+            "servers": {c.name: list(c.flags) for c in contenders},
             "load_average_at_end": round(os.getloadavg()[0], 2),
             "targets": check_targets(load.name, rows[load.name]),
             "rows": rows[load.name],

@@ -39,8 +39,6 @@ from vlcache_sgl.client.server import ServerProcess, interruptible
 from vlcache_sgl.evaluation.tasks.receipts import CELL, Picture, make_picture
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
-GUARD = ("--kv-guard", "enforce", "--kv-guard-threshold", "0.05")
-"""With `--guard`: many questions trip."""
 FLAGS = (
     *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "3072"),
     *("--max-running-requests", "16", "--schedule-conservativeness", "0.1", "--skip-server-warmup"),
@@ -64,7 +62,7 @@ CHOICES: tuple[dict[str, Any] | None, ...] = (
     {"kv_policy": "snapkv", "kv_budget": 0.2},
     {"kv_policy": "scorer=knorm,allocator=uniform"},
     {"kv_budget": 1.0},
-    {"kv_share": "tiered"},
+    {"kv_share": "policy"},
     {"kv_share": "off"},
 )
 GROWTH_ALLOWED = 0.15
@@ -84,9 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=12, help="requests in flight; default 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(ROOT / "models/tinyvlm/grounded"))
-    parser.add_argument(
-        "--guard", action="store_true", help="questions differ, and pictures that lack too much come back"
-    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for a shorter run")
 
 
@@ -153,8 +148,6 @@ class Plan:
     answers: Sequence[str]
     """Of stock SGLang, to `known`."""
     wrong: Sequence[Any]
-    guard: bool = False
-    """Whether the same images are asked different questions."""
 
 
 class Client(threading.Thread):
@@ -228,7 +221,7 @@ class Client(threading.Thread):
         elif kind < 0.5:
             rows, cols = what.choice(GRIDS)
             drawn = sheet(seed % 4, rows, cols)
-            again = self._plan.guard and what.random() < 0.7
+            again = what.random() < 0.5  # the same image, another question
             shift = (0, 0) if again else (CELL * what.randrange(rows), CELL * what.randrange(cols))
             image = Image.fromarray(np.roll(np.asarray(drawn.image), shift, axis=(0, 1)))
             question = draw.choice(drawn.questions) if again else drawn.questions[0]
@@ -278,10 +271,10 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     known = known_questions(arguments.seed)
     with interruptible():
         answers = ask_stock(arguments.model, known, console)
-        flags = [*FLAGS, *POLICY, *(GUARD if arguments.guard else ())]
+        flags = [*FLAGS, *POLICY]
         with ServerProcess(arguments.model, flags, title="soak", env=ENVIRONMENT, console=console) as server:
             deadline = time.monotonic() + 60 * arguments.minutes
-            plan = Plan(server.url, deadline, known, answers, wrong_requests(), arguments.guard)
+            plan = Plan(server.url, deadline, known, answers, wrong_requests())
             clients = [
                 Client(plan, 1000 * arguments.seed + number, talks=number < TALKERS)
                 for number in range(arguments.clients)
@@ -294,8 +287,6 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             if not retracted:
                 problems.append("nobody was retracted: the pool is too large to show anything")
             state = server.kv_policy() if server.running else {}
-            if arguments.guard and not state.get("expansions"):
-                problems.append("no picture was computed anew")
     result = {
         "task": "soak",
         "command": command_line(),
@@ -319,8 +310,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
 
 def write(result: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:
     """The result on the console and as JSON."""
-    task = "guarded" if arguments.guard else "soak"
-    stem = f"{device_name()}-{result['model']}-{task}-sglang{result['host']['packages']['sglang']}"
+    stem = f"{device_name()}-{result['model']}-soak-sglang{result['host']['packages']['sglang']}"
     path = folder(arguments.output, arguments.minutes >= MINUTES) / f"{stem}.json"
     text = re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1))
     written = save(path, result, text)

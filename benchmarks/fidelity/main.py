@@ -63,6 +63,10 @@ ALONE = "recent=0.1,floor=0.5"
 """Selection of every cell of the ablation: that of `vlcache:density`."""
 
 
+POLICYS_COPY = ("--kv-share", "policy")
+"""What experiments ask about: what a policy keeps for one question is worth to the next."""
+
+
 class Experiment(NamedTuple):
     """Calls of `vlcache eval` that fill one folder."""
 
@@ -133,7 +137,7 @@ def run(name: str, experiment: Experiment, time_limit: float | None, console: Co
     """Ask what is missing; whether everything has been asked."""
     folder = OUT / name
     started, deadline = host_block(), None if time_limit is None else time.monotonic() + 60 * time_limit
-    flags = [*BUNDLED_FLAGS, *evaluation.FLAGS]
+    flags = [*BUNDLED_FLAGS, *evaluation.FLAGS, *POLICYS_COPY]
     console.rule(name)
     with ServerProcess(experiment.model, flags, title=name, console=console) as server:
         for call in experiment.calls:
@@ -332,8 +336,7 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         rows = [r for r in results["recipes"]["summary"] if r["condition"].partition("@")[0] in (FULL, *shown)]
         plot_budgets(rows, FIGURES / "fidelity-recipes.png")
     if {"recipes", "requery"} <= set(results):
-        copies = json.loads((RESULTS / "sharing-copies.json").read_text())["summary"]
-        draw_front(results["recipes"], results["requery"], copies, FIGURES / "fidelity.png")
+        draw_front(results["recipes"], results["requery"], FIGURES / "fidelity.png")
     if RECALL in results:
         recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
     if INSPECT in results:
@@ -346,25 +349,18 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 FRONT = {"vlcache": "#0b7285", "snapkv": "#e8590c", "h2o": "#2b8a3e", "keydiff": "#5f3dc4", "random": "#868e96"}
 """Policies of the README's figure: post-vision rows, the last rows, all rows, keys alone, chance."""
-PROFILED = "#c2255c"
 FRONT_BUDGETS = ("0.05", "0.1", "0.2", "0.4")
 
 
-def draw_front(
-    recipes: Mapping[str, Any], requery: Mapping[str, Any], copies: Sequence[Mapping[str, Any]], path: Path
-) -> None:
-    """The README's figure: right answers over budget, for the question that compresses and for those that share.
-
-    Args:
-        copies: the summary of `run.py sharing copies`.
-    """
+def draw_front(recipes: Mapping[str, Any], requery: Mapping[str, Any], path: Path) -> None:
+    """Right answers over budget, for the question that compresses and for those that share its copy."""
     from matplotlib.figure import Figure
 
     single, records = rows_of(recipes, "single"), requery["records"]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     first, later = figure.subplots(1, 2, sharey=True)
-    first.set_title("The question that compresses the picture", fontsize=12)
-    later.set_title("Questions 2 to 8 about the same picture", fontsize=12)
+    first.set_title("The question that compresses the image", fontsize=12)
+    later.set_title("Questions 2 to 8 about the same image", fontsize=12)
     for axis, full in ((first, single[FULL]), (later, without_first(records, FULL))):
         assert full is not None
         axis.axhline(full["score"], color="black", linestyle=":", linewidth=1.5, label="full cache")
@@ -378,12 +374,6 @@ def draw_front(
         _front_line(later, number, policy, {b: without_first(records, f"{policy}@{b}") for b in FRONT_BUDGETS})
     private = {b: without_first(records, f"vlcache@{b} private") for b in FRONT_BUDGETS}
     _front_line(later, 0, "vlcache", private, linestyle="--", markerfacecolor="white")
-    profiled = {c["kept"]: c for c in copies if re.fullmatch(r"tiered, keydiff [\d.]+, profile", c["copy"])}
-    shares = sorted(profiled)
-    later.plot(shares, [profiled[share]["later"] for share in shares], "D-", color=PROFILED, markersize=6, linewidth=2)
-    for share in shares:
-        later.vlines(share, *profiled[share]["interval"], color=PROFILED, alpha=0.4, linewidth=2)
-    later.text(0.155, 0.83, "all sharing a copy by profile", color=PROFILED)
     later.text(0.0455, 1.015, "each question compressing for itself (vlcache)", color=FRONT["vlcache"])
     later.text(0.0455, 0.36, "all sharing what the first question kept", color="#495057")
     first.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])

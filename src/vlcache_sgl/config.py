@@ -13,8 +13,7 @@ from vlcache_sgl.spelling import did_you_mean
 Scope = Literal["vision", "all"]
 HostSize = int | Literal["auto", "off"]
 """Bytes of host memory per rank."""
-Share = Literal["exact", "policy", "tiered", "off"]
-Guard = Literal["off", "observe", "enforce"]
+Share = Literal["exact", "policy", "off"]
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 80
@@ -104,28 +103,12 @@ class KVConfig:
     """Memory beside the KV pool in which every token of a compressed prompt lies whole, per rank."""
     share: Share = "exact"
     """What other requests find of a compressed prefix: all of it, in host memory (``exact``), what the first one's
-    policy kept (``policy``), a copy made for everybody (``tiered``), or nothing (``off``)."""
-    share_budget: float = 0.2
-    """Share of an image's cells that a copy for everybody keeps."""
-    share_scorer: str = "keydiff"
-    """The query-agnostic scorer of such a copy, with parameters."""
-    profile: str | None = None
-    """File of layer weights: what each layer is worth to later questions."""
-    guard: Guard = "off"
-    """Whether questions about a shared image are watched (``observe``), what they lack fetched (``enforce``)."""
-    guard_threshold: float = 0.2
-    """Share of a question's attention that may fall on evicted tokens, in (0, 1)."""
+    policy kept (``policy``), or nothing (``off``)."""
 
     @property
     def wants_host_memory(self) -> bool:
         """Whether there is to be host memory: ``auto`` is for servers that share without loss."""
         return self.host_memory != "off" and (self.host_memory != "auto" or self.share == "exact")
-
-    @property
-    def share_policy(self) -> str:
-        """The policy that makes a copy for everybody."""
-        allocator = "uniform" if self.profile is None else f"table,file={self.profile}"
-        return f"scorer={self.share_scorer},allocator={allocator}"
 
     @property
     def overcommit_factor(self) -> float:
@@ -237,8 +220,6 @@ def _read_size(value: object) -> HostSize:
 
 SWITCH = Values("true or false", _read_switch, "")
 POLICY = Values("NAME[:key=value,...] or scorer=A,allocator=B[,key=value,...]", _read_text, "POLICY")
-FILE = Values("the path of a file", _read_text, "FILE")
-SCORER = Values("NAME[,key=value,...]", _read_text, "SCORER")
 NAMES = Values("names with commas between them, or `*` for all, or `none`", _read_names, "NAMES")
 
 
@@ -319,10 +300,6 @@ def _object_to_most(config: KVConfig) -> str | None:
     return None
 
 
-def _object_to_threshold(config: KVConfig) -> str | None:
-    return "does nothing without --kv-guard observe or enforce" if config.guard == "off" else None
-
-
 def _object_to_share(config: KVConfig) -> str | None:
     return "needs host memory" if config.share == "exact" and config.host_memory == "off" else None
 
@@ -370,30 +347,9 @@ FLAGS: tuple[Flag, ...] = (
         "--kv-share",
         one_of(get_args(Share)),
         "What other requests find of a prompt's beginning: all of it, from host memory (`exact`), what the first "
-        "request's policy kept (`policy`), a copy of an image made for all questions (`tiered`), nothing (`off`)",
-        "exact with host memory, off without, tiered with --kv-profile",
+        "request's policy kept (`policy`), nothing (`off`)",
+        "exact with host memory, off without",
         _object_to_share,
-    ),
-    Flag("--kv-share-budget", fraction(), "Share of an image that a copy for all questions keeps"),
-    Flag("--kv-share-scorer", SCORER, "Scorer of such a copy, which must not look at the question"),
-    Flag(
-        "--kv-profile",
-        FILE,
-        "Layer weights for such a copy and for the guard, a JSON list with a number per layer",
-        "all layers alike",
-    ),
-    Flag(
-        "--kv-guard",
-        one_of(get_args(Guard)),
-        "Estimate for each question about a shared image how much of its attention evicted tokens would get: "
-        "`observe` reports it, `enforce` also computes the image anew when it is too much",
-    ),
-    Flag(
-        "--kv-guard-threshold",
-        fraction(below_one=True),
-        "Share of a question's attention that may be missing",
-        None,
-        _object_to_threshold,
     ),
 )
 
@@ -412,8 +368,6 @@ def config_from(values: Mapping[str, Any]) -> KVConfig | None:
     if not given:
         return None
     parsed = {flag.field: flag.read(value) for flag, value in given.items()}
-    if "profile" in parsed:
-        parsed.setdefault("share", "tiered")  # who has a profile expects later questions
     if parsed.get("host_memory") == "off":
         parsed.setdefault("share", "off")  # what one question kept answers others badly
     config = KVConfig(**parsed)

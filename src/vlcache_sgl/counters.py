@@ -73,13 +73,6 @@ REQUESTS_SKIPPED = Figure(
     "a policy that [asks for that](policies.md#a-second-reading))",
     ("reason",),
 )
-GUARD_TRIPS = Figure(
-    "guard_trips",
-    "counter",
-    "questions that missed more than `--kv-guard-threshold`, by where it was seen: `prefill`, or only in `decode`",
-    ("seen_in",),
-)
-GUARD_SECONDS = Figure("guard_seconds", "counter", "host time spent on guard readings, within forwards")
 TOKENS_SEEN = Figure(
     "tokens_seen",
     "counter",
@@ -132,29 +125,6 @@ class Counters:
     prefix_hit_tokens: int = count(
         Figure("prefix_hit_tokens", "counter", "tokens of these prompts that came from the prefix")
     )
-    guard_readings: int = count(
-        Figure(
-            "guard_readings",
-            "counter",
-            "questions about a shared picture whose missing attention was estimated ([sharing](sharing.md))",
-        )
-    )
-    guard_missing: float = field(
-        default=0.0,
-        metadata={
-            DIGITS: 4,
-            PUBLISHED: Published(Figure("guard_missing", "counter", "sum of these estimates, each a share in [0, 1]")),
-        },
-    )
-    guard_trips: int = count(GUARD_TRIPS, "prefill")
-    guard_trips_in_decode: int = count(GUARD_TRIPS, "decode")
-    expansions: int = count(
-        Figure("expansions", "counter", "pictures computed anew because of one; several trips may share one")
-    )
-    guard_ms: float = time_ms(GUARD_SECONDS)
-    """Of readings of prefill rows."""
-    guard_decode_ms: float = time_ms(GUARD_SECONDS)
-    """Of readings of first decode steps."""
     second_readings: int = count(
         Figure(
             "second_readings",
@@ -203,12 +173,6 @@ class Counters:
         """A prompt begins with `tokens` of a compressed prefix, some of them vision."""
         self.prefix_hits += 1
         self.prefix_hit_tokens += tokens
-
-    def guard_read(self, missing: float, tripped: bool) -> None:
-        """One question would have paid the share `missing` of its attention to evicted tokens."""
-        self.guard_readings += 1
-        self.guard_missing += missing
-        self.guard_trips += tripped
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: ``/server_info``."""

@@ -17,13 +17,6 @@ from benchmarks.fidelity import policies
 from benchmarks.speed import readme
 
 
-def sharing(page: str) -> str:
-    from benchmarks.sharing.main import committed
-    from benchmarks.sharing.page import rendered
-
-    return rendered(page, committed())
-
-
 def measured(page: str) -> str:
     return policies.rendered(page, json.loads(policies.result_path().read_text()))
 
@@ -39,7 +32,6 @@ def measured(page: str) -> str:
             id="python benchmarks/run.py fidelity --page",
         ),
         pytest.param("docs/policies-measured.md", measured, id="python benchmarks/run.py policies --page"),
-        pytest.param("docs/sharing.md", sharing, id="python benchmarks/run.py sharing --page"),
     ],
 )
 def test_a_page_is_current(page: str, rendered: Callable[[str], str]) -> None:

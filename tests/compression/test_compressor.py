@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from sharing_parts import make_sharing
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.attention.torch import Gather, prefix_keys_values
@@ -59,7 +58,7 @@ class Bench:
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM)
         accounting = self.allocator.accounting
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model), accounting)
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, accounting)
         torch.manual_seed(1)
         self.queries = torch.randn(LAYERS, LENGTH, HEADS, DIM) * 2
         self.keys, self.values = torch.randn(2, LAYERS, LENGTH, KV_HEADS, DIM)
@@ -242,12 +241,11 @@ def test_a_retracted_request_reports_and_counts_what_was_done() -> None:
         bench.compressor.finish(job, row.int())
         bench.compressor.report_shared(job)
         assert job.report.fields == done
-        assert job.sharing.guard is None
     # Its prompt is gone from the tree: prefilled and compressed once more, counted once.
     bench.allocator.free(row)
     bench.prefill(job, [LENGTH])
     assert job.report.fields == done
-    times = ("scoring_ms", "selection_ms", "guard_ms", "prefill_ms")
+    times = ("scoring_ms", "selection_ms", "prefill_ms")
     assert {k: v for k, v in bench.counters.as_dict().items() if k not in times} == {
         k: v for k, v in counted.items() if k not in times
     }
@@ -339,7 +337,7 @@ class Ranks:
             model = Prompt(0, 0, (), LAYERS, 2 * HEADS, 2 * KV_HEADS, DIM)
             heads = HeadGather(self.of(number), number, 2)
             accounting = bench.allocator.accounting
-            bench.compressor = Compressor(model, heads, bench.counters, make_sharing(model), accounting)
+            bench.compressor = Compressor(model, heads, bench.counters, accounting)
             bench.queries, bench.keys = bench.queries * (1 + number), bench.keys.roll(number, 0)
             job = bench.job(policy)
             bench.compressor.begin_chunk(job, 0, 0)

@@ -200,10 +200,7 @@ def limited(servers: Servers) -> Server:
     return servers.get(*LIMITS)
 
 
-BY_HEAD = (
-    *("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells"),
-    *("--kv-guard", "observe", "--kv-scope", "all"),
-)
+BY_HEAD = (*("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells", "--kv-scope", "all"),)
 
 
 @pytest.fixture

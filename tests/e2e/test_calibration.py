@@ -69,7 +69,8 @@ def test_what_was_compressed_before_is_not_found_after(first: Any, picture: Any)
     tokens = drawn.num_image_tokens
 
     def cached_tokens(question: int) -> int:
-        return first.ask(drawn.questions[question].text, drawn.image, max_tokens=4).cached_tokens  # type: ignore[no-any-return]
+        options = {"max_tokens": 4, "custom_params": {"kv_share": "policy"}}
+        return first.ask(drawn.questions[question].text, drawn.image, **options).cached_tokens  # type: ignore[no-any-return]
 
     def change(numbers: dict[str, float]) -> Any:
         return httpx.post(f"{first.url}/set_internal_state", json={"server_args": numbers}, timeout=60).json()

@@ -30,7 +30,7 @@ def test_broken_policy_keeps_the_full_cache(foreign: Any, picture: Any, policy: 
     full = foreign.ask(question, drawn.image, custom_params={"kv_budget": 1.0})
     foreign.flush()
     before, seen = foreign.settled(), len(foreign.log)
-    answer = foreign.ask(question, drawn.image, custom_params={"kv_policy": policy})
+    answer = foreign.ask(question, drawn.image, custom_params={"kv_policy": policy, "kv_share": "policy"})
     after = foreign.settled()
     assert answer.text == full.text
     assert after["policy_failures"] == before["policy_failures"] + 1

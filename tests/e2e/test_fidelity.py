@@ -36,7 +36,7 @@ def test_an_evaluation_that_is_interrupted_goes_on(ours_tenth: Any, tmp_path: Pa
     shared = rows["requery", "vlcache@0.1"]
     assert shared["cached"] > 0.8  # seven of eight questions found the image
     assert shared["questions"] == 16
-    assert shared["score"] < 0.5 < rows["requery", "full"]["score"]
+    assert min(shared["score"], rows["requery", "full"]["score"]) > 0.9  # and were answered as if alone
     assert all(row["failed"] == 0 for row in result["summary"])
     before = (tmp_path / "answers.jsonl").read_text()
     assert run_eval(ours_tenth, tmp_path, *tasks) == 0

@@ -32,19 +32,10 @@ WRONG = {
     "budget no number": ((*POLICY, "--kv-budget", "much"), ["--kv-budget", "much"]),
     "scope": ((*POLICY, "--kv-scope", "audio"), ["--kv-scope", "audio"]),
     "min tokens": ((*POLICY, "--kv-min-tokens", "-1"), ["--kv-min-tokens", "-1"]),
-    "share": ((*POLICY, "--kv-share", "everybody"), ["--kv-share", "everybody", "tiered"]),
-    "share budget": ((*POLICY, "--kv-share-budget", "2"), ["--kv-share-budget", "2"]),
-    "share scorer that reads the question": ((*POLICY, "--kv-share-scorer", "snapkv"), ["--kv-share-scorer", "snapkv"]),
-    "no such profile": ((*POLICY, "--kv-profile", "/nowhere.json"), ["--kv-profile", "/nowhere.json"]),
-    "guard": ((*POLICY, "--kv-guard", "maybe"), ["--kv-guard", "maybe", "enforce"]),
-    "guard threshold": ((*POLICY, "--kv-guard-threshold", "0"), ["--kv-guard-threshold", "0"]),
-    "guard threshold one": (
-        (*POLICY, "--kv-guard", "observe", "--kv-guard-threshold", "1.0"),
-        ["--kv-guard-threshold", "(0, 1)"],
-    ),
-    "guard threshold without guard": (
-        (*POLICY, "--kv-guard-threshold", "0.3"),
-        ["--kv-guard-threshold", "--kv-guard "],
+    "share": ((*POLICY, "--kv-share", "everybody"), ["--kv-share", "everybody", "exact"]),
+    "exact without host memory": (
+        (*POLICY, "--kv-share", "exact", "--kv-host-memory", "off"),
+        ["--kv-share exact needs host memory"],
     ),
     "nearest policy": (("--kv-policy", "vl-cache"), ["did you mean 'vlcache'?"]),
     "nearest scorer": (("--kv-policy", "scorer=SnapKV,allocator=uniform"), ["did you mean 'snapkv'?"]),
@@ -116,7 +107,7 @@ def test_wrong_flags_cost_one_line_and_code_2(outcomes: dict[str, dict[str, Any]
 def test_help_has_a_group_of_our_flags(outcomes: dict[str, dict[str, Any]]) -> None:
     text = outcomes["help"]["out"]
     assert outcomes["help"]["code"] == 0
-    for flag in ("--kv-policy", "--kv-budget", "--kv-scope", "--kv-min-tokens", "--kv-share", "--kv-guard"):
+    for flag in ("--kv-policy", "--kv-budget", "--kv-scope", "--kv-min-tokens", "--kv-share", "--kv-host-memory"):
         assert f"  {flag}" in text
 
 

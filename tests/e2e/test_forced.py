@@ -66,10 +66,13 @@ def test_later_questions_read_what_the_first_has_left(ours_tenth: Any, picture: 
     drawn = picture(7932, 20, 24)
     first, second = drawn.questions[:2]
     images, forcing, salt = [data_url(drawn.image)], Forcing(ours_tenth.url), uuid.uuid4().hex
-    forcing(first.text, images, first.answer, {}, salt)
-    shared = forcing(second.text, images, second.answer, {}, salt)
-    private = forcing(second.text, images, second.answer, {}, uuid.uuid4().hex)
+    policy = {"kv_share": "policy"}
+    forcing(first.text, images, first.answer, policy, salt)
+    shared = forcing(second.text, images, second.answer, policy, salt)
+    private = forcing(second.text, images, second.answer, policy, uuid.uuid4().hex)
+    exact = forcing(second.text, images, second.answer, {}, salt)
     assert shared.logprob < private.logprob - 3.0
+    assert exact.logprob == pytest.approx(private.logprob, abs=TOLERANCE)
 
 
 def test_an_answer_of_one_token(ours_tenth: Any, picture: Any) -> None:

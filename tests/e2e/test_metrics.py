@@ -55,9 +55,10 @@ def test_figures_are_those_of_server_info(ours_tenth: Any, picture: Any) -> None
     server.flush()
     before, earlier = server.settled(), scrape_when(server, "vlcache:cells_used", 0)
     drawn = [picture(7700 + i, 20, 20) for i in range(2)]
+    policy = {"custom_params": {"kv_share": "policy"}}
     for one in drawn:
-        server.ask(one.questions[0].text, one.image)
-    server.ask(drawn[0].questions[1].text, drawn[0].image)  # finds its image compressed
+        server.ask(one.questions[0].text, one.image, **policy)
+    server.ask(drawn[0].questions[1].text, drawn[0].image, **policy)  # finds its image compressed
     server.ask(drawn[0].questions[0].text, drawn[0].image, custom_params={"kv_budget": 1.0})
     server.ask("red K? " * 100)
     state = server.settled()

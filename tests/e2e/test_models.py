@@ -112,6 +112,10 @@ def test_budget_one_is_stock(servers: Any, tiny: Any, name: str) -> None:
             assert np.allclose(a.logprobs[: max(1, same)], b.logprobs[: max(1, same)], atol=tolerance)
 
 
+COPY_WITH_POSITIONS = {"kv_share": "policy", "kv_report": "positions"}
+"""What a policy keeps stays in the arena for others, and is listed."""
+
+
 def test_vision_is_found(servers: Any, tiny: Any, name: str) -> None:
     """Every picture's grids, at their place in the prompt, and the budget is kept."""
     server, model = served(servers, tiny, name, *TENTH), MODELS[name]
@@ -119,7 +123,7 @@ def test_vision_is_found(servers: Any, tiny: Any, name: str) -> None:
         server.flush()
         before = server.settled()
         answer = outputs(
-            server, [picture(size, 100 + number)], custom_params={"kv_report": "positions"}, return_meta_info=True
+            server, [picture(size, 100 + number)], custom_params=COPY_WITH_POSITIONS, return_meta_info=True
         )
         after = server.settled()
         report = answer.report
@@ -214,7 +218,7 @@ def test_frames_of_a_video_are_found(servers: Any, tiny: Any, film_model: str) -
     server, video = served(servers, tiny, film_model, *TENTH), film(FRAMES[film_model], 2)
     server.flush()
     before = server.settled()
-    answer = watch(server, video, custom_params={"kv_report": "positions"}, return_meta_info=True)
+    answer = watch(server, video, custom_params=COPY_WITH_POSITIONS, return_meta_info=True)
     after, runs = server.settled(), answer.report["vision"]
     grid = {"rows": ROWS, "columns": COLUMNS, "newlines": False, "fit": "stretch"}
     assert [grid for run in runs for grid in run["grids"]] == [grid] * 2

@@ -21,6 +21,8 @@ TOKENS = 128
 """Long enough that requests which arrive together also decode together."""
 ROUNDS = 5
 
+COPY = {"kv_share": "policy"}
+"""Others find what the first request's policy kept, under its name and budget."""
 TOGETHER: dict[str, dict[str, Any]] = {
     "post-vision rows, maxima": {},  # the server's own
     "post-vision rows, sums and density": {"kv_policy": "scorer=vlcache,allocator=vlcache"},
@@ -96,7 +98,7 @@ def test_many_policies_in_one_batch_answer_as_alone(ours_tenth: Any, picture: An
     """The same tokens, and in every layer the same number of tokens kept."""
     server = ours_tenth
     requests = [
-        body(picture(7500 + i, 16, 16 + 2 * i), params=params, tokens=TOKENS, ignore_eos=True)
+        body(picture(7500 + i, 16, 16 + 2 * i), params={**COPY, **params}, tokens=TOKENS, ignore_eos=True)
         for i, params in enumerate(TOGETHER.values())
     ]
     server.flush()
@@ -168,8 +170,8 @@ def test_report_says_why_nothing_was_done(ours_tenth: Any, picture: Any) -> None
     assert report_of(generate(server, body(drawn, params={"kv_budget": 1.0})))["skipped"] == "budget"
     text = {"text": "red K? " * 100, "sampling_params": {"max_new_tokens": 1}}
     assert report_of(generate(server, text))["skipped"] == "scope"
-    generate(server, body(drawn))
-    follow_up = generate(server, body(drawn, question=1))
+    generate(server, body(drawn, params=COPY))
+    follow_up = generate(server, body(drawn, question=1, params=COPY))
     assert follow_up["meta_info"]["cached_tokens"] >= drawn.num_image_tokens
     assert report_of(follow_up)["skipped"] == "short"
 
@@ -178,9 +180,9 @@ def test_shared_tokens_are_those_of_the_prefix(ours_tenth: Any, picture: Any) ->
     """A second image in the conversation: the first is shared, only the second is compressed."""
     server, first, second = ours_tenth, picture(7513, 16, 16), picture(7514, 20, 20)
     server.flush()
-    opening = body(first)
+    opening = body(first, params=COPY)
     answer = generate(server, opening)
-    longer = body(second)
+    longer = body(second, params=COPY)
     longer["text"] = opening["text"] + answer["text"] + "<|im_end|>\n" + longer["text"]
     longer["image_data"] = opening["image_data"] + longer["image_data"]
     reply = generate(server, longer)
@@ -236,9 +238,10 @@ def test_only_equal_choices_share(ours_tenth: Any, picture: Any) -> None:
     ]
     server.flush()
     for choice in choices:
-        assert server.ask(first, drawn.image, custom_params=choice).cached_tokens <= TEMPLATE, choice
+        assert server.ask(first, drawn.image, custom_params={**COPY, **choice}).cached_tokens <= TEMPLATE, choice
     for choice in choices + spellings:
-        assert server.ask(second, drawn.image, custom_params=choice).cached_tokens >= drawn.num_image_tokens, choice
+        again = server.ask(second, drawn.image, custom_params={**COPY, **choice})
+        assert again.cached_tokens >= drawn.num_image_tokens, choice
     server.flush()
     assert server.settled()["cells_used"] == 0
 

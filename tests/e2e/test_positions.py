@@ -60,7 +60,7 @@ def test_a_follow_up_shows_what_it_shares(ours_tenth: Any, picture: Any) -> None
     """Nothing is compressed, yet the image is as small as its first user left it."""
     server, drawn = ours_tenth, picture(7802, 20, 20)
     server.flush()
-    first, second = ask(server, drawn), ask(server, drawn, question=1)
+    first, second = (ask(server, drawn, question=number, kv_share="policy") for number in range(2))
     assert second["skipped"] == "short"
     end = first["vision"][0]["end"]
     assert second["vision"] == first["vision"]

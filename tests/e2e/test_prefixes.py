@@ -46,13 +46,17 @@ def report_of(answer: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+POLICY: dict[str, Any] = {"kv_share": "policy"}
+"""What others find is what the first request's policy kept."""
+
+
 def test_the_text_in_front_of_an_image_is_whole_for_the_next_image(ours_tenth: Any, picture: Any) -> None:
     """An image that nobody has asked about answers as if it were alone: its rows see all of the system prompt."""
     ours_tenth.flush()
     for number in range(4):
         drawn = picture(8500 + number, 16, 16)
         text = prompt(drawn.questions[0].text, SYSTEM)
-        options = {"params": {"kv_report": "positions"}, "return_logprob": True}
+        options = {"params": {**POLICY, "kv_report": "positions"}, "return_logprob": True}
         shared = generate(ours_tenth, text, drawn.image, **options)
         alone = generate(ours_tenth, text, drawn.image, cache_salt=str(number), **options)
         cached, report = shared["meta_info"]["cached_tokens"], report_of(shared)
@@ -96,8 +100,9 @@ def test_a_further_image_finds_the_first(ours_tenth: Any, picture: Any) -> None:
 def test_a_follow_up_reports_what_it_was_served(ours_tenth: Any, picture: Any) -> None:
     drawn = picture(8520, 20, 20)
     ours_tenth.flush()
-    generate(ours_tenth, prompt(drawn.questions[0].text), drawn.image)
-    answer = generate(ours_tenth, prompt(drawn.questions[1].text), drawn.image, params={"kv_report": "positions"})
+    generate(ours_tenth, prompt(drawn.questions[0].text), drawn.image, params=POLICY)
+    params = {**POLICY, "kv_report": "positions"}
+    answer = generate(ours_tenth, prompt(drawn.questions[1].text), drawn.image, params=params)
     report, cached = report_of(answer), answer["meta_info"]["cached_tokens"]
     assert report["shared_tokens"] == cached > 400
     there = [sum(position < cached for position in layer) for layer in report["kept_positions"]]
@@ -110,7 +115,7 @@ def test_a_follow_up_reports_what_it_was_served(ours_tenth: Any, picture: Any) -
 def test_a_retracted_request_reports_and_counts_what_was_done(ours_tenth: Any, picture: Any, budget: float) -> None:
     server, drawn = ours_tenth, picture(8530, 20, 20)
     server.flush()
-    text, params = prompt(drawn.questions[0].text), {"kv_budget": budget}
+    text, params = prompt(drawn.questions[0].text), {**POLICY, "kv_budget": budget}
     undisturbed = report_of(generate(server, text, drawn.image, params=params))
     server.flush()
     before, seen, answers = server.settled(), len(server.log), []

@@ -61,7 +61,7 @@ parameters = st.fixed_dictionaries(
         "kv_policy": st.one_of(policies, anything),
         "kv_budget": st.one_of(numbers, anything),
         "kv_report": st.one_of(st.sampled_from(["summary", "positions", "recall"]), anything),
-        "kv_share": st.one_of(st.sampled_from(["policy", "tiered", "off"]), anything),
+        "kv_share": st.one_of(st.sampled_from(["exact", "policy", "off"]), anything),
         "kv_unknown": anything,
         "__class__": anything,
     },

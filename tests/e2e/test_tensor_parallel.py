@@ -48,25 +48,6 @@ def test_two_ranks_answer_like_one(ours_tenth: Any, two_ranks: Any, picture: Any
 
 
 @pytest.mark.slow
-def test_two_ranks_bring_a_picture_back_together(servers: Any, picture: Any, an_ask: Any) -> None:
-    """Each reads its own heads; both must come to the same verdict."""
-    guard = ("--kv-guard", "enforce", "--kv-guard-threshold", "0.1")
-    server = servers.get(*TENTH, *guard, "--tp", "2", env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
-    server.flush()
-    drawn = picture(9500, 24, 24, 4)
-    asks = [an_ask(q.text, (drawn.image,), {"max_tokens": 8, "return_meta_info": True}) for q in drawn.questions]
-    answers = [*server.ask_all(asks[:1]), *server.ask_together(asks[1:])]
-    right = [a.text.strip() == q.answer for a, q in zip(answers, drawn.questions, strict=True)]
-    assert sum(right) >= 3, [a.report for a in answers]
-    state = server.settled()
-    assert state["expansions"] >= 1
-    assert state["integrity"] == []
-    server.flush()
-    assert server.settled()["cells_used"] == 0
-    server.assert_alive()
-
-
-@pytest.mark.slow
 def test_two_ranks_read_an_image_twice_together(ours_tenth: Any, two_ranks: Any, picture: Any, an_ask: Any) -> None:
     """Each rank makes its own internal request; both must make the same ones, and keep the same tokens."""
     drawn = picture(9600, 24, 24)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import json
 import re
@@ -31,31 +30,6 @@ def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLA
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
     report = {"kept_positions": kept, "vision": vision, "prompt_tokens": end + 2}
     return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m")
-
-
-def test_the_earlier_questions_are_named(tmp_path: Path) -> None:
-    found = dataclasses.replace(seen([[3]], grid(2, 3)), earlier=("what came <first>?",))
-    write_page(found, tmp_path / "a.html")
-    assert "<td>asked before</td><td>what came &lt;first&gt;?</td>" in (tmp_path / "a.html").read_text()
-    figure = drawn_texts(found, tmp_path / "a.png")
-    assert "asked before: what came <first>?" in figure
-
-
-def drawn_texts(found: Inspection, path: Path) -> list[str]:
-    """What `draw_sheet` writes in the head of the sheet."""
-    from matplotlib.figure import SubFigure
-
-    written: list[str] = []
-    original = SubFigure.text
-
-    def text(self: Any, x: float, y: float, s: str, *args: Any, **kwargs: Any) -> Any:
-        written.append(s)
-        return original(self, x, y, s, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SubFigure, "text", text)
-        draw_sheet(found, path)
-    return written
 
 
 @pytest.mark.parametrize("module", [layout, page, sheet])
@@ -140,40 +114,3 @@ NOWHERE = {"begin": 1, "end": 2, "item": 0, "grids": []}
 def test_says_when_there_is_nothing_to_see(report: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_report(report, [BLACK], "q", ("", ""), "p", "0.1", "m")
-
-
-def shared_report(positions: list[list[int]], **more: Any) -> dict[str, Any]:
-    """Of a question about the image that another one has asked about."""
-    grid = {"rows": 2, "columns": 3, "newlines": False, "fit": "stretch"}
-    run = {"begin": 2, "end": 8, "modality": "image", "item": 0, "grids": [grid]}
-    return {"kept_positions": positions, "vision": [run], **more}
-
-
-def test_what_a_copy_has_gained_is_tinted(tmp_path: Path) -> None:
-    report = shared_report(
-        [[0, 2, 3, 7, 8, 9]], recomputed=1, missed=0.41, missed_in="decode", share_budget=0.2, generation=1
-    )
-    seen = read_report(report, [BLACK], "second?", ("a", "a"), "vlcache", "0.1", "m", before=shared_report([[0, 2, 8]]))
-    look = seen.looks[0]
-    gained = seen.gained(look, 0)
-    assert gained is not None
-    assert gained.tolist() == [[False, True, False], [False, False, True]]
-    pixels = np.asarray(overlay(BLACK, look, seen.look(look, 0), gained))
-    corner = pixels[0, 0].tolist(), pixels[-1, -1].tolist()
-    assert corner[0] == [0, 0, 0]
-    assert corner[1][0] > corner[1][2], "orange"
-    assert seen.sharing == (
-        "a copy for all questions, number 1, 20% of images; "
-        "its answer missed about 41% in the copy before: the image was recomputed"
-    )
-    draw_sheet(seen, tmp_path / "sheet.png")
-    write_page(seen, tmp_path / "page.html")
-    assert "gained since the question before" in (tmp_path / "page.html").read_text()
-    assert Image.open(tmp_path / "sheet.png").width > 1000
-
-
-def test_a_guard_that_is_content_is_told_too() -> None:
-    report = shared_report([[0, 2]], guard={"missing": 0.03, "threshold": 0.2, "tripped": False})
-    seen = read_report(report, [BLACK], "?", ("a", "a"), "vlcache", "0.1", "m")
-    assert seen.sharing == "the question misses about 3% of its attention in the shared copy"
-    assert seen.gained(seen.looks[0], 0) is None

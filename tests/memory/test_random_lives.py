@@ -37,14 +37,10 @@ class CapacityMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([8, 24, 64]),
         eviction_policy=st.sampled_from(["slru", "lru"]),
         expected=st.sampled_from([0.0, 0.3, 1.0]),
-        trips=st.sampled_from([0.0, 0.3, 1.0]),
         host=st.sampled_from([0, 60, 400]),
     )
-    def begin(
-        self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, trips: float, host: int
-    ) -> None:
-        """`expected`: share of an answer's limit that admission reckons with; `trips`: of questions that trip; `host`:
-        tokens of host memory."""
+    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, host: int) -> None:
+        """`expected`: share of an answer's limit that admission reckons with; `host`: tokens of host memory."""
         self.world = World(physical, chunk, eviction_policy, host)
         self.world.new_token_ratio_tracker = NewTokenRatioTracker(init=expected, min=0.0, decay=0.01, current=expected)
         self.world.random = random.Random(seed)
@@ -58,16 +54,7 @@ class CapacityMachine(RuleBasedStateMachine):
             free(slots)
 
         self.world.allocator.free = spy  # type: ignore[method-assign,assignment]
-        self.world.trip_share = self.world.late_trip_share = trips
         self.read: dict[tuple[str, int], torch.Tensor] = {}
-        hollow = self.world.allocator.accounting.hollow
-
-        def spy_on_hollow(slots: torch.Tensor) -> bool:
-            done = hollow(slots)
-            self.freed.update(slots.tolist() if done else ())
-            return done
-
-        self.world.allocator.accounting.hollow = spy_on_hollow  # type: ignore[method-assign]
 
     @rule(
         image=st.sampled_from(IMAGES),
@@ -84,24 +71,13 @@ class CapacityMachine(RuleBasedStateMachine):
         tails=st.lists(st.lists(st.integers(10, 13), min_size=1, max_size=6), min_size=1, max_size=4),
         tokens=st.integers(1, 20),
     )
-    def ask_about_a_shared_picture(self, image: tuple[int, ...], tails: list[list[int]], tokens: int) -> None:
-        """Some find that its copy lacks too much, while others read it."""
-        span = Span(len(SYSTEM), len(SYSTEM) + len(image))
-        for tail in tails:
-            self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span)
-
-    @rule(
-        image=st.sampled_from(IMAGES),
-        tails=st.lists(st.lists(st.integers(10, 13), min_size=1, max_size=6), min_size=1, max_size=4),
-        tokens=st.integers(1, 20),
-    )
     def ask_about_an_image_that_is_read_twice(
         self, image: tuple[int, ...], tails: list[list[int]], tokens: int
     ) -> None:
         """An internal request goes before them, and may be retracted or aborted like any other."""
         span = Span(len(SYSTEM), len(SYSTEM) + len(image))
         for tail in tails:
-            self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, picture=span, twice=True)
+            self.world.submit((*SYSTEM, *image, *tail, 9), tokens=tokens, image=span, twice=True)
 
     @precondition(lambda self: self.world.host is not None)
     @rule(
@@ -117,26 +93,6 @@ class CapacityMachine(RuleBasedStateMachine):
         for tail in tails:
             ids = (*SYSTEM, *(token for image in images for token in image), *tail, 9)
             self.world.submit(ids, key=key, tokens=tokens, exact=True)
-
-    @rule(
-        image=st.sampled_from(IMAGES),
-        readers=st.integers(1, 3),
-        trippers=st.integers(1, 3),
-        tokens=st.integers(4, 30),
-        steps=st.integers(1, 12),
-    )
-    def replace_a_copy_that_is_read(
-        self, image: tuple[int, ...], readers: int, trippers: int, tokens: int, steps: int
-    ) -> None:
-        """Questions are being answered from a copy when others find it lacking."""
-        world, share = self.world, self.world.trip_share
-        for world.trip_share, count in ((0.0, 1 + readers), (1.0, trippers)):
-            for number in range(count):
-                self.ask_about_a_shared_picture(image, [[10 + number, 11]], tokens)
-                world.prefill()
-        world.trip_share = share
-        for _ in range(steps):
-            world.step()
 
     @rule(number=st.integers(0, 2**16), count=st.integers(3, 8))
     def submit_burst(self, number: int, count: int) -> None:

@@ -11,7 +11,6 @@ import provider_bench as bench
 import pytest
 import torch
 from backend_parts import layer_of_model, make_backend, make_pool
-from sharing_parts import make_sharing
 
 from vlcache_kernels.attention_stats import StatsRequest
 from vlcache_sgl.api import Prompt, Span
@@ -57,7 +56,7 @@ class World:
         self.counters = Counters()
         model = Prompt(0, 0, (), LAYERS, HEADS, KV_HEADS, DIM, device=DEVICE)
         accounting = self.allocator.accounting
-        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, make_sharing(model), accounting)
+        self.compressor = Compressor(model, HeadGather(None, 0, 1), self.counters, accounting)
         self.backend = make_backend(name, pool, self.table, self.compressor)
         self.lengths = dict.fromkeys(range(8), 0)
         self.jobs: dict[int, CompressionJob] = {}

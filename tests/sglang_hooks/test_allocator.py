@@ -174,6 +174,7 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
         kv_cache_dtype=torch.bfloat16,
         layer_info=SimpleNamespace(num_effective_layers=4, start_layer=0, end_layer=3),
         model_config=SimpleNamespace(head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp, dcp: 2),
+        server_args=SimpleNamespace(disable_radix_cache=False),
     )
     sizes = SimpleNamespace(max_total_num_tokens=stock_tokens)
     pools = Pools(config)

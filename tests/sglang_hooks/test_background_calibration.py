@@ -126,8 +126,8 @@ def arguments(**given: Any) -> Any:
     ("flags", "given", "reason"),
     [
         ({}, {}, None),
-        ({"kv_share": "tiered"}, {}, None),
-        ({"kv_guard": "enforce"}, {}, None),
+        ({"kv_share": "policy"}, {}, None),
+        ({"kv_host_memory": "off"}, {}, None),
         ({"kv_allow_policies": "snapkv"}, {}, "'kvzip' is not allowed"),
         ({"kv_budget_max": "0.25"}, {}, "kv_budget 0.3 is out of this server's bounds 0.01 to 0.25"),
         ({}, {"model_path": "nobody/knows-this-model"}, "the files of nobody/knows-this-model are not on this machine"),

@@ -10,17 +10,16 @@ import torch
 from scheduler_world import World
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs, Req
 from sglang.srt.runtime_context import get_context
-from sharing_parts import make_sharing
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
-from vlcache_sgl.config import KVBudget, config_from
+from vlcache_sgl.config import KVBudget
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.arena import Arena
-from vlcache_sgl.policy import PolicyError, resolve
-from vlcache_sgl.policy.choice import Choice, Choices
+from vlcache_sgl.policy import resolve
+from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
@@ -104,7 +103,7 @@ def test_a_prompt_that_is_not_read_twice_is_left_alone() -> None:
         dtype=torch.float32,
         device="cpu",
     )
-    compressor = Compressor(model, HeadGather(None, 0, 1), counters, make_sharing(model), CellAccounting(arena, 1))
+    compressor = Compressor(model, HeadGather(None, 0, 1), counters, CellAccounting(arena, 1))
     choice = Choice(resolve("kvzip"), KVBudget(fraction=0.2))
     job = CompressionJob(Asked(choice, (), 200, 16), ReadingState())
     compressor.begin_chunk(job, 100, 200)
@@ -118,20 +117,6 @@ def test_a_prompt_that_is_not_read_twice_is_left_alone() -> None:
     assert job.report.fields == told
     assert counters.requests_skipped == {"second_reading": 2}
     assert counters.policy_failures == 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"kv_policy": "kvzip", "kv_guard": "enforce"}, "--kv-guard"),
-        ({"kv_policy": "kvzip", "kv_share": "tiered"}, "kv_share"),
-    ],
-)
-def test_what_a_copy_by_second_reading_excludes(flags: dict[str, Any], words: str) -> None:
-    config = config_from(flags)
-    assert config is not None
-    with pytest.raises(PolicyError, match=words):
-        Choices(config)
 
 
 # -- what is fed ------------------------------------------------------------------------------------------------------
@@ -172,7 +157,7 @@ class Readers(World):
     """A world whose policy reads twice; everybody asks about one picture."""
 
     def ask(self, number: int, *, tokens: int = 1) -> Req:
-        req = self.submit((*SYSTEM, *PICTURE, 10, number, 9), tokens=tokens, picture=SPAN, twice=True)
+        req = self.submit((*SYSTEM, *PICTURE, 10, number, 9), tokens=tokens, image=SPAN, twice=True)
         assert req is not None
         return req
 

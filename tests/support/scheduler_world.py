@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from types import SimpleNamespace
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -27,9 +26,7 @@ from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
-from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import config_from
-from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.policy.choice import Choices
@@ -37,7 +34,6 @@ from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
-from vlcache_sgl.sglang_hooks.expansion import Expansions
 from vlcache_sgl.sglang_hooks.host_sharing import HostSharing, TreeRoom
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
@@ -46,25 +42,6 @@ from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 PLANES = 3
 SLOTS = 500
 MIN_TOKENS = 8
-
-
-class Reading:
-    """A guard's, of a question that misses everything: there is no model here that could miss anything."""
-
-    closed, missing, failure = True, 1.0, None
-
-
-class LateReading:
-    """The same of a question that misses everything, but not before its second decode step."""
-
-    failure, judged, missing = None, False, 1.0
-
-    def __init__(self, req: Req) -> None:
-        self._req = req
-
-    @property
-    def complete(self) -> bool:
-        return len(self._req.output_ids) > 2
 
 
 class Event:
@@ -98,9 +75,6 @@ class Batch:
         self._world = world
         self.reqs: list[Req] = []
         self.batch_is_full = False
-
-    def filter_batch(self, reqs_to_exclude: list[Req]) -> None:
-        self.reqs = [req for req in self.reqs if req not in reqs_to_exclude]
 
     def batch_size(self) -> int:
         return len(self.reqs)
@@ -159,18 +133,11 @@ class World:
         self.late_share = 0.0
         """Of the compressions whose end the host learns of later."""
         self.random = random.Random(0)
-        self.trip_share = 0.0
-        """Of the questions about a shared image, those that miss too much of it."""
-        self.late_trip_share = 0.0
-        """Of the other ones, those whose answer does."""
-        self.images = SharedImages()
-        self.expansions = Expansions(self, self.images, 0.5, enforce=True, counters=Counters())
         self.tokenizer = None
         self.disaggregation_mode = DisaggregationMode.NULL
         self.max_req_input_len = physical
         self.processed_tokens_counter = 0
         self.readings = SecondReadings(self)
-        self.enable_overlap = False
         self.host: HostSharing | None = None
         self.room: TreeRoom = TreeRoom(self.allocator)
         if host:
@@ -179,8 +146,6 @@ class World:
             model = Prompt(0, 0, (), PLANES, 1, 1, 1)
             self.host = HostSharing(LaggingHostMemory(self), self.room, physical, model)
             self.host.attach(self.tree)
-        self.tree.copy_listener = self.expansions.published
-        self.tree.reset_listener = self.images.clear
         self.aborted_for_memory = 0
         self.served = 0
         self.names = 0
@@ -194,14 +159,14 @@ class World:
         key: str | None = None,
         compress: bool = True,
         tokens: int = 4,
-        picture: Span | None = None,
+        image: Span | None = None,
         twice: bool = False,
         exact: bool = False,
     ) -> Req | None:
         """Queue a request; None when it is refused because it can never fit.
 
         Args:
-            image: where an image lies that is shared under a guard.
+            image: where an image lies.
             twice: whether its policy reads the prompt twice.
             exact: whether its prefix is shared without loss, in host memory.
         """
@@ -213,16 +178,12 @@ class World:
         self.names += 1
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=room), extra_key=key)
         if compress:
-            vision = () if picture is None else (picture,)
+            vision = () if image is None else (image,)
             job = CompressionJob(Asked(self.choice, vision, len(ids), MIN_TOKENS))
-            job.sharing.tokens = req.origin_input_ids
             give_job(req, job)
-            job.sharing.base_key = req.extra_key = f"{key or ''}|kv{'' if picture is None else '+guarded'}"
+            req.extra_key = f"{key or ''}|kv"
             if twice:
                 job.reading = ReadingState()
-            if picture is not None and not twice:
-                job.sharing.image = self.images.find(job.sharing.tokens, picture.end, (job.sharing.base_key,))
-                self.expansions.name(req, job)
         self.waiting.append(req)
         return req
 
@@ -263,16 +224,14 @@ class World:
         job = job_of(req)
         if job is not None:
             job.restart()
-            self.expansions.name(req, job)
         self.waiting.append(req)
 
     # -- one step of the scheduler ------------------------------------------------------------------------------------
 
     def prefill(self) -> bool:
         """Admit prompts and compute them, as SGLang's loop does; whether anything was computed."""
-        self.expansions.before_next_batch(self.batch, None)
         admission.reopen(self, self.batch)
-        with self.expansions.holding_back(), self.readings.holding_back():
+        with self.readings.holding_back():
             return self._prefill()
 
     def _prefill(self) -> bool:
@@ -348,19 +307,10 @@ class World:
                 job.progress.reached = req.extend_end
                 if not job.progress.done and req.extend_end >= job.asked.end:
                     self._compress(req, job)
-                hit = job.sharing.image is not None and job.report.fields["start"] >= job.asked.pictures_end
-                if hit and req is not self.chunked_req:
-                    if self.random.random() < self.trip_share:
-                        job.sharing.guard = Reading()  # type: ignore[assignment]
-                    elif self.random.random() < self.late_trip_share:
-                        job.sharing.decode_guard = LateReading(req)  # type: ignore[assignment]
         self._attend(staged)
         for req, _ in staged:
             self._end_chunk(req)
-        self.expansions.judge(SimpleNamespace(reqs=reqs, return_logprob=False))
         for req in reqs:
-            if req.is_retracted:
-                continue
             # Published, and from now on resumed behind this chunk.
             checkpoint_kv_cache(req, self.tree)
             if req is not self.chunked_req:
@@ -418,8 +368,6 @@ class World:
             self.evictions.append((event, eviction.cells[: int(eviction.count)]))
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
-        if job.sharing.image is not None and job.sharing.generation > job.sharing.image.generation:
-            self.images.learn(job.sharing.image)
         start = job.report.fields["start"]
         slots = self.rows.req_to_token[req.kv.req_pool_idx, start : job.asked.length].long()
         keep = torch.tensor([[self.random.random() < 0.15 for _ in slots] for _ in range(PLANES)])

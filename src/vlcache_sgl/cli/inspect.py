@@ -48,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(seen, sheet)
     write_page(seen, page)
-    for text in seen.earlier:
-        console.print(f"asked before: {text}", markup=False)
     console.print(f"full cache: {seen.full_answer}", markup=False)
-    if seen.sharing:
-        console.print(seen.sharing, markup=False)
     console.print(f"{seen.policy}, budget {seen.budget}: {seen.answer}", markup=False)
     if seen.attention:
         shares = percents(seen.attention)
@@ -81,18 +77,14 @@ def inspect(
         params["kv_policy"] = arguments.policy
     if arguments.budget:
         params["kv_budget"] = arguments.budget
-    if arguments.share:
-        params["kv_share"] = arguments.share
     full = None
-    if not arguments.after:  # what it measures is a fresh copy for this question, not what earlier ones have left
-        with contextlib.suppress(openai.BadRequestError):  # not on a GPU; whatever else is wrong is said to the others
-            full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+    with contextlib.suppress(openai.BadRequestError):  # not on a GPU; whatever else is wrong is said to the others
+        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
     if full is None:
         full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
     params["kv_report"] = "positions"
-    # A prefix of its own: the image is compressed for these questions, whoever has asked about it before.
+    # A prefix of its own: the image is compressed for this question, whoever has asked about it before.
     options.update(custom_params=params, cache_salt=uuid.uuid4().hex)
-    earlier = [client.ask(text, *images, **options) for text in arguments.after]
     answer = client.ask(question, *images, **options)
     return {
         "report": answer.report,
@@ -102,8 +94,6 @@ def inspect(
         "budget": budget,
         "model": Path(str(server.server_info()["model_path"])).name,
         "attention": full.report.get("recall", {}).get("attention_mass", ()),
-        "before": earlier[-1].report if earlier else None,
-        "earlier": tuple(arguments.after),
     }
 
 
@@ -121,14 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", metavar="TEXT", help="what to ask about them")
     parser.add_argument("--policy", help="value of kv_policy; default: the server's, or vlcache")
     parser.add_argument("--budget", help="value of kv_budget; default: the server's, or 0.1")
-    parser.add_argument("--share", help="value of kv_share: policy, tiered or off; default: the server's")
-    parser.add_argument(
-        "--after",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="questions that are asked before about the same images: shows what they have left for --question",
-    )
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help=f"of each answer; default: {MAX_TOKENS}")
     parser.add_argument(
         "--output", type=Path, default=Path("out/inspect"), help="path without suffix; default: out/inspect"

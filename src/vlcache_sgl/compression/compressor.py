@@ -22,8 +22,6 @@ from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
-from vlcache_sgl.compression.sharing.guard import DecodeReading
-from vlcache_sgl.compression.sharing.sharing import Sharing
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
@@ -36,9 +34,6 @@ from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 logger = logging.getLogger(__name__)
 
-FirstStep = tuple[int, DecodeReading, torch.Tensor]
-"""A decode step that is read: number in the batch, its reading, and `[length]` int64, the slots of the sequence."""
-
 
 class Compressor:
     """Compresses prompts of one model on one rank.
@@ -47,17 +42,13 @@ class Compressor:
         model: what the policy is told of the model; `length`, `start`, `vision` and `grids` are filled in per request.
         heads: puts the ranks' KV heads together.
         counters: where figures are kept.
-        sharing: what copies for everybody keep.
         accounting: who holds the cells of the arena.
     """
 
-    def __init__(
-        self, model: Prompt, heads: HeadGather, counters: Counters, sharing: Sharing, accounting: CellAccounting
-    ) -> None:
+    def __init__(self, model: Prompt, heads: HeadGather, counters: Counters, accounting: CellAccounting) -> None:
         self._model = model
         self._heads = heads
         self.counters = counters
-        self.sharing = sharing
         self.accounting = accounting
         self._arena = accounting.arena
         self.host: HostMemory | None = None
@@ -74,7 +65,7 @@ class Compressor:
             job.progress.shared = begin
             # Who was retracted while it decoded finds what it has published itself.
             if job.report.before is None and job.asked.vision and begin > job.asked.vision[0].begin:
-                self._note_hit(job)
+                self._count_hit(job)
         job.progress.reached = end
         job.progress.chunk = Span(begin, end)
         if job.progress.done:
@@ -103,12 +94,11 @@ class Compressor:
             except Exception as error:
                 self.fail(job, error)
 
-    def _note_hit(self, job: CompressionJob) -> None:
+    def _count_hit(self, job: CompressionJob) -> None:
         """A prompt has found an image in the prefix cache."""
         if not job.report.counted_hit:
             self.counters.prefix_hit(job.progress.shared)
             job.report.counted_hit = True
-        self.sharing.watch(job.sharing, job.progress.shared)
 
     def take_over(self, job: CompressionJob, report: dict[str, Any]) -> None:
         """Another request has read this one's prompt twice, and compressed it or not: that is what was done."""
@@ -207,53 +197,6 @@ class Compressor:
             _give_up(voting.scorings, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
-    def read_guards(
-        self,
-        guarded: Sequence[tuple[CompressionJob, slice]],
-        layer: int,
-        queries: torch.Tensor,
-        lse: torch.Tensor,
-        scale: float,
-    ) -> None:
-        """Estimate in one layer what questions about shared pictures miss.
-
-        Args:
-            guarded: jobs with their rows of the batch.
-            queries, lse: `[T, H, D]` and `[T, H]` of the batch.
-        """
-        started = time.perf_counter()
-        for job, rows in guarded:
-            if job.sharing.guard is not None:
-                try:
-                    job.sharing.guard.observe(layer, queries[rows], lse[rows], scale)
-                except Exception as error:
-                    job.sharing.guard.failure = error
-        self.counters.guard_ms += (time.perf_counter() - started) * 1e3
-
-    def read_first_steps(self, steps: Sequence[FirstStep], layer: int, queries: torch.Tensor, scale: float) -> None:
-        """Remember what the first decode steps of questions about shared pictures look for in one layer.
-
-        Args:
-            queries: `[B, H, D]` of the batch.
-        """
-        started = time.perf_counter()
-        for number, reading, _ in steps:
-            reading.observe(layer, queries[number], scale)
-        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
-
-    def end_first_steps(self, steps: Sequence[FirstStep]) -> None:
-        """All layers of a decode step have been computed."""
-        started = time.perf_counter()
-        arena = self._arena
-        for _, reading, slots in steps:
-
-            def keys_of(layer: int, slots: torch.Tensor = slots) -> torch.Tensor:
-                cells = arena.residency.cells_of(layer, slots)
-                return arena.cells[cells[cells >= 0].to(torch.int64), 0]
-
-            reading.end_step(keys_of, self._heads.mean)
-        self.counters.guard_decode_ms += (time.perf_counter() - started) * 1e3
-
     # -- at its end -------------------------------------------------------------------------------------------------
 
     def finish(self, job: CompressionJob, row: torch.Tensor) -> None:
@@ -262,10 +205,6 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        started = time.perf_counter()
-        if job.sharing.guard is not None:
-            job.sharing.guard.close(self._heads.mean, row.device)
-            self.counters.guard_ms += (time.perf_counter() - started) * 1e3
         if job.progress.shared and job.report.before is None and job.host is None:
             job.report.shared_kept = self._kept_of(row[: job.progress.shared])
         scoring = job.progress.scoring
@@ -324,8 +263,7 @@ class Compressor:
             self._heads.refuse(prompt, policy.needs[1], scoring.count_rows(policy.needs[1]))
             raise
         total = job.asked.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
-        plan = self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
-        return self.sharing.copy_plan(job.sharing, prompt, plan, keys_values, self._heads)
+        return self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
 
     def _keys_values(self, slots: torch.Tensor) -> KeysValues:
         """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
@@ -338,24 +276,6 @@ class Compressor:
             return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
 
         return keys_values
-
-    def _keys(self, slots: torch.Tensor, layer: int, which: torch.Tensor) -> torch.Tensor:
-        """`[kv_heads, e, head_dim]`: one layer's cached keys of those of the first `n` `slots` that are in `which`.
-
-        Args:
-            which: `[G, n]` bool; `G` is 1 (one set for all heads) or the arena's.
-
-        Raises:
-            ValueError: not equally many per group.
-        """
-        arena = self._arena
-        counts = which.sum(-1)
-        if counts.numel() > 1 and not torch.equal(counts, counts[:1].expand_as(counts)):
-            raise ValueError("heads lack different numbers of tokens")
-        cells = arena.residency.cells_of(arena.planes_of(layer), slots[: which.shape[1]])
-        chosen = cells[which.expand(arena.groups, -1)].view(arena.groups, -1)
-        keys = arena.cells[chosen.to(torch.int64), 0]  # [G, e, K/G, D]
-        return keys.transpose(1, 2).flatten(0, 1)
 
     # -- prefixes that are shared without loss ------------------------------------------------------------------------
 
@@ -411,7 +331,6 @@ class Compressor:
         arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
-        self.sharing.remember(job.sharing, prompt, keep, lambda layer, which: self._keys(slots, layer, which))
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
         if job.host is not None:

@@ -9,7 +9,6 @@ import torch
 
 from vlcache_sgl.api import Span
 from vlcache_sgl.compression.recall import Recall
-from vlcache_sgl.compression.sharing.state import Phase, SharingState
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
@@ -83,7 +82,6 @@ class CompressionJob:
         asked: what the request asks for; nobody changes it.
         progress: of the prefill, the compressor's.
         report: what is said of it.
-        sharing: what sharing knows of it.
         host: set where the prefix is shared without loss.
         reading: how far the second reading of the prompt has come, by another request; only where the policy asks.
     """
@@ -92,14 +90,13 @@ class CompressionJob:
         self.asked = asked
         self.progress = Progress()
         self.report = Report()
-        self.sharing = SharingState(asked, self.report.fields)
         self.reading = reading
         self.host: HostShare | None = None
 
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
-        return self.report.recall is not None or self.sharing.reads_decode
+        return self.report.recall is not None
 
     @property
     def first_kept(self) -> int:
@@ -124,11 +121,6 @@ class CompressionJob:
             return up_to
         return min(up_to, self.asked.length) if self.progress.compressed else 0
 
-    def send_back(self, missing: float, seen_in: Phase) -> None:
-        """The guard has tripped: what was done is undone, and does not count."""
-        self.sharing.trip(missing, seen_in)
-        self.progress.done = self.report.counted = False
-
     def restart(self) -> None:
         """Begin anew: the request was retracted and is prefilled again."""
         if self.progress.done:
@@ -138,4 +130,3 @@ class CompressionJob:
             self.host.restart()
         self.report.fields.clear()
         self.progress.restart()
-        self.sharing.restart()

@@ -8,17 +8,23 @@ Two requests to SGLang's `/generate` for each question, both with the policy and
    is kept of the prompt and to each other, as decoded tokens do.  They cannot vote: that is over.
 
 The sum is what greedy decoding reports for these tokens, had it chosen them.
+
+Where prefixes are shared without loss, an answer is the one of a question asked alone, and the second request would
+select anew.  There both share what the first has compressed (`kv_share: policy`), in a namespace of their own.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
 
 from vlcache_sgl.client.client import user_says
+from vlcache_sgl.client.server import RunningServer
 
 
 class NotMeasured(RuntimeError):
@@ -40,6 +46,13 @@ class Forcing:
     def __init__(self, url: str, timeout_s: float = 300.0) -> None:
         """`url`: without `/v1`."""
         self._http = httpx.Client(base_url=url, timeout=timeout_s)
+        self._server = RunningServer(url)
+
+    @cached_property
+    def _share(self) -> str | None:
+        """How the server shares prefixes of requests that do not say; None: it compresses nothing."""
+        share: str | None = self._server.kv_policy().get("share")
+        return share
 
     def __call__(
         self, question: str, images: Sequence[str], answer: str, custom_params: Mapping[str, Any], salt: str
@@ -48,7 +61,8 @@ class Forcing:
 
         Args:
             images: URLs.
-            salt: separates prefixes; requests of the same salt share what the first has compressed.
+            salt: separates prefixes; with `kv_share` `policy` requests of the same salt share what the first has
+                compressed.
 
         Raises:
             NotMeasured: the prompt was not shared or not found whole, or the answer has no tokens.
@@ -58,8 +72,11 @@ class Forcing:
         forced = self._post("/v1/tokenize", {"prompt": answer, "add_special_tokens": False})["tokens"]
         if not forced:
             raise NotMeasured(f"the answer {answer!r} has no tokens")
+        params = dict(custom_params)
+        if params.get("kv_share", self._share) == "exact":
+            params["kv_share"], salt = "policy", f"{salt}-{uuid.uuid4().hex}"
         common: dict[str, Any] = {
-            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "custom_params": dict(custom_params)},
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "custom_params": params},
             "extra_key": salt,
             "return_logprob": True,
             "return_prompt_token_ids": True,

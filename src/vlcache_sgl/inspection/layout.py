@@ -17,7 +17,6 @@ MOST_PIXELS = 720
 """Longer side of a drawn image."""
 _VEIL_COLOUR = (173, 181, 189)
 """Grey, not white: on a scanned page what is kept must stand out from what is veiled."""
-GAINED_COLOUR = (232, 89, 12)
 _VEIL = 0.8
 """How much of the veil's colour covers what is evicted."""
 
@@ -64,12 +63,6 @@ class Inspection:
     attention: tuple[float, ...] = ()
     """Per layer the share, in [0, 1], of the full cache's attention while it answered that falls on what is kept; empty
     where the server cannot measure it."""
-    before: Mask | None = None
-    """`[layers, prompt tokens]`: what the shared copy held when the question before this one was answered."""
-    earlier: tuple[str, ...] = ()
-    """Questions that were asked before about the same images: the first of them made the shared copy."""
-    sharing: str = ""
-    """One sentence on the shared copy and the guard; empty where nothing was shared."""
 
     @property
     def layers(self) -> int:
@@ -92,10 +85,6 @@ class Inspection:
         """`[rows, columns]`: what `layer` keeps there."""
         found: Mask = self.kept[layer][look.positions]
         return found
-
-    def gained(self, look: Look, layer: int) -> Mask | None:
-        """`[rows, columns]`: what the copy has gained there; None where there was no copy before."""
-        return None if self.before is None else self.look(look, layer) & ~self.before[layer][look.positions]
 
     def layers_keeping(self, look: Look) -> Numbers:
         """`[rows, columns]`: share of the layers that keep a place."""
@@ -120,22 +109,6 @@ def kept_mask(report: Mapping[str, Any]) -> Mask:
     return kept
 
 
-def sharing_sentence(report: Mapping[str, Any]) -> str:
-    """What a report says of sharing, in words; empty when it says nothing."""
-    said = []
-    if "share_budget" in report:
-        said.append(f"a copy for all questions, number {report['generation']}, {report['share_budget']:.0%} of images")
-    guard = report.get("guard", {})
-    if "missing" in guard:
-        said.append(f"the question misses about {guard['missing']:.0%} of its attention in the shared copy")
-    if "missing_in_decode" in guard:
-        said.append(f"its answer misses about {guard['missing_in_decode']:.0%} in its first steps")
-    if "recomputed" in report:
-        where = "its answer missed" if report["missed_in"] == "decode" else "it missed"
-        said.append(f"{where} about {report['missed']:.0%} in the copy before: the image was recomputed")
-    return "; ".join(said)
-
-
 def read_report(
     report: Mapping[str, Any],
     images: Sequence[Image.Image],
@@ -145,16 +118,12 @@ def read_report(
     budget: str,
     model: str,
     attention: Sequence[float] = (),
-    before: Mapping[str, Any] | None = None,
-    earlier: Sequence[str] = (),
 ) -> Inspection:
     """An inspection from a server's report with positions.
 
     Args:
         answers: with the full cache, with the compressed one.
         attention: as in `Inspection`.
-        before: the report on the question before, where one copy serves both.
-        earlier: as in `Inspection`.
 
     Raises:
         ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the images.
@@ -171,12 +140,6 @@ def read_report(
             first += rows * (columns + newlines)
     if not looks:
         raise ValueError("the server does not know how this model's vision tokens lie on an image")
-    held = None
-    if before is not None:
-        # Questions differ in length; nobody looks behind the images.
-        found, held = kept_mask(before), np.zeros_like(kept)
-        common = min(found.shape[1], kept.shape[1])
-        held[:, :common] = found[:, :common]
     return Inspection(
         images=tuple(shrunk(image) for image in images),
         question=question,
@@ -189,9 +152,6 @@ def read_report(
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
         attention=tuple(attention),
-        before=held,
-        earlier=tuple(earlier),
-        sharing=sharing_sentence(report),
     )
 
 
@@ -216,19 +176,11 @@ def places(look: Look, width: int, height: int) -> tuple[npt.NDArray[np.int64], 
     return lines.astype(np.int64), columns.astype(np.int64)
 
 
-def overlay(image: Image.Image, look: Look, kept: Mask, gained: Mask | None = None) -> Image.Image:
-    """The image with everything veiled that is not kept.
-
-    Args:
-        kept: `[rows, columns]`.
-        gained: the same, what of it is tinted.
-    """
+def overlay(image: Image.Image, look: Look, kept: Mask) -> Image.Image:
+    """The image with everything veiled that is not kept, `[rows, columns]` of its grid."""
     lines, columns = places(look, image.width, image.height)
     shown = kept[lines[:, None], columns[None, :]]
     pixels = np.asarray(image, dtype=np.float64)
     grey = pixels.mean(-1, keepdims=True).repeat(3, -1)
     veiled = grey * (1 - _VEIL) + np.array(_VEIL_COLOUR) * _VEIL
-    if gained is not None:
-        tinted = pixels * 0.6 + np.array(GAINED_COLOUR) * 0.4
-        pixels = np.where(gained[lines[:, None], columns[None, :]][..., None], tinted, pixels)
     return Image.fromarray(np.where(shown[..., None], pixels, veiled).astype(np.uint8))

@@ -21,7 +21,6 @@ def write_page(seen: Inspection, path: Path) -> None:
     path.write_text(
         _PAGE.substitute(
             question=html.escape(seen.question),
-            earlier="".join(_EARLIER.format(html.escape(text)) for text in seen.earlier),
             full_answer=html.escape(seen.full_answer) or "<i>nothing</i>",
             answer=html.escape(seen.answer) or "<i>nothing</i>",
             verdict="the same answer" if same else "another answer",
@@ -34,7 +33,6 @@ def write_page(seen: Inspection, path: Path) -> None:
             layers=seen.layers,
             last_layer=seen.layers - 1,
             ratio=f"{seen.ratio:.1%}",
-            sharing=f"<p>{html.escape(seen.sharing)}{_KEY if seen.before is not None else ''}</p>" * bool(seen.sharing),
             attention=_ATTENTION + percents(seen.attention) if seen.attention else "",
             # "</" would end the script.
             data=json.dumps(_data(seen)).replace("</", "<\\/"),
@@ -51,7 +49,6 @@ def percents(shares: Sequence[float]) -> str:
     return ", ".join(f"{100 * share:.0f} %" for share in shares)
 
 
-_EARLIER = "<tr><td>asked before</td><td>{}</td><td></td></tr>\n"
 _ATTENTION = "Of the attention of the full cache's answer, what is kept has, by layer: "
 
 
@@ -60,7 +57,6 @@ def _data(seen: Inspection) -> dict[str, Any]:
         "images": [data_url(image) for image in seen.images],
         "length": seen.kept.shape[1],
         "kept": [np.flatnonzero(layer).tolist() for layer in seen.kept],
-        "before": None if seen.before is None else [np.flatnonzero(layer).tolist() for layer in seen.before],
         "vision": seen.vision,
         "looks": [_look(look) for look in seen.looks],
     }
@@ -78,7 +74,6 @@ def _look(look: Look) -> dict[str, Any]:
     }
 
 
-_KEY = '<span class="key" style="background:#e8590c"></span>gained since the question before'
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -104,11 +99,10 @@ _PAGE = Template("""<!doctype html>
 <body>
 <h1>$question</h1>
 <table>
-$earlier<tr><td>full cache</td><td>$full_answer</td><td></td></tr>
+<tr><td>full cache</td><td>$full_answer</td><td></td></tr>
 <tr><td>$policy, budget $budget</td><td>$answer</td><td class="$tone">$verdict</td></tr>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>
-$sharing
 
 <h2>What a layer keeps of the picture</h2>
 <p>
@@ -138,7 +132,7 @@ const rows = lists => lists.map(positions => {
   for (const p of positions) row[p] = 1;
   return row;
 });
-const kept = rows(data.kept), before = data.before && rows(data.before);
+const kept = rows(data.kept);
 const share = new Float32Array(data.length);
 for (const row of kept) for (let p = 0; p < data.length; p++) share[p] += row[p] / layers;
 const isVision = new Uint8Array(data.length);
@@ -180,9 +174,8 @@ function draw() {
     for (let r = 0; r < look.rows; r++) for (let k = 0; k < look.columns; k++) {
       const p = look.first + r * look.step + k;
       const veil = all.checked ? .9 * (1 - share[p]) : (row[p] ? 0 : .8);
-      const gained = before && !all.checked && row[p] && !before[layer][p];
-      if (veil > 0 || gained) {
-        c.fillStyle = gained ? "rgba(232,89,12,.4)" : "rgba(173,181,189," + veil + ")";
+      if (veil > 0) {
+        c.fillStyle = "rgba(173,181,189," + veil + ")";
         c.fillRect(...box(look, r, k, image.width, image.height));
       }
     }

@@ -29,8 +29,7 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
     shape = sum(picture.height / picture.width for picture in pictures)  # height of one column of overlays, in widths
     width = 15.0
     cell = width / _ACROSS
-    head_height = 1.3 + 0.3 * bool(seen.sharing) + 0.3 * bool(seen.earlier)
-    heights = [head_height, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
+    heights = [1.3, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained", facecolor="white")
     parts: Any = figure.subfigures(4, 1, height_ratios=heights)
     head, top, middle, bottom = parts
@@ -44,7 +43,7 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
         line, column = divmod(number, _ACROSS)
         for place, look in enumerate(seen.looks):
             axis = grid[line * len(seen.looks) + place][column]
-            _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer), seen.gained(look, layer)))
+            _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer)))
             name = f", {look.title}" if len(seen.looks) > 1 else ""
             axis.set_title(f"layer {layer}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
     figure.savefig(path, dpi=110)
@@ -78,11 +77,6 @@ def _head(figure: Any, seen: Inspection) -> None:
             9.5,
         ),
     ]
-    if seen.earlier:
-        lines.insert(1, (textwrap.shorten(f"asked before: {' / '.join(seen.earlier)}", 180), _VISION, 11))
-    if seen.sharing:
-        key = "; orange: gained since the question before" if seen.before is not None else ""
-        lines.insert(-1, (textwrap.shorten(seen.sharing + key, 180), _VISION, 11))
     for number, (text, colour, size) in enumerate(lines):
         figure.text(
             0.01, 0.88 - (1.0 / len(lines)) * number, text, color=colour, fontsize=size, va="center", parse_math=False

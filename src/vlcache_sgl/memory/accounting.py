@@ -123,19 +123,6 @@ class CellAccounting:
         self._locks.zero_()
         self._evictable_cells = None
 
-    def hollow(self, slots: torch.Tensor) -> bool:
-        """Free the cells of the tree's `slots` `[tokens]`, which nobody will look for again, unless they are in use.
-
-        The slots stay the tree's.  Returns whether that was done.
-        """
-        if bool((self._locks[slots] > 0).any()):
-            return False
-        self.settle()
-        self.residency.detach(slots)
-        self._evictable_cells = None
-        self._returned = True
-        return True
-
     @property
     def tree_cells(self) -> int:
         """Cells held by the prefix tree, locked or not."""

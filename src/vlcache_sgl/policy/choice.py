@@ -9,7 +9,6 @@ from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
 from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.policy import Policy, resolve
-from vlcache_sgl.policy.tier import require_agnostic
 from vlcache_sgl.weights import ModelWeights
 
 MOST_CHOICES = 1024
@@ -23,8 +22,6 @@ class Choice:
     policy: Policy
     budget: KVBudget
     share: Share = "policy"
-    copy_name: str = ""
-    """With ``tiered``: fingerprint of the share policy and its budget."""
     weights: ModelWeights | None = None
     """What layers and heads of the model need, where that is known."""
 
@@ -32,7 +29,7 @@ class Choice:
     def fingerprint(self) -> str:
         """Distinguishes compressed prefixes in the radix tree."""
         weights = "" if self.weights is None else f"~{self.weights.digest}"
-        return f"{self.policy.fingerprint}@{self.budget}{weights}{self.copy_name and '+' + self.copy_name}"
+        return f"{self.policy.fingerprint}@{self.budget}{weights}"
 
     def of_model(self, model: Prompt) -> Prompt:
         """`model` with the weights that this choice stands for."""
@@ -50,17 +47,7 @@ class Choices:
         self._weights: ModelWeights | None = None
         self._model: Prompt | None = None
         self._ranks = 1
-        try:
-            self.copies = resolve(config.share_policy)
-            """The policy that makes copies for everybody."""
-            require_agnostic(self.copies)
-        except PolicyError as error:
-            raise PolicyError(f"--kv-share-scorer, --kv-profile: {error}") from error
         self.default = self._choice(config.policy, config.budget, config.share)
-        if self.default.policy.reads_twice and config.guard != "off":
-            raise PolicyError(
-                f"policy {config.policy!r} makes one copy for all questions, which --kv-guard cannot replace"
-            )
 
     def use_weights(self, weights: ModelWeights) -> None:
         """Later choices give the model's layers and heads these weights; earlier ones keep theirs.
@@ -87,7 +74,6 @@ class Choices:
         """
         self._model, self._ranks = model, ranks
         self._require(self.default.policy)
-        self._require(self.copies)
 
     def _require(self, policy: Policy) -> None:
         if self._model is None:
@@ -109,15 +95,10 @@ class Choices:
                 raise ConfigError("kv_share exact needs a server with host memory (--kv-host-memory)")
             if policy.reads_twice and share == "exact":
                 share = "policy"  # its copy serves all questions
-            if policy.reads_twice and share == "tiered":
-                raise PolicyError(
-                    f"policy {spec!r} makes one copy for all questions: kv_share must be policy or off, not tiered"
-                )
             self._require(policy)
             if len(self._known) >= MOST_CHOICES:
                 del self._known[next(iter(self._known))]
-            copy_name = f"{self.copies.fingerprint}@{self._config.share_budget:g}" if share == "tiered" else ""
-            self._known[key] = Choice(policy, budget, share, copy_name, self._weights)
+            self._known[key] = Choice(policy, budget, share, self._weights)
         return self._known[key]
 
     def select(self, params: RequestParams, length: int) -> Choice:

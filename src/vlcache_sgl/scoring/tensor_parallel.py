@@ -113,13 +113,6 @@ class HeadGather:
             first += count
         return out
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` `[n]` float32, the mean over ranks."""
-        if self._size == 1 or self._group is None:
-            return value
-        everyone: torch.Tensor = self._group.all_gather(value, dim=0).view(self._size, -1)
-        return everyone.mean(0)
-
     def own_groups(self, keep: torch.Tensor, groups: int) -> torch.Tensor:
         """This rank's part of `keep` `[L, G_all, m]`: all of it when heads share a set (`G_all` = 1)."""
         if keep.shape[1] == 1 or self._size == 1:

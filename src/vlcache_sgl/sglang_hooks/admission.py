@@ -9,7 +9,6 @@ ones, a prompt that waits between its chunks, running requests.
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -100,28 +99,6 @@ def retract_parked(scheduler: Scheduler, req: Req, running: Sequence[Req]) -> No
     Under overlap scheduling its last chunk may be in flight: SGLang drops the result of a retracted request, and on the
     device whoever gets its cells writes behind it.
     """
-    retract(scheduler, req)
-    scheduler.chunked_req = None
-    # More was decoded than expected: expect more before the next prompt starts.
-    ratio = scheduler.new_token_ratio_tracker
-    ratio.current = max(ratio.current, ratio.estimate_new_token_ratio_after_retract(running))
-    logger.warning("KV cache is full: a prompt of %d tokens starts over later", len(req.origin_input_ids))
-    scheduler._add_request_to_queue(req, is_retracted=True)
-
-
-def unsay(req: Req) -> None:
-    """Let a retracted request answer from the beginning, unless somebody has heard some of its answer.
-
-    What it has said stays, too, where more than its text depends on it.
-    """
-    heard = req.send_token_offset > 0
-    if heard or req.grammar is not None or req.return_logprob or req.return_hidden_states or req.require_reasoning:
-        return
-    req.output_ids = array("q")
-
-
-def retract(scheduler: Scheduler, req: Req) -> None:
-    """Release what a request holds, as SGLang does for want of memory; the caller queues it again."""
     retract_all(
         reqs=[req],
         req_to_token_pool=scheduler.req_to_token_pool,
@@ -130,3 +107,9 @@ def retract(scheduler: Scheduler, req: Req) -> None:
         hisparse_coordinator=None,
         offload_kv=False,
     )
+    scheduler.chunked_req = None
+    # More was decoded than expected: expect more before the next prompt starts.
+    ratio = scheduler.new_token_ratio_tracker
+    ratio.current = max(ratio.current, ratio.estimate_new_token_ratio_after_retract(running))
+    logger.warning("KV cache is full: a prompt of %d tokens starts over later", len(req.origin_input_ids))
+    scheduler._add_request_to_queue(req, is_retracted=True)

@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from vlcache_kernels.arena_write import arena_write
 from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
-from vlcache_sgl.compression.compressor import Compressor, FirstStep
+from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.memory.arena import Arena
@@ -58,11 +58,7 @@ class ResidencyBackend(AttentionBackend):
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
         self._voting: BatchScoring | None = None
-        # Requests with a guard, by their rows of the batch that it reads.
-        self._guarded: list[tuple[CompressionJob, slice]] = []
         self._watched: list[tuple[int, Recall, torch.Tensor]] = []
-        self.first_steps: list[FirstStep] = []
-        """Of the present decode step, questions about shared pictures that are read."""
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -91,7 +87,7 @@ class ResidencyBackend(AttentionBackend):
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
         self._voting = None
-        self._watched, self.first_steps = [], []
+        self._watched = []
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
             self._plan_recall(forward_batch)
@@ -121,7 +117,7 @@ class ResidencyBackend(AttentionBackend):
     def _plan_extend(self, forward_batch: ForwardBatch) -> None:
         rows = self._rows_of(forward_batch)
         jobs = self.jobs or [None] * len(rows)
-        requests, self._observed, self._guarded = [], [], []
+        requests, self._observed = [], []
         first = 0
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
@@ -133,9 +129,6 @@ class ResidencyBackend(AttentionBackend):
             )
             requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
             self._observed.append(job if votes else None)
-            if job is not None and job.sharing.guard is not None:
-                read = job.sharing.guard.rows(int(begin), count)
-                self._guarded.append((job, slice(first + read.start, first + read.stop)))
             first += count
         self._requests = tuple(requests)
         if self.provider.on_device and any(request.votes for request in requests):
@@ -148,21 +141,16 @@ class ResidencyBackend(AttentionBackend):
                 forward_batch.req_pool_indices,
                 forward_batch.extend_prefix_lens,
                 forward_batch.seq_lens,
-                want_lse=bool(self._guarded) or (self._voting is not None and self._voting.takes_lse),
+                want_lse=self._voting is not None and self._voting.takes_lse,
             )
         )
 
     def _plan_recall(self, forward_batch: ForwardBatch) -> None:
-        """Look up the cells of requests whose attention is looked at: few, or for few steps."""
+        """Look up the cells of requests whose attention is looked at: few."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
             if job is not None and job.report.recall is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
                 self._watched.append((number, job.report.recall, self.arena.write_cells(slots.to(torch.int64))))
-            length = int(forward_batch.seq_lens_cpu[number])
-            guard = None if job is None else job.sharing.decode_guard
-            if guard is not None and guard.wants(length):
-                slots = self.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
-                self.first_steps.append((number, guard, slots))
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -227,8 +215,6 @@ class ResidencyBackend(AttentionBackend):
         output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
         if self._voting is not None:
             self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
-        if self._guarded and lse is not None:
-            self.compressor.read_guards(self._guarded, layer.layer_id, queries, lse, layer.scaling)
         return output.view(q.shape[0], -1)
 
     def forward_decode(
@@ -250,8 +236,6 @@ class ResidencyBackend(AttentionBackend):
         for number, recall, cells in self._watched:
             keys = self.arena.cells[cells[planes], 0].transpose(0, 1).flatten(1, 2)
             recall.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
-        if self.first_steps:
-            self.compressor.read_first_steps(self.first_steps, layer.layer_id, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 

@@ -88,13 +88,8 @@ class Req(Protocol):
     to_finish: Any
     skip_radix_cache_insert: bool
     num_matched_prefix_tokens: int
-    is_retracted: bool
     stream: Any
-    send_token_offset: int
-    grammar: Any
     return_logprob: bool
-    return_hidden_states: Any
-    require_reasoning: bool
     logprob_start_len: int
     input_embeds: Any
     positional_embed_overrides: Any
@@ -148,13 +143,10 @@ class ScheduleBatch(Protocol):
     """`Req`."""
     batch_is_full: bool
     forward_mode: ForwardMode
-    return_logprob: bool
     decoding_reqs: Any
     prefix_lens: list[int]
     extend_lens: list[int]
     req_pool_indices_cpu: Any
-
-    def filter_batch(self, *, reqs_to_exclude: list[Any]) -> None: ...
 
     def check_decode_mem(self) -> bool: ...
 
@@ -212,7 +204,6 @@ class Scheduler(Protocol):
     tp_worker: TpWorker
     tokenizer: Any
     max_req_input_len: int
-    enable_overlap: bool
     disaggregation_mode: Any
     processed_tokens_counter: Any
 

@@ -97,10 +97,7 @@ class Forwards:
         finally:
             served.backend.jobs = served.backend.rows = None
             compressor.end_staging()
-        if jobs is None:
-            return result
-        if forward_batch.forward_mode.is_decode():
-            compressor.end_first_steps(served.backend.first_steps)
+        if jobs is None or forward_batch.forward_mode.is_decode():
             return result
         for job, row in computing:
             compressor.end_chunk(job, row)
@@ -125,8 +122,7 @@ class Forwards:
 def _attends(job: CompressionJob) -> bool:
     """Whether anything is to be done for a job in or after a prefill forward."""
     progress = job.progress
-    reads = job.asked.positions or job.sharing.guard is not None or progress.shared > 0
-    return job.host is not None or reads or not progress.done
+    return job.host is not None or job.asked.positions or progress.shared > 0 or not progress.done
 
 
 def _positions(forward_batch: ForwardBatch, first: int, count: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlcache_sgl.compression.exact import HostMemory
-from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.counters import COUNTED, KEPT_RATIO, TOKENS_KEPT, TOKENS_SEEN, Counters, Figure
 from vlcache_sgl.memory.accounting import CellAccounting
 
@@ -27,7 +26,6 @@ class Present:
     """Where a scheduler's present figures are read."""
 
     cells: CellAccounting
-    images: SharedImages
     memory: HostMemory | None
     """None: without host memory."""
 
@@ -62,16 +60,6 @@ GAUGES = (
     Gauge(
         Figure("cells_evictable", "gauge", "cells of the tree that no running request relies on"),
         lambda now: now.cells.evictable_cells,
-    ),
-    Gauge(
-        Figure(
-            "pictures_whole", "gauge", "pictures that are shared uncompressed: too many questions missed parts of them"
-        ),
-        lambda now: now.images.settled,
-    ),
-    Gauge(
-        Figure("sketch_bytes", "gauge", "bytes of the sketches of evicted keys that guards read"),
-        lambda now: now.images.sketch_bytes,
     ),
     Gauge(
         Figure("host_tokens_total", "gauge", "tokens that host memory holds; 0 without `--kv-host-memory`"),

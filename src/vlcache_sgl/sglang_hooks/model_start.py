@@ -9,8 +9,6 @@ import torch
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.compression.compressor import Compressor
-from vlcache_sgl.compression.sharing.images import SharedImages
-from vlcache_sgl.compression.sharing.sharing import Sharing
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
@@ -46,20 +44,16 @@ class ModelStart:
         config: the server's settings.
         choices: is told which model it chooses for.
         pools: sized for the model.
-        images: what is shared.
         counters: where the compressor counts.
 
     Attributes:
         served: the model; None until SGLang has asked for its backend.
     """
 
-    def __init__(
-        self, config: KVConfig, choices: Choices, pools: Pools, images: SharedImages, counters: Counters
-    ) -> None:
+    def __init__(self, config: KVConfig, choices: Choices, pools: Pools, counters: Counters) -> None:
         self._config = config
         self._choices = choices
         self._pools = pools
-        self._images = images
         self._counters = counters
         self.served: ServedModel | None = None
 
@@ -89,18 +83,12 @@ class ModelStart:
                 self._choices.use_weights(weights)
         except ValueError as error:
             raise ConfigError(f"--kv-weights: {error}") from error
-        arena_bytes = model_runner.token_to_kv_pool.arena.nbytes
-        try:
-            sharing = Sharing(self._config, self._choices.copies, prompt, self._images, arena_bytes)
-        except ValueError as error:
-            raise ConfigError(f"--kv-profile: {error}") from error
         allocator = model_runner.token_to_kv_pool_allocator
         heads = HeadGather(group, rank, size)
-        compressor = Compressor(prompt, heads, self._counters, sharing, allocator.accounting)
+        compressor = Compressor(prompt, heads, self._counters, allocator.accounting)
         host = HostSharing.build(self._config, self._pools.host_tokens, allocator, prompt)
         if host is not None:
             compressor.host = host.memory
         backend = ResidencyBackend(model_runner, compressor, name, prompt.num_heads // size)
-        sharing.reads_decode = not backend.provider.on_device and not self._config.head_cells
         self.served = ServedModel(compressor, backend, host, model_runner.model, size)
         return backend

@@ -97,24 +97,6 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "admitting prompts into memory that compression gave back",
         ),
         PatchPoint(
-            f"{_SCHEDULER}.get_next_batch_to_run",
-            "before",
-            session.scheduling.before_next_batch,
-            "starting questions over that miss too much of a shared picture",
-        ),
-        PatchPoint(
-            f"{_COMPONENTS}.batch_result_processor:SchedulerBatchResultProcessor.process_batch_result_prefill",
-            "before",
-            session.scheduling.before_prefill_result,
-            "not answering questions that miss too much of a shared picture",
-        ),
-        PatchPoint(
-            "sglang.srt.managers.schedule_batch:Req.check_match_stop_str_prefix",
-            "after",
-            session.scheduling.withholds,
-            "sending nothing of a stream that may have to start over",
-        ),
-        PatchPoint(
             f"{_SCHEDULER}.update_running_batch",
             "around",
             admission.make_room,

@@ -29,9 +29,6 @@ class CompressedPrefixTree(UnifiedRadixCache):
             if up_to <= before:
                 return
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        image = None if job is None else job.sharing.image
-        if job is not None and image is not None and image.leader is req and up_to >= job.asked.length:
-            self.copy_listener(req, job)
         after = req.kv.cache_protected_len
         row = req.kv.req_pool_idx
         if row is None or after == before:
@@ -74,11 +71,6 @@ class CompressedPrefixTree(UnifiedRadixCache):
     row_listener: Any = staticmethod(lambda row: None)
     """Called with the number of a `req_to_token` row whose slots have changed."""
 
-    copy_listener: Any = staticmethod(lambda req, job: None)
-    """Called with a request, and its job, that has published the next copy of its picture."""
-    reset_listener: Any = staticmethod(lambda: None)
-    """Called when the tree has forgotten everything."""
-
     def inc_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().inc_lock_ref(node_id, *args, **kwargs)
         self._count_lock(node_id, 1)
@@ -107,4 +99,3 @@ class CompressedPrefixTree(UnifiedRadixCache):
         self.removals += 1
         super().reset()
         self.token_to_kv_pool_allocator.accounting.forget_tree()
-        self.reset_listener()

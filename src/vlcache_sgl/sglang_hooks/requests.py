@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
-from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.compat import is_health_poll
-from vlcache_sgl.sglang_hooks.expansion import Expansions
 from vlcache_sgl.sglang_hooks.facades import Req, Scheduler
 from vlcache_sgl.sglang_hooks.gate import NAMESPACE, read_request
 from vlcache_sgl.sglang_hooks.jobs import give_job, job_of
@@ -32,7 +30,6 @@ class Requests:
     Args:
         config: the server's settings.
         choices: turns what requests ask for into policies.
-        images: what is shared.
         counters: where requests that are left alone are counted.
         model: the served model, when it has started.
         status: is told that something has happened.
@@ -42,14 +39,12 @@ class Requests:
         self,
         config: KVConfig,
         choices: Choices,
-        images: SharedImages,
         counters: Counters,
         model: ModelStart,
         status: Status,
     ) -> None:
         self._config = config
         self._choices = choices
-        self._images = images
         self._counters = counters
         self._model = model
         self._status = status
@@ -65,7 +60,6 @@ class Requests:
         """Before a request is queued: decide whether and how it will be compressed."""
         if (known := job_of(req)) is not None:
             known.restart()  # it was retracted
-            Expansions.name(req, known)
             return
         if REPORT_KEY in (req.customized_info or {}):
             return  # the same: it is left alone
@@ -127,21 +121,15 @@ class Requests:
         if job.host is not None:
             req.extra_key = f"{user_key}{NAMESPACE}exact"
             return
-        job.sharing.base_key = req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
+        req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
         if job.asked.measures_recall:
             req.extra_key += UNEVICTED
             req.skip_radix_cache_insert = True
             return
         if choice.share in ("off", "exact"):  # exact: more than fits host memory
             self._private += 1
-            req.extra_key = f"{job.sharing.base_key}#private{self._private}"
+            req.extra_key += f"#private{self._private}"
             req.skip_radix_cache_insert = True
-        elif job.asked.vision and job.reading is None and (choice.share == "tiered" or self._config.guard != "off"):
-            job.sharing.tokens = req.origin_input_ids
-            job.sharing.image = self._images.find(
-                job.sharing.tokens, job.asked.vision[0].end, (job.sharing.base_key, req.cache_salt)
-            )
-            Expansions.name(req, job)
 
     def limit_hit(self, result: int, req: Req, *rest: Any) -> int:
         """After SGLang has said how much of a prompt may come from the prefix cache."""

@@ -13,6 +13,7 @@ Every tensor-parallel rank makes the same readers, because all ranks have the sa
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from vlcache_sgl.api import Span
 from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
-from vlcache_sgl.compression.sharing.images import prefix_digest
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks.admission import set_aside
 from vlcache_sgl.sglang_hooks.facades import MediaItem, MultimodalInputs, Req, Scheduler
@@ -190,6 +190,11 @@ class SecondReadings:
         asked = Asked(job.asked.choice, job.asked.vision, end, job.asked.min_tokens, repeated=len(ids) - end)
         give_job(reader, CompressionJob(asked))
         return reader
+
+
+def prefix_digest(tokens: Sequence[int], end: int) -> bytes:
+    """Names ``tokens[:end]``; images differ in the numbers that SGLang gives their tokens."""
+    return hashlib.blake2b(array("q", tokens[:end]).tobytes(), digest_size=16).digest()
 
 
 def _lives(reader: Req, waiting: set[int]) -> bool:

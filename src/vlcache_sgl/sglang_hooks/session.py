@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
@@ -31,7 +30,7 @@ class Session:
         model: builds the attention backend.
         requests: decide what is compressed.
         forwards: watch what is computed.
-        scheduling: decides what starts, and what starts over.
+        scheduling: decides what starts.
         weights: change while the model serves.
         status: says what has been done.
     """
@@ -39,13 +38,13 @@ class Session:
     def __init__(self, config: KVConfig) -> None:
         self.config = config
         self.choices = Choices(config)
-        counters, images = Counters(), SharedImages()
+        counters = Counters()
         self.pools = Pools(config)
-        self.model = ModelStart(config, self.choices, self.pools, images, counters)
-        self.status = Status(config, self.choices, images)
-        self.requests = Requests(config, self.choices, images, counters, self.model, self.status)
+        self.model = ModelStart(config, self.choices, self.pools, counters)
+        self.status = Status(config, self.choices)
+        self.requests = Requests(config, self.choices, counters, self.model, self.status)
         self.forwards = Forwards(self.model, counters, self.status)
-        self.scheduling = Scheduling(config, images, counters, self.model)
+        self.scheduling = Scheduling(self.model)
         self.weights = WeightChange(self.choices, self.status)
 
     def check_started(self, scheduler: Scheduler) -> None:
@@ -84,16 +83,15 @@ class Session:
     def _say_what_is_served(self, served: ServedModel) -> None:
         config = self.config
         logger.info(
-            "KV cache: policy %s, budget %s, prefixes shared: %s, host memory: %d tokens, guard: %s, model weights: %s",
+            "KV cache: policy %s, budget %s, prefixes shared: %s, host memory: %d tokens, model weights: %s",
             config.policy,
             config.budget,
             config.share,
             0 if (host := served.host) is None else host.memory.host.num_tokens,
-            config.guard,
             "not known" if self.choices.weights is None else self.choices.weights.digest,
         )
-        if config.guard == "off" and config.share == "policy" and not config.budget.keeps_all:
+        if config.share == "policy" and not config.budget.keeps_all:
             logger.info(
-                "What the first question about a picture kept answers others badly: --kv-profile makes copies for all "
-                "questions, --kv-guard enforce brings back what is missing, --kv-share off shares nothing"
+                "What the first question about an image kept answers others badly: --kv-share exact keeps all of it in "
+                "host memory, --kv-share off shares nothing"
             )

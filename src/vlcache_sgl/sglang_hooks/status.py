@@ -7,7 +7,6 @@ from typing import Any
 
 from vlcache_sgl._version import __version__
 from vlcache_sgl.compression.compressor import Compressor
-from vlcache_sgl.compression.sharing.images import SharedImages
 from vlcache_sgl.config import KVConfig
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
@@ -31,13 +30,11 @@ class Status:
     Args:
         config: the server's settings.
         choices: say what requests get that ask for nothing else.
-        images: what is shared.
     """
 
-    def __init__(self, config: KVConfig, choices: Choices, images: SharedImages) -> None:
+    def __init__(self, config: KVConfig, choices: Choices) -> None:
         self._config = config
         self._choices = choices
-        self._images = images
         self._started: _Started | None = None
         self._stale = True
         self._published_free = -1
@@ -108,14 +105,12 @@ class Status:
             "virtual_slots_total": residency.num_slots,
             "virtual_slots_free": allocator.available_size(),
             "share": self._config.share,
-            "guard": self._config.guard,
-            "pictures_known": len(self._images),
             "integrity": cells.verify(),
             **started.compressor.counters.as_dict(),
         }
 
     def _present(self, started: _Started) -> Present:
-        return Present(started.allocator.accounting, self._images, started.compressor.host)
+        return Present(started.allocator.accounting, started.compressor.host)
 
     def _publish(self, started: _Started, metrics: Metrics) -> None:
         """Publish all figures."""

@@ -1,1 +1,0 @@
-"""Copies of images for later questions."""
