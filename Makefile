@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix docs wheel-check demo bench bench-quick bench-capacity bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-quick: setup ## The same in a few minutes, to see that it runs; writes to 
 
 bench-capacity: setup ## Measure how many users fit beside stock SGLang in equal memory; writes benchmarks/results/
 	$(BIN)/python benchmarks/run.py capacity $(ARGS)
+
+bench-sharing: setup ## Ask several questions about each image, four ways to share; writes docs/sharing.md
+	$(BIN)/python benchmarks/run.py questions $(ARGS)
 
 bench-policies: setup ## Ask one question per image under every policy; writes docs/policies-measured.md
 	$(BIN)/python benchmarks/run.py policies $(ARGS)

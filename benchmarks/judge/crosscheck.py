@@ -52,6 +52,7 @@ TWINS = {
     "tova": "tova:allocator=uniform,heads=split",
     "knorm": "knorm:allocator=uniform,heads=split",
     "compactor": "compactor:allocator=uniform,heads=split",
+    "compactor blending 0.35": "compactor:allocator=uniform,heads=split",
     "kvzip": "kvzip:heads=split",
     f"kvzip{BARE}": "kvzip:heads=split",
 }

@@ -67,6 +67,10 @@ def compressed_pool(
     return Pool(physical, int(physical * overcommit) + host_tokens)
 
 
+POOLS_IN_HOST = 2
+"""``--kv-host-memory auto`` in units of the KV pool, where the machine has as much."""
+
+
 def longest_answer(prompt_tokens: int, max_new_tokens: int, capacity: int) -> int | None:
     """How many of `max_new_tokens` fit behind a prompt alone in `capacity` tokens; None: not even the prompt."""
     if prompt_tokens + RESERVED_TOKENS > capacity:

@@ -68,7 +68,8 @@ def test_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str]
     # A request holds 300 tokens and not 2100.
     assert 6.5 < tenth["requests"] / stock["requests"] < 7.0
     assert stock["requests"] < fifth["requests"] < tenth["requests"]
-    assert tenth["cached_images"] / stock["cached_images"] > fifth["cached_images"] / stock["cached_images"] > 3.5
+    assert tenth["host_tokens"] == 2 * stock["physical_tokens"]
+    assert tenth["cached_images"] == fifth["cached_images"] == tenth["host_tokens"] // 2000, "whole, in host memory"
 
 
 def test_a_folder_and_its_weights(capsys: pytest.CaptureFixture[str]) -> None:

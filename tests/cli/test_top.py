@@ -75,6 +75,13 @@ def test_the_screen() -> None:
     assert "6.7% to 13.3%" in shown
 
 
+def test_host_memory_is_shown_where_there_is_some() -> None:
+    shown = text({**USED, "host_tokens_total": 1000, "host_tokens_used": 250, "host_bytes_per_token": 2000})
+    assert "25.0%" in shown
+    assert "500.0 kB of 2.0 MB" in shown
+    assert "host memory" not in text(USED)
+
+
 def test_a_fresh_server_shows_too() -> None:
     assert "-" in text(state(cells_total=10, cells_free=10))
 

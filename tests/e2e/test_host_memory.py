@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from benchmarks.models.make_model import make_model
 from vlcache_sgl.client.client import data_url, user_says
 
 POOL = 900
@@ -175,6 +177,26 @@ def test_disconnects_and_retractions(small: Any, picture: Any) -> None:
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
     assert all(reply["text"].startswith(d.questions[0].answer) for reply, d in zip(replies, drawn, strict=True))
     assert_nothing_held(small)
+
+
+@pytest.mark.slow
+def test_a_prompt_of_ten_times_the_arena(servers: Any, tmp_path: Path, picture: Any) -> None:
+    """On a model of 12 layers, whose answers mean nothing: the same tokens as in an arena that holds the prompt."""
+    model = make_model(tmp_path / "model")
+    common = (*("--kv-policy", "vlcache:density", "--kv-budget", "0.02"), "--dtype", "float32", "--skip-server-warmup")
+    small = ("--kv-host-memory", "512MB", "--kv-overcommit", "2", "--max-total-tokens", "1500")
+    large = ("--kv-host-memory", "off", "--max-total-tokens", "20000")
+    images = [picture(60_900 + i, 32, 32).image for i in range(14)]
+    texts = []
+    for flags in (small, large):
+        server = servers.get(*common, *flags, "--chunked-prefill-size", "256", model=model, common=())
+        answers = [server.ask(text, *images, max_tokens=16, return_meta_info=True) for text in ("red K?", "blue J?")]
+        texts.append([answer.text for answer in answers])
+        state = server.settled()
+        if flags is small:
+            assert answers[0].prompt_tokens > 10 * state["physical_tokens_total"]
+            assert_nothing_held(server)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_staging_that_does_not_fit_changes_nothing() -> None:
 
 @GROUPS
 def test_a_selection_belongs_to_its_request(groups: int) -> None:
-    """Of a prefix in host memory and a chunk in the arena, kept tokens move to private slots; all stay in host memory."""
+    """Of a prefix in host memory and a chunk in the arena, kept tokens move to private slots; all stay on the host."""
     world = World(groups)
     prefix, chunk = world.compute(6), world.compute(5)
     slots = torch.cat([prefix, chunk])

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from vlcache_sgl.capacity import (
     MOST_CELLS,
+    POOLS_IN_HOST,
     KVShape,
     Pool,
     cached_prompts,
@@ -58,6 +59,8 @@ class Row:
     cached_images: int
     room_for: int
     """Requests that memory and slots have room for, whatever `--max-running-requests` is."""
+    host_tokens: int
+    """Tokens that host memory holds."""
     limited_by: str
     """What keeps a further request from running: memory, slots or max-running-requests."""
 
@@ -94,14 +97,17 @@ def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> li
         raise PlanError("numbers of tokens must not be negative, and an image has at least one")
     rows = [_row("none", Pool(stock_tokens, stock_tokens), None, arguments, shape)]
     for budget in arguments.budget:
-        config = config_from({"kv_policy": "vlcache", "kv_budget": budget, "kv_overcommit": arguments.overcommit})
+        flags = {"kv_budget": budget, "kv_overcommit": arguments.overcommit, "kv_host_memory": arguments.host_memory}
+        config = config_from({"kv_policy": "vlcache", **flags})
         assert isinstance(config, KVConfig)
-        pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=arguments.device == "cuda")
+        host = _host_tokens(config, shape, stock_tokens)
+        graphs = arguments.device == "cuda"
+        pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=graphs, host_tokens=host)
         if pool.physical_tokens * shape.planes > MOST_CELLS:
             raise PlanError(f"{pool.physical_tokens * shape.planes} cells are more than 32-bit numbers can name")
         # Shorter prompts are left alone.
         compressed = prompt >= config.min_tokens
-        rows.append(_row(str(config.budget), pool, config.budget if compressed else None, arguments, shape))
+        rows.append(_row(str(config.budget), pool, config.budget if compressed else None, arguments, shape, host))
     for row in rows:
         if row.requests == 0:
             raise PlanError(
@@ -111,7 +117,16 @@ def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> li
     return rows
 
 
-def _row(name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Namespace, shape: KVShape) -> Row:
+def _host_tokens(config: KVConfig, shape: KVShape, stock_tokens: int) -> int:
+    """Tokens in host memory; ``auto`` as on a machine that has enough of it."""
+    if config.host_memory == "off":
+        return 0
+    return POOLS_IN_HOST * stock_tokens if config.host_memory == "auto" else config.host_memory // shape.token_bytes
+
+
+def _row(
+    name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Namespace, shape: KVShape, host_tokens: int = 0
+) -> Row:
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
     resident = resident_tokens(prompt, shape.layers, budget)
     limits = {
@@ -120,7 +135,8 @@ def _row(name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Nam
         _RUNNING: arguments.max_running_requests,
     }
     tightest = min(limits, key=lambda limit: limits[limit])
-    images = cached_prompts(pool, prompt, resident)
+    # Shared prefixes of compressed prompts lie in host memory, whole; others in the KV cache.
+    images = host_tokens // prompt if host_tokens and budget is not None else cached_prompts(pool, prompt, resident)
     return Row(
         name,
         pool.physical_tokens,
@@ -129,6 +145,7 @@ def _row(name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Nam
         limits[tightest],
         images,
         room_for=min(limits["memory"], limits["slots"]),
+        host_tokens=host_tokens,
         limited_by=tightest,
     )
 
@@ -163,6 +180,10 @@ def show(
             f"{row.cached_images}{further}",
         )
     console.print(table)
+    if rows[-1].host_tokens:
+        tokens = rows[-1].host_tokens
+        host = in_words(tokens * shape.token_bytes)
+        console.print(f"host memory{per_rank}: {host} for {tokens} tokens of cached images", soft_wrap=True)
     for row in rows[1:]:
         if row.limited_by == _RUNNING:
             console.print(
@@ -364,6 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="decode graphs cost memory on cuda")
     parser.add_argument("--overcommit", default="auto", help="as --kv-overcommit; default: auto")
+    parser.add_argument("--host-memory", default="auto", help="as --kv-host-memory; default: auto, twice the KV cache")
     parser.add_argument("--head-cells", action="store_true", help="as --kv-head-cells")
     parser.add_argument(
         "--max-running-requests", type=_positive, default=MAX_RUNNING, help=f"as SGLang's; default: {MAX_RUNNING}"

@@ -36,6 +36,7 @@ PARTS = (
 _SUMMED = (
     *("cells_total", "cells_used", "cells_free", "cells_tree", "cells_evictable", "cells_seen", "cells_kept"),
     *("requests_compressed", "policy_failures", "prefix_hits", "prefix_hit_tokens"),
+    *("host_tokens_total", "host_tokens_used", "host_bytes_written", "host_bytes_read", "staged_tokens"),
     *("prefill_ms", "scoring_ms", "selection_ms", "physical_tokens_total", "virtual_slots_total", "virtual_slots_free"),
 )
 _BY_LAYER = ("seen_by_layer", "kept_by_layer", "vision_seen_by_layer", "vision_kept_by_layer")
@@ -147,6 +148,11 @@ def view(url: str, now: Mapping[str, Any], before: Mapping[str, Any] | None) -> 
     table.add_row("policy failures", failures, rate("policy_failures"), "")
     table.add_row("compressed prefixes hit", str(now["prefix_hits"]), rate("prefix_hits"), "")
     table.add_row("  tokens from them", str(now["prefix_hit_tokens"]), rate("prefix_hit_tokens"), "")
+    if now["host_tokens_total"]:
+        used, total, size = now["host_tokens_used"], now["host_tokens_total"], now["host_bytes_per_token"]
+        held = f"{decimal(used * size)} of {decimal(total * size)}, written {decimal(now['host_bytes_written'])}"
+        table.add_row("tokens in host memory", str(used), percent(used, total), held)
+        table.add_row("  staged for prefills", str(now["staged_tokens"]), rate("staged_tokens"), "")
     table.add_row(
         "kept",
         percent(kept, seen),

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.prompt import select_rows
-from vlcache_sgl.capacity import RESERVED_TOKENS, KVShape, longest_answer
+from vlcache_sgl.capacity import POOLS_IN_HOST, RESERVED_TOKENS, KVShape, longest_answer
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 MIN_CHUNK = 32
 """Tokens of the smallest prefill chunk that a prompt larger than the arena is cut into."""
-POOLS_IN_HOST = 2
-"""With ``auto``, host memory in units of the KV pool."""
 SHARE_OF_FREE = 0.25
 """With ``auto``, the most of the machine's free memory that is taken, per rank."""
 
