@@ -117,9 +117,11 @@ def test_prompt_that_fills_the_arena(small: Any, picture: Any) -> None:
     assert_nothing_lost(small, picture)
 
 
-def test_prompt_that_does_not_fit(small: Any, picture: Any) -> None:
-    """Refused with a client error that says why; the server lives."""
-    body = native("red K?", [picture(7070 + i, 32, 32).image for i in range(2)], 2)
+@pytest.mark.parametrize(("images", "share"), [(2, "off"), (3, "exact")])
+def test_prompt_that_does_not_fit(small: Any, picture: Any, images: int, share: str) -> None:
+    """Neither the arena nor host memory holds it: refused with a client error that says why; the server lives."""
+    body = native("red K?", [picture(7070 + i, 32, 32).image for i in range(images)], 2)
+    body["sampling_params"]["custom_params"] = {"kv_share": share}
     reply = httpx.post(f"{small.url}/generate", json=body, timeout=120)
     assert 400 <= reply.status_code < 500, reply.text
     assert "token" in reply.text
