@@ -71,7 +71,7 @@ def main() -> None:
     state = choose.run(drawn.image, questions[1], codes, backend=fifth)
     print(f"choose, snapkv at 0.2: {state['code']} of {codes} (expected {codes[1]})")
 
-    # A fork compresses before any question is known: for a policy that looks at the question, that is too early.
+    # `fork` prefills the image before any question is known.  Its branches find all of it, and select for themselves.
     for params in ({"kv_policy": "vlcache", "kv_budget": 0.2}, {"kv_budget": 1.0}):
         state = read_all.run(drawn.image, questions, backend=PolicyEndpoint(url, **params))
         print(f"read_all, {params}: {state['codes']} (expected {codes})")

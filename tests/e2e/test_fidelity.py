@@ -173,23 +173,6 @@ def test_a_file_that_is_no_image_is_one_line(ours_tenth: Any, tmp_path: Path, ca
     assert "mine.jsonl, line 1: not an image: " in line
 
 
-def test_an_inspection_of_what_earlier_questions_left(
-    ours_tenth: Any, picture: Any, tmp_path: Path, capsys: Any
-) -> None:
-    """Recall is measured on a fresh copy: it is not shown beside the copy that an earlier question has made."""
-    drawn = picture(7911, 20, 24)
-    drawn.image.save(tmp_path / "a.png")
-    earlier, question = (one.text for one in drawn.questions[:2])
-    command = ["--image", str(tmp_path / "a.png"), "--question", question, "--after", earlier]
-    assert inspect.main([*command, "--output", str(tmp_path / "seen"), "--base-url", ours_tenth.url]) == 0
-    printed = capsys.readouterr().out
-    assert f"asked before: {earlier}" in printed
-    assert "attention of the full cache's answer" not in printed
-    page = (tmp_path / "seen.html").read_text()
-    assert f"<td>asked before</td><td>{earlier}</td>" in page
-    assert "attention of the full cache" not in page
-
-
 def test_health_polls_are_nobodys_prompts(ours_tenth: Any) -> None:
     before = ours_tenth.settled()["requests_skipped"]
     for _ in range(3):
