@@ -17,9 +17,9 @@ from benchmarks.common.results import RESULTS
 
 PAGE = ROOT / "README.md"
 MARKERS = "speed"
-LEAST_REPEATS = 5
+MIN_REPEATS = 5
 """Interleaved samples of each server and point, without which a ratio is not shown: a single one is an anecdote."""
-COMMAND = f"python benchmarks/run.py speed --repeats {LEAST_REPEATS}"
+COMMAND = f"python benchmarks/run.py speed --repeats {MIN_REPEATS}"
 
 
 class TooFewRepeats(ValueError):
@@ -29,7 +29,7 @@ class TooFewRepeats(ValueError):
 def speed_result(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The newest committed result of `make bench` with enough repeats; None if there is none."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-speed-sglang*.json"))]
-    return next((result for result in reversed(results) if repeats(result) >= LEAST_REPEATS), None)
+    return next((result for result in reversed(results) if repeats(result) >= MIN_REPEATS), None)
 
 
 def repeats(result: dict[str, Any]) -> int:
@@ -41,15 +41,15 @@ def block(result: dict[str, Any] | None) -> str:
     """The Markdown between the markers.
 
     Raises:
-        TooFewRepeats: the result has fewer than `LEAST_REPEATS`.
+        TooFewRepeats: the result has fewer than `MIN_REPEATS`.
     """
     if result is None:
         return (
-            f"No table of speed yet: it needs {LEAST_REPEATS} interleaved repeats, to be shown with their spread, "
+            f"No table of speed yet: it needs {MIN_REPEATS} interleaved repeats, to be shown with their spread, "
             f"and no\nsuch run is committed. To make one: `{COMMAND}`."
         )
-    if repeats(result) < LEAST_REPEATS:
-        raise TooFewRepeats(f"this result has {repeats(result)} repeats, the table needs {LEAST_REPEATS}: {COMMAND}")
+    if repeats(result) < MIN_REPEATS:
+        raise TooFewRepeats(f"this result has {repeats(result)} repeats, the table needs {MIN_REPEATS}: {COMMAND}")
     rows = {(r["server"], r["tokens"], r["batch"]): r for r in result["summary"]}
     points = sorted({(tokens, batch) for _, tokens, batch in rows})
     host = result["host"]

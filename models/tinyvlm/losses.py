@@ -21,7 +21,7 @@ SOFTNESS = 0.5
 """Width, in logits, of the differentiable stand-in for that step."""
 RANK_SHARE, RANK_LEAST = 0.03, 16
 """The record has to rank among the first RANK_SHARE of the prompt, or RANK_LEAST tokens in short prompts."""
-LEAST_KEPT = 12
+MIN_KEPT = 12
 """Tokens that a simulated cache keeps in every layer; below it even the question is gone."""
 RANK_MARGIN = 0.5
 """By how much, in logarithms: a record that just makes it in training fails on the next picture."""
@@ -100,7 +100,7 @@ class CacheDraw:
         rows, keys = attention.logits.shape[-2:]
         scores[..., keys - rows :] += self.protected[..., None] * float(rows)
         shares = (self.budgets * self.layer_factors[layer]).clamp(0.01, 1.0)
-        counts = (shares * keys).round().clamp(min=LEAST_KEPT, max=keys).long()
+        counts = (shares * keys).round().clamp(min=MIN_KEPT, max=keys).long()
         ranks = scores.argsort(-1, descending=True).argsort(-1)
         kept = ranks < counts[..., None]
         return kept if forced is None else kept.scatter(-1, forced, True)

@@ -23,7 +23,7 @@ from .schedule import BOOTSTRAP
 
 TEXT_LAYERS = 2
 """Layers below this find the label in the question; the others find the record in the picture."""
-LONGEST_SIDE = 32
+MAX_SIDE = 32
 """Of a picture, in cells."""
 BF16 = torch.bfloat16
 
@@ -83,7 +83,7 @@ class TrainableVLM:
         """
         pick = torch.stack([torch.randperm(bank.shape[1])[:variants] for _ in range(NUM_GLYPHS)])
         pixels = bank[torch.arange(NUM_GLYPHS)[:, None], pick].reshape(NUM_GLYPHS * variants, PATCHES_PER_CELL, -1)
-        return self._embed_cells(pixels, torch.randint(0, LONGEST_SIDE, (len(pixels), 2)))
+        return self._embed_cells(pixels, torch.randint(0, MAX_SIDE, (len(pixels), 2)))
 
     def embed_pictures(self, batch: Batch, bank: Tensor, variants: int) -> Tensor:
         """`[B, image tokens, hidden]`."""

@@ -18,7 +18,7 @@ from vlcache_sgl.evaluation.tasks.receipts import Picture, Question
 
 THRESHOLD = 0.01
 """VL-Cache, equation 1: an entry counts as attended from this share of its row's maximum."""
-LONGEST_ANSWER = 8
+MAX_ANSWER_TOKENS = 8
 """Tokens after which decoding gives up; a right answer has four and the end of the turn."""
 
 
@@ -110,7 +110,7 @@ class Probe:
         with self._record() as seen:
             self._decode(prompt, answer, None)
             first_row = torch.stack([weights[0, :, 0, : len(ids)].mean(0) for weights in seen])
-        while answer[-1] != self.end and len(answer) < LONGEST_ANSWER:
+        while answer[-1] != self.end and len(answer) < MAX_ANSWER_TOKENS:
             answer.append(int(self._decode(prompt, answer, None)[0, -1]))
         return Prompt(**{**vars(prompt), "answer": answer, "first_row": first_row})
 

@@ -12,7 +12,7 @@ from vlcache_sgl.config import KVBudget
 
 RESERVED_TOKENS = 2
 """Physical tokens that stay free behind the longest request: SGLang computes one step ahead."""
-MOST_CELLS = 2**31 - 1
+MAX_CELLS = 2**31 - 1
 """Cell numbers are 32-bit."""
 
 

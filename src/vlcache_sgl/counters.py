@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-MOST_RATIOS = 4096
+MAX_RATIOS = 4096
 """Ratios that wait for the metrics; beyond that the oldest are dropped."""
 
 
@@ -117,7 +117,7 @@ class Counters:
     vision_seen_by_layer: list[int] = field(default_factory=list)
     """What of `seen_by_layer` came from images and videos; the rest is text."""
     vision_kept_by_layer: list[int] = field(default_factory=list)
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RATIOS), metadata=published(KEPT_RATIO))
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RATIOS), metadata=published(KEPT_RATIO))
     """Kept share of each compressed prompt, in [0, 1], since the metrics last took them; not in ``/server_info``."""
     prefix_hits: int = count(
         Figure("prefix_hits", "counter", "prompts that found vision tokens in a compressed prefix")

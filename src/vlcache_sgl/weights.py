@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-"""Of the file; another number is another measurement."""
+"""Version of the file; another number is another measurement."""
 SAMPLED_BYTES = 1 << 16
-"""Of each weights file that are part of a model's key: files of equal configuration differ in their first block."""
+"""Bytes of each weights file that name a model: files of equal configuration differ in their first block."""
 
 
 @dataclass(frozen=True)

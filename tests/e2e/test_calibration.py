@@ -11,7 +11,7 @@ import pytest
 
 from vlcache_sgl.cli.calibrate import main
 from vlcache_sgl.evaluation.calibration import PROMPTS
-from vlcache_sgl.sglang_hooks.background_calibration import LONGEST_S
+from vlcache_sgl.sglang_hooks.background_calibration import MAX_SECONDS
 from vlcache_sgl.sglang_hooks.weight_knobs import knobs_of
 from vlcache_sgl.weights import ModelWeights, cache_file, model_key, read_weights
 
@@ -37,7 +37,7 @@ def cached(cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def first(servers: Any, cache_root: Path, cached: Path) -> Any:
     """The first server of the model, once it has measured it."""
     server = servers.get(*AUTO, env={"VLCACHE_CACHE": str(cache_root)})
-    deadline = time.monotonic() + LONGEST_S
+    deadline = time.monotonic() + MAX_SECONDS
     while server.kv_state()["weights"] is None:
         assert time.monotonic() < deadline, server.process.log_tail(60)
         time.sleep(0.25)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from vlcache_sgl.config import ConfigError, KVBudget, config_from
 from vlcache_sgl.policy import PolicyError, custom_params
 from vlcache_sgl.policy.choice import Choice, Choices
-from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams, misplaced
+from vlcache_sgl.policy.custom_params import MAX_SPEC_LENGTH, RequestParams, misplaced
 
-LONGEST_MESSAGE = 4000
+MAX_MESSAGE_LENGTH = 4000
 
 
 def choices(**flags: str) -> Choices:
@@ -77,7 +77,7 @@ def check(params: Any) -> None:
         choice = select(DEFAULT, params)
     except (ConfigError, PolicyError) as error:
         message = str(error)
-        assert 0 < len(message) < LONGEST_MESSAGE
+        assert 0 < len(message) < MAX_MESSAGE_LENGTH
         message.encode()  # what goes into a response
     else:
         assert choice.fingerprint.encode()
@@ -85,9 +85,9 @@ def check(params: Any) -> None:
 
 def test_texts_that_are_remembered_are_short() -> None:
     """A padded name means the same policy and would be remembered whole."""
-    with pytest.raises(ConfigError, match=f"at most {LONGEST_SPEC} characters"):
-        select(DEFAULT, {"kv_policy": "vlcache" + " " * LONGEST_SPEC})
-    assert all(len(spec) <= LONGEST_SPEC for spec, *_ in DEFAULT._known)
+    with pytest.raises(ConfigError, match=f"at most {MAX_SPEC_LENGTH} characters"):
+        select(DEFAULT, {"kv_policy": "vlcache" + " " * MAX_SPEC_LENGTH})
+    assert all(len(spec) <= MAX_SPEC_LENGTH for spec, *_ in DEFAULT._known)
 
 
 @pytest.mark.parametrize("budget", [0.04, 0.61, 3, 700])

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.sglang_hooks import metrics
-from vlcache_sgl.sglang_hooks.metrics import FIGURES, MOST_GROUPS, PREFIX, Metrics, layer_groups
+from vlcache_sgl.sglang_hooks.metrics import FIGURES, MAX_GROUPS, PREFIX, Metrics, layer_groups
 
 ROOT = Path(__file__).parents[2]
 SUFFIX = {"counter": "_total", "gauge": "", "histogram": ""}
@@ -51,7 +51,7 @@ def test_groups_partition_the_layers(layers: int) -> None:
     groups = layer_groups(layers)
     assert [i for part in groups.values() for i in range(layers)[part]] == list(range(layers))
     sizes = [len(range(layers)[part]) for part in groups.values()]
-    assert len(groups) == min(MOST_GROUPS, layers)
+    assert len(groups) == min(MAX_GROUPS, layers)
     assert max(sizes) - min(sizes) <= 1
 
 

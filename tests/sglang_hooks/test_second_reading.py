@@ -26,7 +26,7 @@ from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.admission import retract_parked
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.second_reading import (
-    MOST_TRIES,
+    MAX_TRIES,
     clients_of,
     is_reader,
     repeat_media,
@@ -264,7 +264,7 @@ def test_a_reader_that_does_not_fit_is_not_started() -> None:
 def test_a_retracted_question_has_its_prefix_read_again_a_few_times_only() -> None:
     world = Readers(physical=144, chunk=64)
     req = world.ask(1, tokens=20)
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         while req not in world.batch.reqs:
             world.prefill()
         assert not state(req).given_up
@@ -272,7 +272,7 @@ def test_a_retracted_question_has_its_prefix_read_again_a_few_times_only() -> No
         world.flush()
     while req not in world.batch.reqs:
         world.prefill()
-    assert world.readings._made == MOST_TRIES
+    assert world.readings._made == MAX_TRIES
     assert state(req).given_up
     world.check()
 

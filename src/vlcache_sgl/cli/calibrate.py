@@ -33,7 +33,7 @@ from vlcache_sgl.evaluation.calibration import (
 from vlcache_sgl.weights import ModelWeights, cache_file, checkpoint_folder, model_key
 
 FLAGS = ("--kv-policy", POLICY, "--kv-budget", f"{BUDGET:g}", "--kv-scope", "all", "--kv-head-cells")
-"""Of a server that is started here."""
+"""Flags of a server that is started here."""
 _WIDTH = 100
 _BAR = 40
 """Columns of a weight of 1 in the table."""

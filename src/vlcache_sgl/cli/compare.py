@@ -22,7 +22,7 @@ from vlcache_sgl.cli.eval import RESULT
 from vlcache_sgl.evaluation.compare import Comparison, compare, select
 from vlcache_sgl.evaluation.run import FULL, EvalError, Record
 
-MOST_FLIPS = 20
+MAX_FLIPS = 20
 _WIDTH = 120
 
 
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("a", metavar="A", help="FILE_OR_FOLDER[#CONDITION]; default condition: full")
     parser.add_argument("b", metavar="B", help="the same, or a condition of A's file")
     parser.add_argument("--task", help="only samples of this task")
-    parser.add_argument("--flips", type=int, default=MOST_FLIPS, help=f"how many to list; default: {MOST_FLIPS}")
+    parser.add_argument("--flips", type=int, default=MAX_FLIPS, help=f"how many to list; default: {MAX_FLIPS}")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser
 

@@ -44,7 +44,7 @@ RESULT, TABLE, PLOT = "result.json", "table.md", "accuracy.png"
 SAMPLES = 20
 AT_ONCE = 4
 FLAGS = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
-"""Of a server that is started here; each request names its own policy and budget."""
+"""Flags of a server that is started here; each request names its own policy and budget."""
 ALL = "--kv-scope all"
 """What a server needs for prompts without images."""
 BUDGET_DEFAULT, DEFAULT_LOSS = "0.1", "0.02"

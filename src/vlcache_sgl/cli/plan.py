@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlcache_sgl.capacity import (
-    MOST_CELLS,
+    MAX_CELLS,
     POOLS_IN_HOST,
     KVShape,
     Pool,
@@ -32,7 +32,7 @@ from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, config_from
 
 MEM_FRACTION = 0.85
-"""Of the GPU's memory for weights and KV cache; SGLang chooses its own and prints it at start."""
+"""Share of the GPU's memory for weights and KV cache; SGLang chooses its own and prints it at start."""
 MAX_RUNNING = 2048
 """SGLang's `--max-running-requests` unless given: at least this."""
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -54,7 +54,7 @@ class Row:
     physical_tokens: int
     slots: int
     resident_tokens: float
-    """Of one prompt after its prefill, uncompressed tokens."""
+    """What one prompt holds after its prefill, uncompressed tokens."""
     requests: int
     cached_images: int
     room_for: int
@@ -103,7 +103,7 @@ def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> li
         host = _host_tokens(config, shape, stock_tokens)
         graphs = arguments.device == "cuda"
         pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=graphs, host_tokens=host)
-        if pool.physical_tokens * shape.planes > MOST_CELLS:
+        if pool.physical_tokens * shape.planes > MAX_CELLS:
             raise PlanError(f"{pool.physical_tokens * shape.planes} cells are more than 32-bit numbers can name")
         # Shorter prompts are left alone.
         compressed = prompt >= config.min_tokens
@@ -130,7 +130,7 @@ def _row(
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
     resident = resident_tokens(prompt, shape.layers, budget)
     limits = {
-        "memory": requests_in_flight(Pool(pool.physical_tokens, MOST_CELLS), prompt, resident, new),
+        "memory": requests_in_flight(Pool(pool.physical_tokens, MAX_CELLS), prompt, resident, new),
         "slots": pool.slots // (prompt + new),
         _RUNNING: arguments.max_running_requests,
     }

@@ -32,7 +32,7 @@ PARTS = (
     ("tree, evictable", "cyan", "▒"),
     ("free", "white", "░"),
 )
-"""Of the arena, with their colours, and characters that tell them apart without."""
+"""Parts of the arena, with their colours, and characters that tell them apart without."""
 _SUMMED = (
     *("cells_total", "cells_used", "cells_free", "cells_tree", "cells_evictable", "cells_seen", "cells_kept"),
     *("requests_compressed", "policy_failures", "prefix_hits", "prefix_hit_tokens"),

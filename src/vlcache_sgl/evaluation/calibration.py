@@ -25,13 +25,13 @@ POLICY = "kvzip"
 BUDGET = 0.3
 """Where layers differ most: at larger budgets all keep much, at smaller ones the needy keep little as well."""
 PROMPTS = 6
-"""Of each kind, texts and images: the weights of two halves of so many agree within 0.01 on a pretrained model."""
+"""Prompts of each kind: the weights of two halves of so many agree within 0.01 on a pretrained model."""
 TOKENS = 400
 PAGE_PIXELS, PAGE_LINE, PAGE_COLUMNS = 448, 14, 70
 """Side of an image of a text, height of its lines and their characters."""
 DECIMALS = 4
 KINDS = ("text", "image")
-"""Of prompts."""
+"""Kinds of prompts."""
 
 Ask = Callable[[str, Sequence[Image.Image], Mapping[str, Any]], Mapping[str, Any]]
 """Sends a prompt of a text and images with fields for the request's body; the report of its compression."""

@@ -32,7 +32,7 @@ FIRST_SEED = 40_000
 """Held-out pictures; the demo, the tests and the training of the bundled model use other seeds."""
 SIDE = 24
 NUM_QUESTIONS = 8
-"""Of the task `requery`."""
+"""Questions per image of the task `requery`."""
 LONG_TOKENS = 96
 DEFAULT_TOKENS = 32
 

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def paired(records: Sequence[Record], wanted: Sequence[str]) -> list[Record]:
-    """Of each task the samples that all of the conditions `wanted` have answered, under every condition that has
+    """For each task the samples that all of the conditions `wanted` have answered, under every condition that has
     answered them all: scores of different questions do not compare.
 
     A sample with one question is asked once for ``shared`` and ``private``, which are the same then: the answer stands
@@ -167,12 +167,12 @@ def percent(share: float | None) -> str:
 
 
 def cached_in_words(row: Row) -> str:
-    """Of a row of the summary."""
+    """Cells of a row of the summary."""
     return "not reported" if row["cached"] is None else percent(row["cached"])
 
 
 def logprob_in_words(row: Row) -> str:
-    """Of a row of the summary; empty where nothing was forced."""
+    """Cells of a row of the summary; empty where nothing was forced."""
     if "answer_logprob" not in row:
         return ""
     low, high = row["answer_interval"]

@@ -13,7 +13,7 @@ from PIL import Image
 Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
 
-MOST_PIXELS = 720
+MAX_PIXELS = 720
 """Longer side of a drawn image."""
 _VEIL_COLOUR = (173, 181, 189)
 """Grey, not white: on a scanned page what is kept must stand out from what is veiled."""
@@ -156,9 +156,9 @@ def read_report(
 
 
 def shrunk(image: Image.Image) -> Image.Image:
-    """RGB, at most MOST_PIXELS wide and high."""
+    """RGB, at most MAX_PIXELS wide and high."""
     copy = image.convert("RGB")
-    copy.thumbnail((MOST_PIXELS, MOST_PIXELS), Image.Resampling.LANCZOS)
+    copy.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
     return copy
 
 

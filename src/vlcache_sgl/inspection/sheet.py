@@ -11,7 +11,7 @@ import numpy as np
 
 from vlcache_sgl.inspection.layout import Inspection, Look, overlay, places
 
-MOST_LAYERS = 12
+MAX_LAYERS = 12
 """Overlays on a sheet; of a deeper model evenly chosen layers are shown (the page shows all)."""
 _ACROSS = 6
 _MOST_LABELS = 40
@@ -50,12 +50,12 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
 
 
 def shown_layers(layers: int) -> list[int]:
-    """At most MOST_LAYERS, the first and the last among them.
+    """At most MAX_LAYERS, the first and the last among them.
 
     >>> shown_layers(3), len(shown_layers(80))
     ([0, 1, 2], 12)
     """
-    return [int(layer) for layer in np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round())]
+    return [int(layer) for layer in np.unique(np.linspace(0, layers - 1, min(layers, MAX_LAYERS)).round())]
 
 
 def _head(figure: Any, seen: Inspection) -> None:

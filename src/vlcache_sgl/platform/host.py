@@ -13,7 +13,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 _NODES = Path("/sys/devices/system/node")
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-"""Of control groups v2 and v1, relative to where they are mounted."""
+"""Files of control groups v2 and v1, relative to where they are mounted."""
 
 
 def parse_cpu_list(text: str) -> list[int]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, Share
-from vlcache_sgl.policy.custom_params import LONGEST_SPEC, RequestParams
+from vlcache_sgl.policy.custom_params import MAX_SPEC_LENGTH, RequestParams
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.policy import Policy, resolve
 from vlcache_sgl.weights import ModelWeights
 
-MOST_CHOICES = 1024
+MAX_CHOICES = 1024
 """Resolved choices that are remembered; clients can think of any number."""
 
 
@@ -96,7 +96,7 @@ class Choices:
             if policy.reads_twice and share == "exact":
                 share = "policy"  # its copy serves all questions
             self._require(policy)
-            if len(self._known) >= MOST_CHOICES:
+            if len(self._known) >= MAX_CHOICES:
                 del self._known[next(iter(self._known))]
             self._known[key] = Choice(policy, budget, share, self._weights)
         return self._known[key]
@@ -109,8 +109,8 @@ class Choices:
             PolicyError: for an unknown policy or parameter.
         """
         spec = self._config.policy if params.policy is None else params.policy
-        if len(spec) > LONGEST_SPEC and spec != self._config.policy:
-            raise ConfigError(f"kv_policy must have at most {LONGEST_SPEC} characters, got {len(spec)}")
+        if len(spec) > MAX_SPEC_LENGTH and spec != self._config.policy:
+            raise ConfigError(f"kv_policy must have at most {MAX_SPEC_LENGTH} characters, got {len(spec)}")
         self._check_allowed(spec)
         budget = params.budget or self._config.budget
         self._check_bounds(budget, length)

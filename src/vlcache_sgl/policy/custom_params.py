@@ -17,7 +17,7 @@ PREFIX = "kv_"
 KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_report")
 """All that a request may say."""
 Report = Literal["summary", "positions", "recall"]
-LONGEST_SPEC = 512
+MAX_SPEC_LENGTH = 512
 """Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 
 

@@ -45,7 +45,7 @@ class Description:
     """None for allocators."""
     needs: str = ""
     parts: str = ""
-    """Of a policy: ``scorer x allocator``."""
+    """What a policy is made of: ``scorer x allocator``."""
     variants: tuple[str, ...] = ()
     text: str = ""
     """The whole docstring."""

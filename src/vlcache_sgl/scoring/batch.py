@@ -55,7 +55,7 @@ class Poll:
     row_index: torch.Tensor
     """`[T]` int64 on the device: the last owned key that each of them sees."""
     index: ResidencyIndex
-    """Of all layers: what is visible to each voter, owned keys last."""
+    """Indexes of all layers: what is visible to each voter, owned keys last."""
 
     @property
     def takes_lse(self) -> bool:
@@ -106,7 +106,7 @@ class BatchScoring:
 
     @property
     def scorings(self) -> list[Scoring]:
-        """Of the requests that vote."""
+        """Scorings of the requests that vote."""
         return list({id(v.scoring): v.scoring for poll in self._polls for v in poll.voters}.values())
 
     @property

@@ -21,9 +21,9 @@ from vlcache_sgl.sglang_hooks.facades import Req, ScheduleBatch, SchedulePolicy,
 
 logger = logging.getLogger(__name__)
 
-MOST_OVERTAKEN = 4
+MAX_OVERTAKEN = 4
 """Passes in which others may go before the first request of the queue."""
-MOST_MATCHED = 32
+MAX_MATCHED = 32
 """Waiting requests whose prefix is looked up in one pass."""
 OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
@@ -58,7 +58,7 @@ def spare_waiting_prefixes(_: None, policy: SchedulePolicy, waiting_queue: list[
     """After SGLang has ordered the queue: requests whose prefix may be pushed out go before the prompt that would.
 
     Once admitted they lock what they need, mostly in the same pass; those that are not have their prefixes marked as
-    just used.  The first prompt is overtaken in `MOST_OVERTAKEN` passes at most.
+    just used.  The first prompt is overtaken in `MAX_OVERTAKEN` passes at most.
     """
     tree = policy.tree_cache
     first_come = policy.policy == CacheAgnosticPolicy.FCFS and not policy.enable_priority_scheduling
@@ -67,9 +67,9 @@ def spare_waiting_prefixes(_: None, policy: SchedulePolicy, waiting_queue: list[
     first = waiting_queue[0]
     overtaken = getattr(first, OVERTAKEN_ATTRIBUTE, 0)
     free = tree.token_to_kv_pool_allocator.accounting.free_physical_tokens()
-    if overtaken >= MOST_OVERTAKEN or _own_tokens(first, tree) <= free:
+    if overtaken >= MAX_OVERTAKEN or _own_tokens(first, tree) <= free:
         return
-    hits = {id(req) for req in waiting_queue[:MOST_MATCHED] if _own_tokens(req, tree) < req.num_matched_prefix_tokens}
+    hits = {id(req) for req in waiting_queue[:MAX_MATCHED] if _own_tokens(req, tree) < req.num_matched_prefix_tokens}
     if hits and id(first) not in hits:
         setattr(first, OVERTAKEN_ATTRIBUTE, overtaken + 1)
         waiting_queue.sort(key=lambda req: id(req) not in hits)

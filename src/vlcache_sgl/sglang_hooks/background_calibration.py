@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LONGEST_S = 180.0
+MAX_SECONDS = 180.0
 """What is estimated to take longer is left to `vlcache calibrate`."""
 READY_S = 120.0
 """After SGLang's warm-up, which some servers skip, until HTTP is answered."""
 _POLL_S = 0.25
 _TIMEOUT_S = 30.0
-"""Of requests that no model answers."""
+"""Seconds that requests may take which no model answers."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class OwnServer:
 
     url: str
     key: str | None
-    """Of ordinary requests."""
+    """The key of ordinary requests."""
     admin_key: str | None
-    """Of requests that change settings."""
+    """The key of requests that change settings."""
     verify: ssl.SSLContext | bool
 
     @classmethod
@@ -156,12 +156,12 @@ def _measure(config: KVConfig, server: OwnServer, model: str) -> tuple[ModelWeig
         if not first:
             return
         first, estimate = False, seconds * len(prompts)
-        if estimate > LONGEST_S:
+        if estimate > MAX_SECONDS:
             raise CalibrationError(f"a prompt took {seconds:.1f} s, all would take about {estimate / 60:.0f} min")
         logger.info("KV cache: a prompt took %.1f s, all will take about %.0f s", seconds, estimate)
 
-    with server.http(server.key, LONGEST_S) as http:
-        client = Client(f"{server.url}/v1", LONGEST_S, key=server.key, http=http)
+    with server.http(server.key, MAX_SECONDS) as http:
+        client = Client(f"{server.url}/v1", MAX_SECONDS, key=server.key, http=http)
         weights = calibrate(asker(client), prompts, key, note)
     measured = {**weights.measured, "command": "--kv-weights auto", "version": __version__}
     return replace(weights, measured=measured), cache_file(key)
@@ -189,7 +189,7 @@ def _hand_over(server: OwnServer, weights: ModelWeights) -> None:
     """
     from vlcache_sgl.evaluation.calibration import CalibrationError
 
-    with server.http(server.admin_key, LONGEST_S) as http:
+    with server.http(server.admin_key, MAX_SECONDS) as http:
         reply = http.post("/set_internal_state", json={"server_args": knobs_of(weights)})
     if not all(reply.raise_for_status().json()):
         raise CalibrationError("a scheduler refused the weights")

@@ -16,7 +16,7 @@ from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.counters import COUNTED, KEPT_RATIO, TOKENS_KEPT, TOKENS_SEEN, Counters, Figure
 from vlcache_sgl.memory.accounting import CellAccounting
 
-MOST_GROUPS = 4
+MAX_GROUPS = 4
 """Layers are reported in so many groups: one series per layer and modality would be hundreds."""
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
@@ -158,14 +158,14 @@ class Metrics:
 
 
 def layer_groups(num_layers: int) -> dict[str, slice]:
-    """At most MOST_GROUPS runs of layers of nearly equal length, by the label that names them.
+    """At most MAX_GROUPS runs of layers of nearly equal length, by the label that names them.
 
     >>> layer_groups(6)
     {'0': slice(0, 1, None), '1-2': slice(1, 3, None), '3': slice(3, 4, None), '4-5': slice(4, 6, None)}
     >>> layer_groups(1)
     {'0': slice(0, 1, None)}
     """
-    count = min(MOST_GROUPS, num_layers)
+    count = min(MAX_GROUPS, num_layers)
     edges = [number * num_layers // count for number in range(count + 1)] if count else []
     return {
         str(first) if last - first == 1 else f"{first}-{last - 1}": slice(first, last)

@@ -41,7 +41,7 @@ REQUEST = "\n\nRepeat the previous context exactly."
 """Stands between the two readings."""
 UNREAD = "|unread"
 """Ends the radix key of requests whose prefix could not be read twice: what they publish is whole."""
-MOST_TRIES = 2
+MAX_TRIES = 2
 """Readings that a request waits for; the prefix tree may drop a prefix before the request has started."""
 
 
@@ -108,7 +108,7 @@ class SecondReadings:
         try:
             if done is not None and not done.progress.compressed:
                 raise Unreadable(done.report.fields.get("failed", "it was aborted"))
-            if state.tries == MOST_TRIES:
+            if state.tries == MAX_TRIES:
                 raise Unreadable("the prefix cache dropped it before it was used")
             state.key = (req.extra_key, req.cache_salt, prefix_digest(req.origin_input_ids, end))
             if state.key not in self._readers:

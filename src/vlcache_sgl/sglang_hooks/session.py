@@ -65,7 +65,7 @@ class Session:
         reporter = scheduler.metrics_reporter
         labels = reporter.metrics_collector.labels if reporter.current_scheduler_metrics_enabled else None
         self.status.start(served.compressor, scheduler.token_to_kv_pool_allocator, labels)
-        self._say_what_is_served(served)
+        self._log_configuration(served)
 
     def _require_ours(self, scheduler: Scheduler) -> ServedModel:
         served = self.model.served
@@ -80,7 +80,7 @@ class Session:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(foreign)} is SGLang's own")
         return served
 
-    def _say_what_is_served(self, served: ServedModel) -> None:
+    def _log_configuration(self, served: ServedModel) -> None:
         config = self.config
         logger.info(
             "KV cache: policy %s, budget %s, prefixes shared: %s, host memory: %d tokens, model weights: %s",

@@ -72,7 +72,7 @@ SHARES = (0.01, 0.1, 0.5, 1.0)
 CHUNK = 64
 """Tokens per chunk of a prefill that is divided."""
 _TOLERANCE = 1e-3
-"""Of the largest score: float32 sums of a few hundred rows in another order differ by far less."""
+"""Tolerance as a share of the largest score: float32 sums of a few hundred rows in another order differ by far less."""
 
 
 class ContractError(AssertionError):

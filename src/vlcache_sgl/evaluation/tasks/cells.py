@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 28
 """Side of a cell in pixels."""
 MAX_CELLS = 199
-"""Of a line: Qwen's image processors refuse what is more than 200 times as wide as high."""
+"""Cells of a line: Qwen's image processors refuse what is more than 200 times as wide as high."""
 MIN_CELLS = 4
-"""Of a line: SGLang enlarges images of fewer pixels."""
+"""Cells of a line: SGLang enlarges images of fewer pixels."""
 _GRIDS = ((2, 1, 20), (6, 2, 14), (12, 3, 11), (20, 4, 9))
 """Characters that fit, rows they are written in, and font size in pixels: the first row of this table that fits."""
 _VISIBLE = str.maketrans({" ": "·", "\n": "»"})

@@ -289,7 +289,7 @@ TOPICS: tuple[tuple[str, ...], ...] = (
 """Sentences by topic; any selection of one topic, in this order, reads as a paragraph."""
 
 SENTENCES = 5
-"""Of a paragraph; its topic has more, so that the same topic seldom reads the same twice."""
+"""Sentences of a paragraph; its topic has more, so that the same topic seldom reads the same twice."""
 
 
 def paragraphs(rng: random.Random, characters: int) -> list[list[str]]:

@@ -21,9 +21,9 @@ from vlcache_sgl.evaluation.tasks import prose
 FIRST_DEVELOPMENT_SEED = 100
 FIRST_TEST_SEED = 1000
 CHARACTERS_PER_TOKEN = 4.5
-"""Of prose in SmolLM2's vocabulary; sizes are nominal."""
+"""Characters per token of prose in SmolLM2's vocabulary; sizes are nominal."""
 TOKENS_PER_ENTRY = 13
-"""Of a list."""
+"""Tokens of one entry of a list."""
 
 
 def _words(text: str) -> tuple[str, ...]:
