@@ -356,6 +356,8 @@ class World:
             most = PLANES * int(job.host.ratio * length)
             keep &= keep.flatten().cumsum(0).view_as(keep) <= most
             job.host.own = memory.settle(row[:length].long(), keep)  # raises when admission has let in too many
+            kept = self.arena.residency.table[:, job.host.own.private] >= 0
+            assert torch.equal(kept, keep), "what is kept is not what was decided"
             row[:length] = job.host.own.private.to(row.dtype)
             job.progress.done = True
 
