@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vlcache_sgl.api import Prompt
+from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
+from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.host_pool import HostFull, HostPool
 from vlcache_sgl.memory.residency import EVICTED, OutOfCells
+from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 LAYERS, KV_HEADS, DIM, SLOTS = 3, 2, 4, 40
 GROUPS = pytest.mark.parametrize("groups", [1, KV_HEADS], ids=["layer-cells", "head-cells"])
@@ -152,6 +156,24 @@ def test_a_selection_belongs_to_its_request(groups: int) -> None:
     world.give_slots(one.private)
     assert world.arena.residency.used_cells == int((~keep).sum())
     world.assert_sound()
+
+
+@GROUPS
+def test_a_policy_reads_keys_wherever_they_are(groups: int) -> None:
+    """Host memory was full when the last chunk came: the first is there only, the last in the arena only."""
+    world = World(groups, host=6)
+    prefix, chunk = world.compute(6), world.compute(5)
+    slots = torch.cat([prefix, chunk])
+    before = world.contents(slots)
+    assert world.memory.write_back(prefix)
+    assert not world.memory.write_back(chunk)
+    world.memory.release_chunk(prefix)
+    model = Prompt(0, 0, (), LAYERS, KV_HEADS, KV_HEADS, DIM)
+    compressor = Compressor(model, HeadGather(None, 0, 1), Counters(), world.accounting)
+    read = compressor._keys_values(slots, world.memory)
+    for layer in range(LAYERS):
+        expected = before[world.arena.planes_of(layer)].permute(1, 2, 0, 3, 4).flatten(2, 3)
+        assert torch.equal(read(layer), expected)
 
 
 @pytest.mark.parametrize("lacking", ["cells", "slots"])

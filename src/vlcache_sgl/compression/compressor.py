@@ -250,10 +250,7 @@ class Compressor:
 
     def _decide(self, job: CompressionJob, scoring: Scoring, slots: torch.Tensor) -> EvictionPlan:
         prompt = scoring.final_prompt()
-        keys_values = self._keys_values(slots)
-        if job.host is not None and not job.host.unwritten:
-            assert self.host is not None
-            keys_values = self.host.keys_values(slots)
+        keys_values = self._keys_values(slots, None if job.host is None else self.host)
         policy = job.asked.choice.policy
         try:
             if scoring.failure is not None:
@@ -265,13 +262,20 @@ class Compressor:
         total = job.asked.choice.budget.target(prompt.owned, prompt.length, prompt.num_layers)
         return self._heads.decide(policy, scorer_views, allocator_views, prompt, total)
 
-    def _keys_values(self, slots: torch.Tensor) -> KeysValues:
-        """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`."""
+    def _keys_values(self, slots: torch.Tensor, memory: HostMemory | None) -> KeysValues:
+        """How to read the owned tokens' keys and values of a layer: `[owned, 2, kv_heads, head_dim]`.
+
+        Of a request that shares without loss, what is not in the arena is read from host memory.
+        """
+        arena = self._arena
+        away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
 
         def keys_values(layer: int) -> torch.Tensor:
-            arena = self._arena
-            cells = arena.residency.cells_of(arena.planes_of(layer), slots)
-            both = arena.cells[cells.to(torch.int64)]  # [G, m, 2, K/G, D]
+            planes = arena.planes_of(layer)
+            cells = arena.residency.cells_of(planes, slots)
+            both = arena.cells[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
+            if memory is not None and away is not None and away.numel():
+                both[:, away] = memory.host.load(planes, slots[away])
             groups, tokens, two, heads, dim = both.shape
             return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
 

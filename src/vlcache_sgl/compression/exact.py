@@ -12,7 +12,7 @@ host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -132,13 +132,3 @@ class HostMemory:
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
         eviction = self._residency.evict(slots, keep)
         self._accounting.retire(eviction, passed_event(slots.device))
-
-    def keys_values(self, slots: torch.Tensor) -> Callable[[int], torch.Tensor]:
-        """How to read a layer's keys and values of `slots` `[owned]`: `[owned, 2, kv_heads, head_dim]`."""
-
-        def read(layer: int) -> torch.Tensor:
-            both = self.host.load(slice(layer * self._groups, (layer + 1) * self._groups), slots)
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
-
-        return read

@@ -5,8 +5,8 @@ See `compression/exact.py` for what happens to tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -27,8 +27,6 @@ from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
-
-logger = logging.getLogger(__name__)
 
 MIN_CHUNK = 32
 """Tokens of the smallest prefill chunk that a prompt larger than the arena is cut into."""
@@ -136,16 +134,8 @@ class HostSharing:
 
     def begin(self, req: Req, job: CompressionJob) -> None:
         """Let `req` share without loss."""
-        prompt = Prompt(
-            length=job.asked.length,
-            start=job.asked.vision[0].begin if job.asked.vision else 0,
-            vision=job.asked.vision,
-            num_layers=self._model.num_layers,
-            num_heads=self._model.num_heads,
-            num_kv_heads=self._model.num_kv_heads,
-            head_dim=self._model.head_dim,
-            device=torch.device("cpu"),
-        )
+        vision = job.asked.vision
+        prompt = replace(self._model, length=job.asked.length, start=vision[0].begin if vision else 0, vision=vision)
         rows = [select_rows(need.rows, prompt) for need in job.asked.choice.policy.needs if need.rows.kind != "none"]
         first_row = min((span.begin for span in rows if span.end > span.begin), default=job.asked.length)
         owned = prompt.owned
@@ -158,11 +148,6 @@ class HostSharing:
             req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
         job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
-
-    @property
-    def most_tokens(self) -> int:
-        """The longest prompt that may be tried."""
-        return self.memory.host.num_tokens
 
     def fit(self, req: Req, job: CompressionJob | None) -> str | None:
         """Shorten the answer of `req` to what fits behind its prompt; or say why not even the prompt fits."""

@@ -46,6 +46,13 @@ class Gauge:
 
 
 PREFIX = "vlcache:"
+
+
+def _of_host(read: Callable[[HostMemory], int]) -> Callable[[Present], int]:
+    """0 without host memory."""
+    return lambda now: 0 if now.memory is None else read(now.memory)
+
+
 GAUGES = (
     Gauge(
         Figure("cells_total", "gauge", "cells of the arena; a cell is one token's K and V in one layer (or KV head)"),
@@ -63,27 +70,27 @@ GAUGES = (
     ),
     Gauge(
         Figure("host_tokens_total", "gauge", "tokens that host memory holds; 0 without `--kv-host-memory`"),
-        lambda now: 0 if now.memory is None else now.memory.host.num_tokens,
+        _of_host(lambda memory: memory.host.num_tokens),
     ),
     Gauge(
         Figure("host_tokens_used", "gauge", "tokens in host memory, each whole"),
-        lambda now: 0 if now.memory is None else now.memory.host.used_tokens,
+        _of_host(lambda memory: memory.host.used_tokens),
     ),
     Gauge(
         Figure("host_bytes_per_token", "gauge", "bytes of a token in host memory"),
-        lambda now: 0 if now.memory is None else now.memory.host.token_bytes,
+        _of_host(lambda memory: memory.host.token_bytes),
     ),
     Gauge(
         Figure("host_bytes_written", "gauge", "bytes copied to host memory since the start"),
-        lambda now: 0 if now.memory is None else now.memory.host.written,
+        _of_host(lambda memory: memory.host.written),
     ),
     Gauge(
         Figure("host_bytes_read", "gauge", "bytes copied from host memory since the start"),
-        lambda now: 0 if now.memory is None else now.memory.host.read,
+        _of_host(lambda memory: memory.host.read),
     ),
     Gauge(
         Figure("staged_tokens", "gauge", "tokens brought back for a prefill, once per forward, since the start"),
-        lambda now: 0 if now.memory is None else now.memory.staged_tokens,
+        _of_host(lambda memory: memory.staged_tokens),
     ),
     Gauge(Figure("cell_bytes", "gauge", "bytes of a cell"), lambda now: now.cells.arena.cell_bytes, "bytes_per_cell"),
     Gauge(
