@@ -21,7 +21,7 @@ import torch
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
@@ -221,11 +221,11 @@ class Compressor:
             self.fail(job, error)
             self._keep_whole(job, row)
             return
-        if job.asked.measures_recall:
-            job.report.recall = job.report.recall or Recall(
+        if job.asked.measures_attention:
+            job.report.measured = job.report.measured or Measured(
                 plan.keep, prompt
             )  # a retracted request decides twice, and alike
-            self._count_skipped(job, "recall")
+            self._count_skipped(job, "measured")
         else:
             self._evict(job, prompt, row, plan)
             job.progress.compressed = True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlcache_sgl.api import Span
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
@@ -52,8 +52,8 @@ class Report:
     shared_kept: tuple[torch.Tensor, Any | None] | None = None
     """`[L]` float32 on the host, shares that each layer has of the tokens from the prefix cache, and the event after
     which it may be read."""
-    recall: Recall | None = None
-    """Set when the decision has fallen; only with `Asked.measures_recall`."""
+    measured: Measured | None = None
+    """Set when the decision has fallen; only with `Asked.measures_attention`."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class CompressionJob:
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
-        return self.report.recall is not None
+        return self.report.measured is not None
 
     @property
     def first_kept(self) -> int:

@@ -16,7 +16,7 @@ PREFIX = "kv_"
 """Begins every name that is ours; all others in `custom_params` are SGLang's and its logit processors'."""
 KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_report")
 """All that a request may say."""
-Report = Literal["summary", "positions", "recall"]
+Report = Literal["summary", "positions", "attention"]
 MAX_SPEC_LENGTH = 512
 """Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 

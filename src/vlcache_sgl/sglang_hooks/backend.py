@@ -18,7 +18,7 @@ from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
 from vlcache_sgl.scoring.batch import BatchScoring
@@ -58,7 +58,7 @@ class ResidencyBackend(AttentionBackend):
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
         self._voting: BatchScoring | None = None
-        self._watched: list[tuple[int, Recall, torch.Tensor]] = []
+        self._watched: list[tuple[int, Measured, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
         self.rows: list[int] | None = None
@@ -90,7 +90,7 @@ class ResidencyBackend(AttentionBackend):
         self._watched = []
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
-            self._plan_recall(forward_batch)
+            self._plan_watched(forward_batch)
         else:
             self._plan_extend(forward_batch)
 
@@ -145,12 +145,12 @@ class ResidencyBackend(AttentionBackend):
             )
         )
 
-    def _plan_recall(self, forward_batch: ForwardBatch) -> None:
+    def _plan_watched(self, forward_batch: ForwardBatch) -> None:
         """Look up the cells of requests whose attention is looked at: few."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
-            if job is not None and job.report.recall is not None:
+            if job is not None and job.report.measured is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
-                self._watched.append((number, job.report.recall, self.arena.write_cells(slots.to(torch.int64))))
+                self._watched.append((number, job.report.measured, self.arena.write_cells(slots.to(torch.int64))))
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -233,9 +233,9 @@ class ResidencyBackend(AttentionBackend):
             shape = (-1, layer.tp_k_head_num, layer.head_dim)
             self._write(planes, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        for number, recall, cells in self._watched:
+        for number, measured, cells in self._watched:
             keys = self.arena.cells[cells[planes], 0].transpose(0, 1).flatten(1, 2)
-            recall.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
+            measured.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 
