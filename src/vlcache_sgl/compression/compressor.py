@@ -324,7 +324,11 @@ class Compressor:
         assert self.host is not None
         assert job.host is not None
         try:
-            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
+            slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
+            if tokens and self.host.recall is not None:
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, tokens)
+            else:
+                job.host.own = self.host.settle(slots, keep)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")
