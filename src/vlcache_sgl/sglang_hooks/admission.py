@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import retract_all
-from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
+from sglang.srt.managers.schedule_policy import AddReqResult, CacheAgnosticPolicy
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from vlcache_sgl.sglang_hooks.facades import Req, ScheduleBatch, SchedulePolicy, Scheduler
@@ -32,6 +32,16 @@ OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 def consider_request(adder: Any, req: Req, *_: Any, **__: Any) -> None:
     """Before SGLang decides about one request: tell the budget which."""
     adder.memory_budget.consider(req)
+
+
+def close_pass(result: Any, adder: Any, *_: Any, **__: Any) -> Any:
+    """After SGLang has decided about one request: one that is cut at the end of its image is the last of its pass."""
+    if not adder.memory_budget.cuts:
+        return result
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens = 0
+    adder.rem_input_tokens = 0
+    return AddReqResult.OTHER if result is AddReqResult.CONTINUE else result
 
 
 @contextmanager

@@ -124,9 +124,6 @@ def unsupported_model(config: dict[str, Any]) -> Iterator[str]:
     slides = text.get("use_sliding_window", window is not None and text.get("model_type") not in _IGNORES_WINDOW)
     if any("sliding" in kind for kind in kinds) or (window and slides and not kinds):
         yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
-    linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
-    if linear or text.get("mamba_d_state") or text.get("linear_num_key_heads"):
-        yield "--kv-policy does not support linear-attention or state-space layers: they have no KV cache to evict"
 
 
 _IGNORES_WINDOW = frozenset({"qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text"})

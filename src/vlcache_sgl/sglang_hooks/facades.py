@@ -341,7 +341,6 @@ class ModelRunner(Protocol):
 class LayerInfo(Protocol):
     """Layers of this rank."""
 
-    num_effective_layers: int
     start_layer: int
     end_layer: int
 
@@ -351,7 +350,6 @@ class Configurator(Protocol):
 
     use_mla_backend: bool
     is_hybrid_swa: bool
-    mambaish_config: Any
     device: str
     kv_cache_dtype: torch.dtype
     layer_info: LayerInfo
