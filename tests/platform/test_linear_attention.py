@@ -1,4 +1,4 @@
-"""Linear attention in plain torch: the numbers of transformers' reference, and SGLang's pool of states changed in place."""
+"""Linear attention in plain torch: transformers' numbers, and SGLang's pool of states changed in place."""
 
 from __future__ import annotations
 

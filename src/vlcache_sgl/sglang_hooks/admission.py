@@ -29,18 +29,19 @@ OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
 
 
-def consider_request(adder: Any, req: Req, *_: Any, **__: Any) -> None:
-    """Before SGLang decides about one request: tell the budget which."""
+def consider_request(original: Any, adder: Any, req: Req, *arguments: Any, **options: Any) -> Any:
+    """Around SGLang deciding about one request: tell the budget which.
+
+    SGLang knows one request between two chunks.  The chunk that ends with an image leaves room for others, of which the
+    next may be cut too: it is the last of its pass.
+    """
     adder.memory_budget.consider(req)
-
-
-def close_pass(result: Any, adder: Any, *_: Any, **__: Any) -> Any:
-    """After SGLang has decided about one request: one that is cut at the end of its image is the last of its pass."""
+    result = original(adder, req, *arguments, **options)
     if not adder.memory_budget.cuts:
         return result
+    adder.rem_input_tokens = 0
     if adder.rem_chunk_tokens is not None:
         adder.rem_chunk_tokens = 0
-    adder.rem_input_tokens = 0
     return AddReqResult.OTHER if result is AddReqResult.CONTINUE else result
 
 

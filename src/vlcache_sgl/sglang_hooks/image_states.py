@@ -68,9 +68,7 @@ def keep_state(tree: Any, req: Req, job: CompressionJob, up_to: int) -> None:
         return  # others use all states: the image is computed again
     drop_state(tree, job)
     insert = InsertParams()
-    kept_end = component.prepare_for_caching_req(
-        req=req, insert_params=insert, token_ids_len=up_to, is_finished=False
-    )
+    kept_end = component.prepare_for_caching_req(req=req, insert_params=insert, token_ids_len=up_to, is_finished=False)
     component.cleanup_after_caching_req(
         req, is_finished=False, insert_result=InsertResult(prefix_len=0), insert_params=insert
     )

@@ -85,18 +85,9 @@ def runtime_points(session: Session) -> list[PatchPoint]:
         *(
             PatchPoint(
                 f"sglang.srt.managers.schedule_policy:PrefillAdder.{method}",
-                "before",
+                "around",
                 admission.consider_request,
-                "charging a prompt in host memory a chunk and what it keeps",
-            )
-            for method in ("add_one_req", "add_chunked_req")
-        ),
-        *(
-            PatchPoint(
-                f"sglang.srt.managers.schedule_policy:PrefillAdder.{method}",
-                "after",
-                admission.close_pass,
-                "keeping the states of a hybrid behind its images",
+                "charging a prompt in host memory a chunk and what it keeps, and cutting one of a hybrid at its image",
             )
             for method in ("add_one_req", "add_chunked_req")
         ),

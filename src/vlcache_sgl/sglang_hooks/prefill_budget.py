@@ -75,8 +75,7 @@ class CellPrefillBudget(PrefillBudget):
 
     @property
     def cuts(self) -> bool:
-        """Whether the chunk of the request that was considered last ends with its image: SGLang knows one request
-        between two chunks, so nobody else's may be cut in the same pass."""
+        """Whether the next chunk of the request that was considered last goes no further than its image."""
         return self._cut is not None
 
     def _until_cut(self, extend_input_len: int, limit: int | None) -> int | None:
