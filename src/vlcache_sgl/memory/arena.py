@@ -22,6 +22,7 @@ class Arena:
         layer_ids: which layers of the model they are, in order; None: 0, 1, ...
 
     Attributes:
+        layer_ids: the layers of the model whose tokens are here, in the order of their planes.
         cells: `[num_cells + 1, 2, heads_per_cell, head_dim]`, K at index 0 and V at 1; cell 0 is padding.
     """
 
@@ -44,7 +45,8 @@ class Arena:
         self.heads_per_cell = kv_heads // groups
         self.head_dim = head_dim
         self.num_planes = num_layers * groups
-        self._numbers = {layer: number for number, layer in enumerate(layer_ids or range(num_layers))}
+        self.layer_ids = tuple(range(num_layers) if layer_ids is None else layer_ids)
+        self._numbers = {layer: number for number, layer in enumerate(self.layer_ids)}
         # Zeros, not empty: the padding cell is read (and masked) where batches are ragged, and 0 * NaN is NaN.
         self.cells = torch.zeros((num_cells + 1, 2, self.heads_per_cell, head_dim), dtype=dtype, device=device)
         self.residency = Residency(self.num_planes, num_slots, num_cells, device)

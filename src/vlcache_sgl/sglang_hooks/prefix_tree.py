@@ -46,9 +46,13 @@ class CompressedPrefixTree(UnifiedRadixCache):
     def _publish(self, req: Req, job: CompressionJob | None, up_to: int, **kwargs: Any) -> None:
         """As SGLang does; where a state of the prompt was kept on the way, with a node that ends there."""
         if job is not None and job.state is not None:
-            if req.kv.cache_protected_len < job.state.end < up_to:
-                super().checkpoint_into_tree(req, up_to=job.state.end, **kwargs)
+            end = job.state.end
+            if req.kv.cache_protected_len < end <= up_to:
+                super().checkpoint_into_tree(req, up_to=end, **kwargs)
             drop_state(self, job)
+            if end == up_to:
+                self._decline(req)
+                return
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
 
     def _decline(self, req: Req) -> None:
