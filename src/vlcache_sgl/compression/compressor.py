@@ -21,7 +21,7 @@ import torch
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
@@ -221,11 +221,11 @@ class Compressor:
             self.fail(job, error)
             self._keep_whole(job, row)
             return
-        if job.asked.measures_recall:
-            job.report.recall = job.report.recall or Recall(
+        if job.asked.measures_attention:
+            job.report.measured = job.report.measured or Measured(
                 plan.keep, prompt
             )  # a retracted request decides twice, and alike
-            self._count_skipped(job, "recall")
+            self._count_skipped(job, "measured")
         else:
             self._evict(job, prompt, row, plan)
             job.progress.compressed = True
@@ -323,7 +323,11 @@ class Compressor:
         assert self.host is not None
         assert job.host is not None
         try:
-            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
+            slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
+            if tokens and self.host.recall is not None:
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, tokens)
+            else:
+                job.host.own = self.host.settle(slots, keep)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")

@@ -26,7 +26,7 @@ class HostShare:
     """Position of the first query row that votes: a prefix hit ends there, because rows in front of it are not
     computed."""
     ratio: float
-    """Share of the prompt that is kept at most, in (0, 1]: what admission counts on."""
+    """Share of the prompt that has cells at most, in (0, 1], what is recalled included: what admission counts on."""
     abort: Callable[[str], None]
     """Ends the request with an error."""
     own: OwnSlots | None = None

@@ -42,8 +42,8 @@ def read_request(
         raise ConfigError(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
     params = RequestParams.read(sampling_params.custom_params)
     choice = choices.select(params, length)
-    if params.report == "recall" and stream:
-        raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+    if params.report == "attention" and stream:
+        raise ConfigError("kv_report attention is known at the end of the answer: ask without stream")
     return params, choice
 
 
