@@ -6,7 +6,9 @@ Pure numbers.  A *token* is K and V of one token in all planes; *physical* token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vlcache_sgl.config import KVBudget
 
@@ -39,6 +41,48 @@ class KVShape:
     @property
     def token_bytes(self) -> int:
         return self.planes * self.cell_bytes
+
+
+STATES_PER_REQUEST = 5
+"""Slots of the pool of states that SGLang sets aside for each running request of a hybrid: its own, two that prompts
+leave for the prefix cache, and two that are written meanwhile (strategy ``extra_buffer`` with overlap)."""
+
+
+def kv_layer_count(text: Mapping[str, Any]) -> int:
+    """Layers with a KV cache by a Hugging Face configuration of a language model: all, unless it names other kinds."""
+    layers = int(text.get("num_hidden_layers") or 0)
+    if kinds := text.get("layer_types"):
+        return sum(kind in ("full_attention", "attention") for kind in kinds)
+    return layers // int(text.get("full_attention_interval") or 1)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """What the Gated Delta Networks of a hybrid keep per request on one rank, however long it is."""
+
+    layers: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    convolution: int
+    """Tokens that a causal convolution sees."""
+    element_bytes: int
+    """Of the convolution's inputs; the states themselves are float32."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """One state of all layers."""
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        inputs = channels * (self.convolution - 1) * self.element_bytes
+        return self.layers * (inputs + self.value_heads * self.value_dim * self.key_dim * 4)
+
+    def slots_in(self, memory: float, ratio: float) -> int:
+        """States in `memory` bytes that KV cache and states share, `ratio` being the states' part over the cache's.
+
+        SGLang keeps one more, which nobody gets.
+        """
+        return max(0, int((memory * ratio / (1 + ratio) - self.slot_bytes) // self.slot_bytes))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from scheduler_world import PLANES, SLOTS, World
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.runtime_context import get_context, get_parallel
+from transformers import PretrainedConfig
 
 from vlcache_sgl.capacity import KVShape, Pool, requests_in_flight
 from vlcache_sgl.config import config_from
@@ -169,11 +170,17 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
     configurator = SimpleNamespace(
         use_mla_backend=False,
         is_hybrid_swa=False,
-        mambaish_config=None,
         device="cpu",
         kv_cache_dtype=torch.bfloat16,
-        layer_info=SimpleNamespace(num_effective_layers=4, start_layer=0, end_layer=3),
-        model_config=SimpleNamespace(head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp, dcp: 2),
+        layer_info=SimpleNamespace(start_layer=0, end_layer=3),
+        model_config=SimpleNamespace(
+            num_attention_layers=4,
+            head_dim=64,
+            v_head_dim=64,
+            get_num_kv_heads=lambda tp, dcp: 2,
+            hf_config=PretrainedConfig(),
+            linear_attn_registry_result=None,
+        ),
         server_args=SimpleNamespace(disable_radix_cache=False),
     )
     sizes = SimpleNamespace(max_total_num_tokens=stock_tokens)

@@ -271,7 +271,7 @@ class Compressor:
         away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
 
         def keys_values(layer: int) -> torch.Tensor:
-            planes = arena.planes_of(layer)
+            planes = arena.planes_at(layer)
             cells = arena.residency.cells_of(planes, slots)
             both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
             if memory is not None and away is not None and away.numel():

@@ -76,6 +76,15 @@ class ReadingState:
         return "skipped" in self.report
 
 
+@dataclass(frozen=True)
+class KeptState:
+    """What layers without a KV cache know behind the first `end` tokens of a prompt."""
+
+    end: int
+    slot: torch.Tensor
+    """`[1]`, where it lies in SGLang's pool of states."""
+
+
 class CompressionJob:
     """What belongs to one request, by who changes it.
 
@@ -85,6 +94,7 @@ class CompressionJob:
         report: what is said of it.
         host: set where the prefix is shared without loss.
         area: what is brought back while the answer is decoded; None: nothing is, or not yet.
+        state: of a hybrid, until the tree gets it or nobody needs it.
         reading: how far the second reading of the prompt has come, by another request; only where the policy asks.
     """
 
@@ -95,6 +105,7 @@ class CompressionJob:
         self.reading = reading
         self.host: HostShare | None = None
         self.area: RecallArea | None = None
+        self.state: KeptState | None = None
 
     @property
     def reads_decode(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vlcache_sgl.memory.residency import Residency
@@ -14,13 +16,14 @@ class Arena:
     Args:
         num_cells: cells, the padding cell 0 not counted.
         num_slots: virtual slots, the padding slot 0 not counted.
-        num_layers: layers of this rank.
+        num_layers: layers that keep their tokens here, on this rank.
         kv_heads: KV heads of this rank.
         groups: cells per (layer, token): 1, or the number of KV heads.
         dtype: of stored keys and values; 8-bit floats are stored divided by the layer's scales.
-        first_layer: number of the model's layer that is this rank's first.
+        layer_ids: which layers of the model they are, in order; None: 0, 1, ...
 
     Attributes:
+        layer_ids: the layers of the model whose tokens are here, in the order of their planes.
         cells: `[num_cells + 1, 2, heads_per_cell, head_dim]`, K at index 0 and V at 1; cell 0 is padding.
         raw: the same memory for whoever moves cells without reading them, see `as_bytes`.
         scales: of each layer; 1 unless the model brings others.
@@ -37,7 +40,7 @@ class Arena:
         groups: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        first_layer: int = 0,
+        layer_ids: Sequence[int] | None = None,
     ) -> None:
         if kv_heads % groups:
             raise ValueError(f"{kv_heads} KV heads cannot be divided into {groups} groups")
@@ -45,7 +48,8 @@ class Arena:
         self.heads_per_cell = kv_heads // groups
         self.head_dim = head_dim
         self.num_planes = num_layers * groups
-        self.first_layer = first_layer
+        self.layer_ids = tuple(range(num_layers) if layer_ids is None else layer_ids)
+        self._numbers = {layer: number for number, layer in enumerate(self.layer_ids)}
         # Zeros, not empty: the padding cell is read (and masked) where batches are ragged, and 0 * NaN is NaN.
         self.cells = torch.zeros((num_cells + 1, 2, self.heads_per_cell, head_dim), dtype=dtype, device=device)
         self.raw = as_bytes(self.cells)
@@ -71,10 +75,17 @@ class Arena:
         """In which keys and values are shown to policies: that of the cells, or one that holds 8-bit floats exactly."""
         return torch.bfloat16 if self.cells.dtype in FP8 else self.cells.dtype
 
+    def number_of(self, layer_id: int) -> int:
+        """Which of the layers here a layer of the model is: what policies, budgets and reports count by."""
+        return self._numbers[layer_id]
+
+    def planes_at(self, number: int) -> slice:
+        """The planes of one of the layers here, as a slice of `residency.table`."""
+        return slice(number * self.groups, (number + 1) * self.groups)
+
     def planes_of(self, layer_id: int) -> slice:
-        """The planes of a layer of the model, as a slice of `residency.table`."""
-        first = (layer_id - self.first_layer) * self.groups
-        return slice(first, first + self.groups)
+        """The planes of a layer of the model."""
+        return self.planes_at(self.number_of(layer_id))
 
     def scales_of(self, planes: slice) -> Scales:
         """What the stored keys and values of a layer, whose planes these are, are multiplied by."""

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 """SGLang's own variable: the cores of each rank, ranks separated by a bar."""
 
+CONVOLUTION_VARIABLE = "SGLANG_MAMBA_CONV_DTYPE"
+"""SGLang's own variable: the type of the states of convolutions in linear-attention layers."""
+
 MAX_RUNNING_REQUESTS = 64
 """SGLang would prepare for 2048: a gigabyte of page table at long contexts, and no CPU is that fast."""
 
@@ -76,6 +79,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Never a compiler: the default needs a C++ toolchain and minutes."""
         return "eager"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Whether states of linear-attention layers can be kept in the middle of a prompt: they are copied here."""
+        return True
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Called in each worker once its weights are loaded, before it has an attention backend."""
+        from vlcache_sgl.platform.linear_attention import replace_kernels
+
+        replace_kernels(model)
+
     def get_torch_profiler_activity_str(self) -> str:
         """No name beside "CPU", which SGLang's profiler always knows; a second one would start it twice."""
         return ""
@@ -104,6 +117,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             # What SGLang makes of float32 checkpoints.  Few processors multiply float16, most take ten times as long.
             logger.info("Using bfloat16 instead of float16 on a CPU; --dtype float16 insists")
             server_args.dtype = "bfloat16"
+        # Inputs that causal convolutions keep.  SGLang takes bfloat16 whatever the model computes in, and its kernels
+        # convert; an assignment in torch does not.
+        dtype = model.dtype if server_args.dtype != "bfloat16" else torch.bfloat16
+        os.environ.setdefault(CONVOLUTION_VARIABLE, str(dtype).removeprefix("torch."))
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = MEM_FRACTION_STATIC
             if server_args.max_total_tokens is None:

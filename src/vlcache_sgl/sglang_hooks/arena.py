@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool, unwrap_write_loc
 
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.scales import UNSCALED, Scales
@@ -17,11 +18,15 @@ class KVArena(MHATokenToKVPool):
 
     Args:
         groups: cells per (layer, token): 1, or the number of KV heads.
+        layer_ids: which layers of the model keep their tokens here; None: all, from 0.
     """
 
-    def __init__(self, *, num_cells: int, groups: int, **pool_arguments: Any) -> None:
+    def __init__(
+        self, *, num_cells: int, groups: int, layer_ids: Sequence[int] | None = None, **pool_arguments: Any
+    ) -> None:
         self._num_cells = num_cells
         self._groups = groups
+        self._layer_ids = layer_ids
         super().__init__(**pool_arguments)
 
     def _create_buffers(self) -> None:
@@ -36,7 +41,7 @@ class KVArena(MHATokenToKVPool):
             groups=self._groups,
             dtype=self.dtype,  # SGLang stores 8-bit floats as bytes, see `Arena.raw`
             device=self.device,
-            first_layer=self.start_layer,
+            layer_ids=self._layer_ids,
         )
         self.k_buffer = [self.arena.cells[:, 0]] * self.layer_num
         self.v_buffer = [self.arena.cells[:, 1]] * self.layer_num
@@ -69,3 +74,10 @@ def scales_of(layer: AttentionLayer) -> Scales:
         return UNSCALED
     pairs = ((layer.k_scale_float, layer.k_scale), (layer.v_scale_float, layer.v_scale))
     return Scales(*(float(given if number is None else number) for number, given in pairs))
+
+
+def arena_of(pool: Any) -> KVArena:
+    """The arena in SGLang's KV pool: of a model that has other layers too it is a part of it."""
+    arena = pool.full_kv_pool if isinstance(pool, HybridLinearKVPool) else pool
+    assert isinstance(arena, KVArena)
+    return arena

@@ -24,7 +24,7 @@ from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, 
 from vlcache_sgl.recall.areas import Recall, RecallArea
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
-from vlcache_sgl.sglang_hooks.arena import scales_of
+from vlcache_sgl.sglang_hooks.arena import arena_of, scales_of
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
 
 
@@ -41,7 +41,7 @@ class ResidencyBackend(AttentionBackend):
     def __init__(self, model_runner: ModelRunner, compressor: Compressor, provider: str, num_heads: int) -> None:
         super().__init__()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.arena: Arena = self.token_to_kv_pool.arena
+        self.arena: Arena = arena_of(self.token_to_kv_pool).arena
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.compressor = compressor
         self._memory = Memory(
@@ -240,10 +240,8 @@ class ResidencyBackend(AttentionBackend):
         def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
             assert job is not None
-            part = request.tokens
-            self.compressor.observe(
-                job, layer.layer_id, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
-            )
+            part, place = request.tokens, self.arena.number_of(layer.layer_id)
+            self.compressor.observe(job, place, request.begin, queries[part], keys[part], prefix, valid, layer.scaling)
 
         if self.compressor.host is not None:
             self.compressor.host.staging.fill(planes)
@@ -271,7 +269,7 @@ class ResidencyBackend(AttentionBackend):
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         for number, measured, cells in self._watched:
             keys = self.arena.read(planes, cells[planes], queries.dtype)[:, 0]
-            measured.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
+            measured.observe(self.arena.number_of(layer.layer_id), queries[number], keys, layer.scaling)
         self._refresh_areas(planes, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vlcache_sgl.capacity import kv_layer_count
 from vlcache_sgl.sglang_hooks.facades import Req, ServerArgs
 
 TESTED_SGLANG = "0.5.23"
@@ -127,9 +128,8 @@ def unsupported_model(config: dict[str, Any]) -> Iterator[str]:
     slides = text.get("use_sliding_window", window is not None and text.get("model_type") not in _IGNORES_WINDOW)
     if any("sliding" in kind for kind in kinds) or (window and slides and not kinds):
         yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
-    linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
-    if linear or text.get("mamba_d_state") or text.get("linear_num_key_heads"):
-        yield "--kv-policy does not support linear-attention or state-space layers: they have no KV cache to evict"
+    elif kinds and not kv_layer_count(text):
+        yield "--kv-policy needs layers of attention, and this model has none: there is no KV cache to compress"
 
 
 _IGNORES_WINDOW = frozenset({"qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text"})
@@ -148,10 +148,10 @@ def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def kv_shape(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Layers and KV heads of a Hugging Face model configuration; None when it does not say."""
+    """Layers with a KV cache, and KV heads, of a Hugging Face model configuration; None when it does not say."""
     text = _text_config(config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    return (int(layers), int(text.get("num_key_value_heads") or heads)) if layers and heads else None
+    layers, heads = kv_layer_count(text), text.get("num_attention_heads")
+    return (layers, int(text.get("num_key_value_heads") or heads)) if layers and heads else None
 
 
 def reads_no_images(config: dict[str, Any]) -> bool:

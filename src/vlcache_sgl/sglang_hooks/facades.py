@@ -65,6 +65,8 @@ class RequestKV(Protocol):
     """Its row of `req_to_token`; None: it has none."""
     cache_protected_len: int
     """Leading tokens whose slots belong to the prefix tree."""
+    mamba_last_track_seqlen: int | None
+    """Of a hybrid, with states kept in the middle of prompts: how many tokens the newest of them has seen."""
 
     @property
     def holds_kv(self) -> bool: ...
@@ -74,6 +76,12 @@ class Req(Protocol):
     """A request in a scheduler."""
 
     prefix_len: int
+    extend_end: int
+    """Where the chunk that is computed, or was computed last, ends."""
+    full_untruncated_fill_ids: Any
+    """Prompt and answer so far, an array."""
+    mamba_branching_seqlen: int | None
+    """Of a hybrid: behind how many tokens a state is to be kept."""
     origin_input_ids: Any
     """The prompt's token numbers, an array."""
     output_ids: array[int]
@@ -103,6 +111,8 @@ class Req(Protocol):
     arrival_processed_tokens: Any
 
     def finished(self) -> bool: ...
+
+    def owned_kv_len(self) -> int: ...
 
     def set_finish_with_abort(self, error_msg: str) -> None: ...
 
@@ -347,7 +357,6 @@ class ModelRunner(Protocol):
 class LayerInfo(Protocol):
     """Layers of this rank."""
 
-    num_effective_layers: int
     start_layer: int
     end_layer: int
 
@@ -357,7 +366,6 @@ class Configurator(Protocol):
 
     use_mla_backend: bool
     is_hybrid_swa: bool
-    mambaish_config: Any
     device: str
     kv_cache_dtype: torch.dtype
     layer_info: LayerInfo

@@ -18,6 +18,7 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import RequestParams, misplaced
 from vlcache_sgl.sglang_hooks.facades import ModelConfig, SamplingParams, TokenizedRequest
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
@@ -62,7 +63,7 @@ class Gate:
             length=0,
             start=0,
             vision=(),
-            num_layers=int(model_config.num_attention_layers),
+            num_layers=len(kv_layers(model_config)),
             num_heads=int(model_config.num_attention_heads),
             num_kv_heads=int(model_config.get_total_num_kv_heads()),
             head_dim=int(model_config.head_dim),

@@ -13,6 +13,7 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
+from vlcache_sgl.sglang_hooks.arena import arena_of
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 from vlcache_sgl.sglang_hooks.compat import attention_tp, slot_writers
 from vlcache_sgl.sglang_hooks.facades import ModelRunner
@@ -67,7 +68,7 @@ class ModelStart:
             length=0,
             start=0,
             vision=(),
-            num_layers=int(model_runner.token_to_kv_pool.layer_num),
+            num_layers=int(arena_of(model_runner.token_to_kv_pool).layer_num),
             num_heads=int(model.num_attention_heads),
             num_kv_heads=int(model.get_total_num_kv_heads()),
             head_dim=int(model.head_dim),
