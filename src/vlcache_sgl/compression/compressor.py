@@ -273,11 +273,10 @@ class Compressor:
         def keys_values(layer: int) -> torch.Tensor:
             planes = arena.planes_at(layer)
             cells = arena.residency.cells_of(planes, slots)
-            both = arena.cells[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
+            both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
             if memory is not None and away is not None and away.numel():
                 both[:, away] = memory.host.load(planes, slots[away])
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+            return arena.join(planes, both, arena.wide_dtype)
 
         return keys_values
 

@@ -61,7 +61,7 @@ class HostMemory:
         self._accounting = accounting
         self._residency = accounting.residency
         self._room = room
-        self._arena = accounting.arena.cells
+        self._arena = accounting.arena.raw
         self._groups = accounting.arena.groups
         self.staging = Staging(accounting.arena, self.host)
         self.recall = Recall(accounting.arena, self.host) if recall else None

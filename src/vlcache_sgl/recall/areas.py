@@ -90,7 +90,8 @@ class Recall:
         """
         rows = self._host.rows[slots].to(torch.int64)
         for plane, own in enumerate(cells.to(torch.int64)):
-            self.codes[plane, rows] = self._sketch.encode(self._arena.cells[own, 0])
+            keys = self._arena.read(slice(plane, plane + 1), own[None], torch.float32)[:, 0]
+            self.codes[plane, rows] = self._sketch.encode(keys)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.
@@ -174,6 +175,6 @@ class Recall:
         free = (marks[held] == 0).nonzero()[:, 0]
         held[free] = missing
         here = slice(plane, plane + 1)
-        self._arena.cells[area.cells[plane, free]] = self._host.load(here, area.own.shared[missing])[0]
+        self._arena.raw[area.cells[plane, free]] = self._host.load(here, area.own.shared[missing])[0]
         area.fetched += count
         self.fetched += count

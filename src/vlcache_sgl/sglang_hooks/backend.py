@@ -24,7 +24,7 @@ from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, 
 from vlcache_sgl.recall.areas import Recall, RecallArea
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
-from vlcache_sgl.sglang_hooks.arena import arena_of
+from vlcache_sgl.sglang_hooks.arena import arena_of, scales_of
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
 
 
@@ -45,7 +45,11 @@ class ResidencyBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.compressor = compressor
         self._memory = Memory(
-            self.arena.cells, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
+            self.arena.cells,
+            self.arena.residency,
+            self.req_to_token_pool.req_to_token,
+            self.arena.groups,
+            self.arena.scales,
         )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
@@ -82,6 +86,12 @@ class ResidencyBackend(AttentionBackend):
             return False  # what is brought back is decided on the host
         lengths = forward_batch.seq_lens_cpu.tolist()
         return self.provider.fits_graph(self._rows_of(forward_batch), lengths)
+
+    def _planes_of(self, layer: AttentionLayer) -> slice:
+        """The layer's planes, its scales known; SGLang reads them from the layer each time, too."""
+        planes = self.arena.planes_of(layer.layer_id)
+        self.arena.set_scales(planes, scales_of(layer))
+        return planes
 
     # -- once per forward -------------------------------------------------------------------------------------------
 
@@ -216,12 +226,16 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self.arena.planes_of(layer.layer_id)
+        planes = self._planes_of(layer)
         queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         keys = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         values = v.view(-1, layer.tp_v_head_num, layer.head_dim)
         if save_kv_cache:
             self._write(planes, keys, values)
+            if keys.dtype != self.arena.cells.dtype:
+                # What is attended to, now and by later chunks and requests, is what cells hold.
+                stored = self.arena.read(planes, self._cells[planes], keys.dtype)
+                keys, values = stored.unbind(1)
 
         def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
@@ -248,13 +262,13 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self.arena.planes_of(layer.layer_id)
+        planes = self._planes_of(layer)
         if save_kv_cache:
             shape = (-1, layer.tp_k_head_num, layer.head_dim)
             self._write(planes, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         for number, measured, cells in self._watched:
-            keys = self.arena.cells[cells[planes], 0].transpose(0, 1).flatten(1, 2)
+            keys = self.arena.read(planes, cells[planes], queries.dtype)[:, 0]
             measured.observe(self.arena.number_of(layer.layer_id), queries[number], keys, layer.scaling)
         self._refresh_areas(planes, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
@@ -263,11 +277,20 @@ class ResidencyBackend(AttentionBackend):
     def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         cells = self._cells[planes]
         if not self.provider.on_device:
-            self.arena.write(cells, keys, values)
+            self.arena.write(planes, cells, keys, values)
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens = cells.shape[1]
-        arena_write(self.arena.cells, keys[:tokens], values[:tokens], self._numbers, cells)
+        scales = self.arena.scales_of(planes)
+        arena_write(
+            self.arena.cells,
+            keys[:tokens],
+            values[:tokens],
+            self._numbers,
+            cells,
+            key_scale=scales.key,
+            value_scale=scales.value,
+        )
 
 
 def _require_plain(options: dict[str, Any]) -> None:

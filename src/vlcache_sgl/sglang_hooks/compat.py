@@ -25,6 +25,9 @@ ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head dimensions that FlashInfer's kernels are built for."""
 
+KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+"""Values of --kv-cache-dtype that cells can hold."""
+
 _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("speculative_algorithm", bool, "draft tokens are rolled back, evicted tokens cannot be"),
     ("disaggregation_mode", lambda mode: mode not in (None, "null"), "KV transfer sends whole token slots"),
@@ -38,7 +41,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dcp_size", lambda size: (size or 1) > 1, "a token's keys would be on another rank than its queries"),
     ("attn_cp_size", lambda size: (size or 1) > 1, "a prompt's rows would be on several ranks"),
     ("page_size", lambda size: size not in (None, 1), "evicted tokens are single tokens, not pages"),
-    ("kv_cache_dtype", lambda dtype: dtype not in (None, "auto", "bf16", "bfloat16"), "scores read unquantized keys"),
+    ("kv_cache_dtype", lambda dtype: dtype not in KV_CACHE_DTYPES, "cells have a scale per layer, not per block"),
     ("enable_pdmux", bool, "prefill and decode would use one index at once"),
     ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
     ("cuda_graph_backend_prefill", lambda kind: kind not in (None, "disabled"), "prefills are watched layer by layer"),

@@ -294,6 +294,12 @@ class AttentionLayer(Protocol):
     tp_v_head_num: int
     head_dim: int
     scaling: float
+    k_scale: Any
+    v_scale: Any
+    """Tensors or numbers by which the model's 8-bit keys and values are to be multiplied; None: by 1."""
+    k_scale_float: float | None
+    v_scale_float: float | None
+    """The same where they are tensors."""
 
 
 # -- the model and its pools ------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class HostSharing:
         accounting = allocator.accounting
         residency = accounting.residency
         try:
-            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.cells)
+            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.raw)
         except MemoryError as error:
             raise ConfigError(f"--kv-host-memory {config.host_memory}: {error}") from error
         room = TreeRoom(allocator)
