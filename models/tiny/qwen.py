@@ -58,3 +58,42 @@ def qwen3_vl_moe(folder: Path) -> None:
     config = Qwen3VLMoeConfig(text_config=text, vision_config=TOWER, **ids_of(vocabulary))
     made.config(config, "Qwen3VLMoeForConditionalGeneration")
     processors(made, "Qwen3VLProcessor", 16)
+
+
+def qwen3_omni(folder: Path) -> None:
+    """The thinker, which reads audio as well."""
+    from transformers import Qwen3OmniMoeConfig
+
+    made, audio = Checkpoint(folder), ("<|audio_start|>", "<|audio_end|>", "<|audio_pad|>")
+    names = {"image_token": IMAGE, "video_token": VIDEO, "audio_token": audio[2]}
+    names |= {"vision_bos_token": BEGIN, "vision_eos_token": FINISH}
+    names |= {"audio_bos_token": audio[0], "audio_eos_token": audio[1]}
+    media = Media(MEDIA.image, MEDIA.video, f"{audio[0]}{audio[2]}{audio[1]}")
+    vocabulary = made.tokenizer((*SPECIALS, *audio), media, names=names)
+    ears = {"num_mel_bins": 128, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128}
+    ears |= {"d_model": 64, "output_dim": HIDDEN, "downsample_hidden_size": 32, "n_window": 50, "n_window_infer": 400}
+    thinker = {
+        "text_config": made.text(**EXPERTS, head_dim=HEAD_DIM, rope_parameters=ROPE, rope_scaling=ROPE),
+        "vision_config": TOWER,
+        "audio_config": ears,
+        **ids_of(vocabulary),
+        "audio_token_id": vocabulary[audio[2]],
+        "audio_start_token_id": vocabulary[audio[0]],
+        "audio_end_token_id": vocabulary[audio[1]],
+    }
+    config = Qwen3OmniMoeConfig(thinker_config=thinker, enable_audio_output=False)
+    made.config(config, "Qwen3OmniMoeForConditionalGeneration")
+    processors(made, "Qwen3OmniMoeProcessor", 16)
+    made.amend(
+        "preprocessor_config.json",
+        feature_extractor_type="WhisperFeatureExtractor",
+        video_processor_type="Qwen2VLVideoProcessor",
+        feature_size=128,
+        sampling_rate=16000,
+        hop_length=160,
+        n_fft=400,
+        chunk_length=30,
+        padding_value=0.0,
+        return_attention_mask=True,
+    )
+    made.amend("video_preprocessor_config.json", video_processor_type="Qwen2VLVideoProcessor")

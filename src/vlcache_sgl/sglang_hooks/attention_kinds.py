@@ -46,7 +46,7 @@ def _has_sliding_layers(model: ModelConfig) -> bool:
 
 _UNSERVED_MODELS: tuple[tuple[Callable[[ModelConfig], Any], str], ...] = (
     (_has_latent_attention, "multi-head latent attention (MLA): a cell holds keys and values of heads"),
-    (_has_sparse_attention, "sparse attention: it chooses tokens by keys of its own, which are in no cell"),
+    (_has_sparse_attention, "sparse attention: its index has keys of its own, which are in no cell"),
     (lambda model: model.is_encoder_decoder, "cross-attention: those layers read tokens of an encoder"),
     (lambda model: model.attention_chunk_size, "chunked attention: those layers already drop tokens"),
     (_has_state_layers, "linear-attention or state-space layers: they have no KV cache to evict"),

@@ -138,7 +138,7 @@ def unsupported_configuration(config: dict[str, Any]) -> Iterator[str]:
     if text.get("cross_attention_layers"):
         yield "--kv-policy does not support cross-attention: those layers read tokens of an encoder"
     if text.get("sparse_attention_config") or text.get("index_topk"):
-        yield "--kv-policy does not support sparse attention: it chooses tokens by keys of its own, which are in no cell"
+        yield "--kv-policy does not support sparse attention: its index has keys of its own, which are in no cell"
     linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
     states = ("mamba_d_state", "mamba_num_heads", "linear_num_key_heads")
     if linear or any(text.get(name) for name in states):
