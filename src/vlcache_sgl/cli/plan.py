@@ -259,10 +259,10 @@ def read_model(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from vlcache_sgl.sglang_hooks.compat import unsupported_model
+    from vlcache_sgl.sglang_hooks.compat import unsupported_configuration
 
     config = _stored_config(name)
-    if problem := next(unsupported_model(config), None):
+    if problem := next(unsupported_configuration(config), None):
         raise PlanError(problem)
     try:
         # Configurations leave out what is the family's default.
