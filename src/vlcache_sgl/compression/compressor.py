@@ -300,7 +300,7 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        if job.host is None or job.host.own is not None:
+        if job.host is None or job.host.settled:
             return
         assert self.host is not None
         started = time.perf_counter()
@@ -314,7 +314,7 @@ class Compressor:
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and job.host.own is None:
+        if job.host is not None and not job.host.settled:
             keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
             self._take_own(job, row, keep)
 

@@ -89,6 +89,8 @@ class Req(Protocol):
     """The request's namespace in the radix tree, text or None."""
     cache_salt: str | None
     kv: RequestKV
+    lock: Any
+    """On what it relies of the prefix tree; None: on nothing."""
     multimodal_inputs: Any
     """`MultimodalInputs` or None."""
     sampling_params: SamplingParams
