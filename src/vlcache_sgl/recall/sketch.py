@@ -5,8 +5,8 @@ A key `k` is turned by a random rotation `R` that is the same for every model, l
 
     q . k  is estimated by  f (R q) . s    with    f = |k|^2 / (R k) . s = |k|^2 / |R k|_1
 
-The factor makes the estimate exact for a query along the key, so that the error comes from the part of the query across the
-key alone, and is unbiased over rotations (RaBitQ, 2405.12497).  A code depends on its own key and on nothing else:
+The factor makes the estimate exact for a query along the key, so that the error comes from the part of the query across
+the key alone, and is unbiased over rotations (RaBitQ, 2405.12497).  A code depends on its own key and on nothing else:
 not on other tokens, on where a chunk ends, or on who asked before.
 """
 
