@@ -10,7 +10,7 @@ import torch
 
 from vlcache_sgl.recall.sketch import KeySketch
 
-from .network import Past, States
+from .network import States
 
 Among = Literal["layer", "head"]
 """Whether a layer's KV heads fetch the same tokens or each its own."""
@@ -50,6 +50,10 @@ class Rule:
         parts += [f"over {self.threshold:g}"] if self.threshold else []
         return " ".join(parts)
 
+    def with_tokens(self, tokens: int) -> Rule:
+        """The same with another number of tokens."""
+        return replace(self, tokens=tokens)
+
 
 DEFAULT = Rule(0)
 
@@ -65,7 +69,6 @@ class Recalling:
 
     Attributes:
         chosen: per layer `[C, t, most]` token numbers in falling rank, if a layer chooses and `remember` was asked for.
-        asked, fetched: rows of layers that were scored, and those that fetched.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Recalling:
         self._codes = [self._sketch.encode(keys.transpose(0, 1)) for keys in states.keys]
         self._remember = remember
         self.chosen: list[torch.Tensor] = []
-        self.asked = self.fetched = 0
+        self._needy: list[torch.Tensor] = []
 
     def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """See `network.Recall`."""
@@ -99,12 +102,16 @@ class Recalling:
         wanted = torch.arange(self._most) < self._tokens[:, None, None]  # [C, 1, most]
         missing = shares.sum(-1).amax((0, 2))  # [C, t]
         needy = missing >= rule.threshold
-        self.asked += needy.numel()
-        self.fetched += int(needy.sum())
+        self._needy.append(needy)
         if self._remember:
             self.chosen.append(best[0])
         wanted = (wanted & needy[..., None]).expand(best.shape)
         return torch.zeros(by_head.shape, dtype=torch.bool).scatter_(-1, best, wanted)
+
+    @property
+    def fetched(self) -> torch.Tensor:
+        """`[C]`, layers and rows that fetched, of those that were asked, in [0, 1]."""
+        return torch.stack(self._needy).float().mean((0, 2))
 
     def _logits(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """`[K, C, g, t, n]`, of all tokens of the prompt."""
@@ -122,12 +129,3 @@ class Recalling:
         # Where nothing is evicted all logits may be masked.
         return logits.softmax(-1).nan_to_num_(0.0).masked_fill_(kept, 0.0)
 
-
-def expanded(past: Past, count: int) -> Past:
-    """The same conditions `count` times in a row."""
-    return Past(past.states, past.keep.repeat_interleave(count, dim=1))
-
-
-def with_tokens(rule: Rule, tokens: int) -> Rule:
-    """The rule with another number of tokens."""
-    return replace(rule, tokens=tokens)

@@ -86,4 +86,5 @@ def test_a_layer_that_misses_less_than_the_threshold_fetches_nothing(states: Sta
     recalling = Recalling(states, keep, Rule(0, threshold=threshold), [5, 5])
     found = recalling(0, rows)
     assert torch.equal(found.any(-1).any(0), missing >= threshold)
-    assert (recalling.fetched, recalling.asked) == (5, 8)
+    assert torch.equal(recalling.fetched, (missing >= threshold).float().mean(-1))
+    assert 0 < float(recalling.fetched.mean()) < 1
