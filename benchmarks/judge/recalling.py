@@ -128,4 +128,3 @@ class Recalling:
             logits = logits.masked_fill(kept, -torch.inf)
         # Where nothing is evicted all logits may be masked.
         return logits.softmax(-1).nan_to_num_(0.0).masked_fill_(kept, 0.0)
-

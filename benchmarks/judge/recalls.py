@@ -238,7 +238,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                 file.flush()
                 console.print(f"{done + 1} of {len(cases)}: {case.name}")
     result = {
-        "task": "judge-recall",
+        "task": "judge-recalls",
         "command": command_line(),
         "host": started,
         "weights": stamp,
@@ -248,8 +248,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     }
     whole = all(
         tuple(getattr(arguments, name)) == tuple(value)
-        for name, value in {"seeds": SEEDS, "policies": POLICIES, "budgets": BUDGETS, "media": MEDIA, "tokens": TOKENS}
-        .items()
+        for name, value in {
+            "seeds": SEEDS,
+            "policies": POLICIES,
+            "budgets": BUDGETS,
+            "media": MEDIA,
+            "tokens": TOKENS,
+        }.items()
     )
     output = arguments.output or (recall_page.ANSWERS if whole else QUICK)
     save(output, result, dump(result))
