@@ -127,9 +127,8 @@ class Loyalty:
         """A row per arm that recalls: hit rates by the size of the area."""
         rows = []
         for (policy, budget, tokens), found in self.rates.items():
-            rates = {
-                str(size): round(sum(column) / len(found), 4) for size, column in zip(SIZES, zip(*found), strict=True)
-            }
+            columns = zip(SIZES, zip(*found, strict=True), strict=True)
+            rates = {str(size): round(sum(column) / len(found), 4) for size, column in columns}
             rows.append({"policy": policy, "budget": budget, "tokens": tokens, "rates": rates})
         return rows
 

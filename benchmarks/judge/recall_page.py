@@ -74,7 +74,7 @@ def loyalty_table(result: Result) -> str:
 
 def hits_table(result: Result) -> str:
     """What is kept down, sizes of the area across."""
-    rows = [row for row in result["hits"]]
+    rows = result["hits"]
     sizes = list(rows[0]["rates"])
     lines = [
         [
