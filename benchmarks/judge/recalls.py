@@ -23,7 +23,6 @@ from rich.console import Console
 from vlcache_sgl.evaluation.stats import interval, mean
 from vlcache_sgl.evaluation.tasks.reading import FIRST_TEST_SEED
 from vlcache_sgl.policy import PolicyError, resolve
-from vlcache_sgl.weights import read_weights
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -31,7 +30,7 @@ from . import recall_page
 from .cases import Asked, CaseId
 from .conditions import MEDIA
 from .decisions import Decisions, Medium
-from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, read_seeds, read_task
+from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
 from .network import Past, States
 from .recalling import Recalling, Rule
 from .records import digest
@@ -179,6 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", nargs="+", metavar="POLICY", default=POLICIES)
     parser.add_argument("--budgets", nargs="+", type=float, metavar="SHARE", default=BUDGETS)
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
+    parser.add_argument("--weights", metavar="FILE", default=str(WEIGHTS), help="as for `python -m benchmarks.judge`")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="recalled per layer and step")
     parser.add_argument("--among", nargs="+", choices=("layer", "head"), default=("layer",))
     parser.add_argument("--ranks", nargs="+", choices=("mass", "peak", "logit"), default=("mass",))
@@ -230,7 +230,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
             known = records.setdefault(case, {})
             missing = [arm for arm in arms if arm.name not in known]
             if missing:
-                recalls = recalls or Recalls(Judge(arguments.model, read_weights(WEIGHTS)))
+                recalls = recalls or Recalls(Judge(arguments.model, model_weights(arguments)))
                 found = recalls.answers(case, missing)
                 known |= found
                 record = {"stamp": stamp, "case": [case.task, case.tokens, case.seed], "answers": found}
