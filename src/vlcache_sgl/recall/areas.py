@@ -88,10 +88,12 @@ class Recall:
             slots: `[tokens]` int64.
             cells: `[planes, tokens]` int, where they are in the arena.
         """
-        rows = self._host.rows[slots].to(torch.int64)
-        for plane, own in enumerate(cells.to(torch.int64)):
-            keys = self._arena.read(slice(plane, plane + 1), own[None], torch.float32)[:, 0]
-            self.codes[plane, rows] = self._sketch.encode(keys)
+        rows, groups = self._host.rows[slots].to(torch.int64), self._arena.groups
+        for layer in range(self._arena.num_planes // groups):
+            planes = self._arena.planes_at(layer)
+            keys = self._arena.read(planes, cells[planes].to(torch.int64), torch.float32)[:, 0]
+            codes = self._sketch.encode(keys).unflatten(1, (groups, -1))  # [tokens, G, K/G, bytes]
+            self.codes[planes, rows] = codes.transpose(0, 1)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.
