@@ -111,6 +111,15 @@ class Server:
         assert self.process.log_path is not None
         return self.process.log_path.read_text(errors="replace")
 
+    def assert_nothing_held(self) -> None:
+        """When everybody has gone and the cache is flushed, every cell, slot and row of host memory is free."""
+        self.flush()
+        state = self.settled()
+        assert state["cells_used"] == state["host_tokens_used"] == 0
+        assert state["virtual_slots_free"] == state["virtual_slots_total"]
+        assert state["integrity"] == []
+        self.assert_alive()
+
     def assert_alive(self) -> None:
         """The server answers and its scheduler has reported no leak and no crash."""
         assert self.process.running
@@ -218,6 +227,29 @@ def limited(servers: Servers) -> Server:
     return servers.get(*LIMITS)
 
 
+SMALL_POOL = 900
+"""Uncompressed tokens of the small server: one image of the larger ones, and little beside it."""
+SMALL = (
+    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--kv-recall", "24"),
+    *("--max-total-tokens", str(SMALL_POOL), "--chunked-prefill-size", "128"),
+)
+
+
+@pytest.fixture
+def small_flags() -> tuple[str, ...]:
+    """Of `small`."""
+    return SMALL
+
+
+@pytest.fixture
+def small(servers: Servers) -> Server:
+    """Host memory, recall, chunks of 128 tokens, and an arena that holds a single image; nothing is cached."""
+    server = servers.get(*SMALL)
+    server.flush()
+    return server
+
+
 BY_HEAD = (*("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells", "--kv-scope", "all"),)
 
 
@@ -292,7 +324,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers", "forked_servers")
+_ORDER = ("ours_tenth", "small", "limited", "ours_full", "stock", "by_head", "foreign", "servers", "forked_servers")
 """Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
 them: with another order servers would start twice."""
 
