@@ -153,7 +153,7 @@ class World:
         """Requests that run at once, at most."""
         self.names = 0
 
-    # -- what hybrids have beside it ------------------------------------------------------------------------------------
+    # -- what hybrids have beside it ----------------------------------------------------------------------------------
 
     def _make_rows(self, max_context_len: int) -> ReqToTokenPool:
         return ReqToTokenPool(size=16, max_context_len=max_context_len, device="cpu", enable_memory_saver=False)
