@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import ForkedServer, Nursery
 from PIL import Image
 from rich.console import Console
 
@@ -120,8 +121,9 @@ class Server:
 class Servers:
     """At most MAX_ALIVE running servers by description; a further one ends the one that was used least recently."""
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None, process: Callable[..., ServerProcess] = ServerProcess) -> None:
         self._console = console
+        self._process = process
         self._alive: dict[tuple[Any, ...], Server] = {}
 
     def get(
@@ -141,7 +143,7 @@ class Servers:
             while len(self._alive) >= MAX_ALIVE:
                 self._alive.pop(next(iter(self._alive))).process.stop()
             title = " ".join(flags) or "stock"
-            process = ServerProcess(model, [*common, *flags], title=title, env=env, console=self._console)
+            process = self._process(model, [*common, *flags], title=title, env=env, console=self._console)
             process.start()
             server = Server(process)
         self._alive[key] = server  # last = used most recently
@@ -168,6 +170,22 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def forked_servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """The same, each forked from one process that has imported SGLang: for tests with many servers of little work.
+
+    `--load-format dummy` makes weights that attention depends on.
+    """
+    verbose = request.config.get_verbosity() > 0
+    nursery = Nursery()
+    pool = Servers(Console() if verbose else None, functools.partial(ForkedServer, nursery))
+    try:
+        yield pool
+    finally:
+        pool.close()
+        nursery.close()
 
 
 @pytest.fixture
@@ -274,7 +292,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers")
+_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers", "forked_servers")
 """Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
 them: with another order servers would start twice."""
 

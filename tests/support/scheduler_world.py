@@ -319,7 +319,7 @@ class World:
             self._write(req, req.prefix_len, req.extend_end)
             self._compute_state(req, req.prefix_len, req.extend_end)
             # What a retracted request had answered is computed again behind what it keeps.
-            if (job := job_of(req)) is not None and job.host is not None and job.host.own is None:
+            if (job := job_of(req)) is not None and job.host is not None and not job.host.settled:
                 staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len

@@ -126,7 +126,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             if server_args.max_total_tokens is None:
                 server_args.max_total_tokens = kv_tokens(
                     free_bytes=_free_memory() // server_args.dp_size,
-                    token_bytes=_token_bytes(model),
+                    token_bytes=_token_bytes(model, server_args.kv_cache_dtype),
                 )
         local_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size // server_args.nnodes
         if local_ranks > 1:
@@ -173,7 +173,7 @@ def _model_config(server_args: Any) -> Any:
     return model_config_of(server_args)
 
 
-def _token_bytes(model: Any) -> int:
+def _token_bytes(model: Any, kv_cache_dtype: str) -> int:
     """Bytes of keys and values of one token, all layers and all ranks."""
     numbers = model.num_attention_layers * model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
-    return int(numbers * model.dtype.itemsize)
+    return int(numbers * (1 if kv_cache_dtype.startswith("fp8") else model.dtype.itemsize))

@@ -9,6 +9,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool, unwrap_write_loc
 
 from vlcache_sgl.memory.arena import Arena
+from vlcache_sgl.memory.scales import UNSCALED, Scales
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer
 
 
@@ -38,7 +39,7 @@ class KVArena(MHATokenToKVPool):
             kv_heads=self.head_num,
             head_dim=self.head_dim,
             groups=self._groups,
-            dtype=self.store_dtype,
+            dtype=self.dtype,  # SGLang stores 8-bit floats as bytes, see `Arena.raw`
             device=self.device,
             layer_ids=self._layer_ids,
         )
@@ -53,8 +54,9 @@ class KVArena(MHATokenToKVPool):
         self, layer: AttentionLayer, loc_info: Any, cache_k: torch.Tensor, cache_v: torch.Tensor, *_: Any
     ) -> None:
         slots, _, _ = unwrap_write_loc(loc_info)
-        cells = self.arena.write_cells(slots)[self.arena.planes_of(layer.layer_id)]
-        self.arena.write(cells, cache_k, cache_v)
+        planes = self.arena.planes_of(layer.layer_id)
+        self.arena.set_scales(planes, scales_of(layer))
+        self.arena.write(planes, self.arena.write_cells(slots)[planes], cache_k, cache_v)
 
     def get_cpu_copy(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("a compressed KV cache has no host copy")
@@ -64,6 +66,14 @@ class KVArena(MHATokenToKVPool):
 
     def move_kv_cache(self, *_: Any) -> None:
         raise RuntimeError("virtual slots are not moved")
+
+
+def scales_of(layer: AttentionLayer) -> Scales:
+    """What the checkpoint, or a file of scales, says of a layer's 8-bit keys and values."""
+    if layer.k_scale is None or layer.v_scale is None:
+        return UNSCALED
+    pairs = ((layer.k_scale_float, layer.k_scale), (layer.v_scale_float, layer.v_scale))
+    return Scales(*(float(given if number is None else number) for number, given in pairs))
 
 
 def arena_of(pool: Any) -> KVArena:

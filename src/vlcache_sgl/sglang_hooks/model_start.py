@@ -14,6 +14,7 @@ from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.arena import arena_of
+from vlcache_sgl.sglang_hooks.attention_kinds import refuse_layers
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 from vlcache_sgl.sglang_hooks.compat import attention_tp, slot_writers
 from vlcache_sgl.sglang_hooks.facades import ModelRunner
@@ -74,6 +75,14 @@ class ModelStart:
             head_dim=int(model.head_dim),
             device=torch.device(model_runner.device),
             rotary=model_rotary(model_runner.model),
+        )
+        pool = model_runner.token_to_kv_pool
+        refuse_layers(
+            model_runner.model,
+            kept=range(pool.start_layer, pool.start_layer + pool.layer_num),
+            heads=(prompt.num_heads // size, pool.head_num),
+            widths=(pool.head_dim, pool.v_head_dim),
+            context=int(model.context_len),
         )
         self._choices.serve(prompt, size)
         try:
