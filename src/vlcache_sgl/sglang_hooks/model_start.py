@@ -65,21 +65,21 @@ class ModelStart:
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp()
         model = model_runner.model_config
+        pool = arena_of(model_runner.token_to_kv_pool)
         prompt = Prompt(
             length=0,
             start=0,
             vision=(),
-            num_layers=int(arena_of(model_runner.token_to_kv_pool).layer_num),
+            num_layers=int(pool.layer_num),
             num_heads=int(model.num_attention_heads),
             num_kv_heads=int(model.get_total_num_kv_heads()),
             head_dim=int(model.head_dim),
             device=torch.device(model_runner.device),
             rotary=model_rotary(model_runner.model),
         )
-        pool = model_runner.token_to_kv_pool
         refuse_layers(
             model_runner.model,
-            kept=range(pool.start_layer, pool.start_layer + pool.layer_num),
+            kept=pool.arena.layer_ids,
             heads=(prompt.num_heads // size, pool.head_num),
             widths=(pool.head_dim, pool.v_head_dim),
             context=int(model.context_len),
