@@ -102,7 +102,8 @@ def test_flashinfer_takes_what_we_hand_over() -> None:
     plan.bind(None, none, none, none, *sizes, sm_scale=1.0, **types)
     for wrapper in (prefill, decode):
         inspect.signature(wrapper.reset_workspace_buffer).bind(None, none, none)
-        inspect.signature(wrapper.run).bind(None, none, none, q_scale=SCALE, out=none, return_lse=True)
+        scales = dict.fromkeys(("q_scale", "k_scale", "v_scale"), SCALE)
+        inspect.signature(wrapper.run).bind(None, none, none, **scales, out=none, return_lse=True)
     inspect.signature(prefill.run).bind(None, none, none, lse_base="ln")
 
 

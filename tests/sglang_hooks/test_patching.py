@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from transformers import PretrainedConfig
 
 from vlcache_sgl.config import config_from
 from vlcache_sgl.sglang_hooks.gate import Gate
@@ -101,7 +102,12 @@ def test_every_target_exists_in_sglang() -> None:
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
     model = SimpleNamespace(
-        num_attention_layers=2, num_attention_heads=4, get_total_num_kv_heads=lambda: 2, head_dim=16
+        num_attention_layers=2,
+        num_attention_heads=4,
+        get_total_num_kv_heads=lambda: 2,
+        head_dim=16,
+        hf_config=PretrainedConfig(),
+        linear_attn_registry_result=None,
     )
     gate = Gate(config, model, ranks=1)
     points = [

@@ -252,14 +252,13 @@ class World:
         )
         if self.chunked_req is not None:
             self.chunked_req.init_next_round_input()
-            admission.consider_request(adder, self.chunked_req)
-            self.chunked_req = adder.add_chunked_req(self.chunked_req)
+            self.chunked_req = admission.consider_request(PrefillAdder.add_chunked_req, adder, self.chunked_req)
         for req in list(self.waiting):
             if adder.budget_state() == AddReqResult.OTHER or len(self.batch.reqs) + len(adder.can_run_list) >= 12:
                 break
             req.init_next_round_input(self.tree)
-            admission.consider_request(adder, req)
-            result = adder.add_one_req(req, has_chunked_req=self.chunked_req is not None, truncation_align_size=None)
+            chunked = {"has_chunked_req": self.chunked_req is not None, "truncation_align_size": None}
+            result = admission.consider_request(PrefillAdder.add_one_req, adder, req, **chunked)
             if result != AddReqResult.CONTINUE:
                 if result == AddReqResult.NO_TOKEN:
                     self.batch.batch_is_full = bool(adder.can_run_list or self.batch.reqs)
@@ -292,7 +291,7 @@ class World:
             req.is_retracted = False
             self._write(req, req.prefix_len, req.extend_end)
             # What a retracted request had answered is computed again behind what it keeps.
-            if (job := job_of(req)) is not None and job.host is not None and job.host.own is None:
+            if (job := job_of(req)) is not None and job.host is not None and not job.host.settled:
                 staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len

@@ -79,7 +79,7 @@ def inspect(
         params["kv_budget"] = arguments.budget
     full = None
     with contextlib.suppress(openai.BadRequestError):  # not on a GPU; whatever else is wrong is said to the others
-        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+        full = client.ask(question, *images, custom_params={**params, "kv_report": "attention"}, **options)
     if full is None:
         full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
     params["kv_report"] = "positions"
@@ -93,7 +93,7 @@ def inspect(
         "policy": policy,
         "budget": budget,
         "model": Path(str(server.server_info()["model_path"])).name,
-        "attention": full.report.get("recall", {}).get("attention_mass", ()),
+        "attention": full.report.get("attention", {}).get("attention_mass", ()),
     }
 
 

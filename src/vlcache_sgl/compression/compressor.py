@@ -21,7 +21,7 @@ import torch
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
@@ -221,11 +221,11 @@ class Compressor:
             self.fail(job, error)
             self._keep_whole(job, row)
             return
-        if job.asked.measures_recall:
-            job.report.recall = job.report.recall or Recall(
+        if job.asked.measures_attention:
+            job.report.measured = job.report.measured or Measured(
                 plan.keep, prompt
             )  # a retracted request decides twice, and alike
-            self._count_skipped(job, "recall")
+            self._count_skipped(job, "measured")
         else:
             self._evict(job, prompt, row, plan)
             job.progress.compressed = True
@@ -271,13 +271,12 @@ class Compressor:
         away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
 
         def keys_values(layer: int) -> torch.Tensor:
-            planes = arena.planes_of(layer)
+            planes = arena.planes_at(layer)
             cells = arena.residency.cells_of(planes, slots)
-            both = arena.cells[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
+            both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
             if memory is not None and away is not None and away.numel():
                 both[:, away] = memory.host.load(planes, slots[away])
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+            return arena.join(planes, both, arena.wide_dtype)
 
         return keys_values
 
@@ -301,7 +300,7 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        if job.host is None or job.host.own is not None:
+        if job.host is None or job.host.settled:
             return
         assert self.host is not None
         started = time.perf_counter()
@@ -315,7 +314,7 @@ class Compressor:
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and job.host.own is None:
+        if job.host is not None and not job.host.settled:
             keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
             self._take_own(job, row, keep)
 
@@ -324,7 +323,11 @@ class Compressor:
         assert self.host is not None
         assert job.host is not None
         try:
-            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
+            slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
+            if tokens and self.host.recall is not None:
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, tokens)
+            else:
+                job.host.own = self.host.settle(slots, keep)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")

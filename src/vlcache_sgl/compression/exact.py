@@ -23,6 +23,7 @@ from vlcache_sgl.memory.host_pool import HostFull
 from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.memory.residency import OutOfCells
 from vlcache_sgl.memory.staging import Staging
+from vlcache_sgl.recall.areas import Recall, RecallArea
 
 
 class Room(Protocol):
@@ -51,17 +52,20 @@ class HostMemory:
     Args:
         accounting: of the arena; with host memory.
         room: is asked before memory is taken.
+        recall: whether evicted tokens are to be found again while answers are decoded.
     """
 
-    def __init__(self, accounting: CellAccounting, room: Room) -> None:
+    def __init__(self, accounting: CellAccounting, room: Room, *, recall: bool = False) -> None:
         assert accounting.host is not None
         self.host = accounting.host
         self._accounting = accounting
         self._residency = accounting.residency
         self._room = room
-        self._arena = accounting.arena.cells
+        self._arena = accounting.arena.raw
         self._groups = accounting.arena.groups
         self.staging = Staging(accounting.arena, self.host)
+        self.recall = Recall(accounting.arena, self.host) if recall else None
+        """Brings evicted tokens back while an answer is decoded; None: nothing is brought back."""
         self.staged_tokens = 0
         """Tokens staged so far, counted once per forward."""
 
@@ -82,9 +86,12 @@ class HostMemory:
         """
         self._room.make_host_room(slots.numel())
         try:
-            self.host.store(slots, self._arena, self._residency.table[:, slots])
+            cells = self._residency.table[:, slots]
+            self.host.store(slots, self._arena, cells)
         except HostFull:
             return False
+        if self.recall is not None:
+            self.recall.sketch(slots, cells)
         return True
 
     def release_chunk(self, slots: torch.Tensor) -> None:
@@ -121,6 +128,14 @@ class HostMemory:
                 self._room.give_slots(private)
                 raise OutOfMemory(str(error)) from error
         return OwnSlots(slots, private)
+
+    def settle_with_area(self, slots: torch.Tensor, keep: torch.Tensor, tokens: int) -> tuple[OwnSlots, RecallArea]:
+        """`settle`, with a recall area of `tokens` tokens per plane."""
+        assert self.recall is not None
+        candidates = self.recall.candidates(slots, keep)
+        places = self.recall.places(candidates, tokens)
+        own = self.settle(slots, keep | places)
+        return own, self.recall.begin(own, candidates, places)
 
     def _restore(self, slots: torch.Tensor, private: torch.Tensor, keep: torch.Tensor) -> None:
         self._residency.attach_kept(private, keep)

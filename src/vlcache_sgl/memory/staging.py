@@ -23,7 +23,7 @@ class Staging:
     """
 
     def __init__(self, arena: Arena, host: HostPool) -> None:
-        self._arena = arena.cells
+        self._arena = arena.raw
         self._residency = arena.residency
         self._groups = arena.groups
         self._host = host

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlcache_sgl.config import ConfigError, KVBudget, Share, shown
+from vlcache_sgl.config import RECALL, ConfigError, KVBudget, Share, shown
 
 PREFIX = "kv_"
 """Begins every name that is ours; all others in `custom_params` are SGLang's and its logit processors'."""
-KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_report")
+KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_recall", "kv_report")
 """All that a request may say."""
-Report = Literal["summary", "positions", "recall"]
+Report = Literal["summary", "positions", "attention"]
 MAX_SPEC_LENGTH = 512
 """Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 
@@ -28,6 +28,8 @@ class RequestParams:
     policy: str | None = None
     budget: KVBudget | None = None
     share: Share | None = None
+    recall: int | None = None
+    """Evicted tokens that each layer gets back in each decode step; 0: none."""
     report: Report = "summary"
     """What the response is to say of this request."""
 
@@ -49,6 +51,11 @@ class RequestParams:
             raise ConfigError(f"kv_policy must be a text, got {shown(given['policy'])}")
         if "budget" in given:
             given["budget"] = KVBudget.parse(given["budget"], "kv_budget")
+        if "recall" in given:
+            try:
+                given["recall"] = RECALL.read(given["recall"])
+            except (ValueError, TypeError, OverflowError):
+                raise ConfigError(f"kv_recall must be {RECALL.words}, got {shown(given['recall'])}") from None
         for name, choices in (("share", get_args(Share)), ("report", get_args(Report))):
             if name in given and given[name] not in choices:
                 raise ConfigError(f"{PREFIX}{name} must be one of: {', '.join(choices)}, got {shown(given[name])}")

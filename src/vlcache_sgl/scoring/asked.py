@@ -43,7 +43,7 @@ class Asked:
     """What is known of each span of `vision`: for the policy, and for a report with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
-    measures_recall: bool = False
+    measures_attention: bool = False
     """Whether nothing is evicted, and the report says what of the answer's attention the decision would have kept."""
     repeated: int = 0
     """Tokens behind the prompt that read it again: of an internal request, which computes both and keeps the prompt."""

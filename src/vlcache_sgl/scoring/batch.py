@@ -14,6 +14,7 @@ import torch
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.device_index import copy_to, look_up
+from vlcache_sgl.memory.scales import FP8
 from vlcache_sgl.scoring.scoring import RowGroup, Scoring
 
 
@@ -123,12 +124,14 @@ class BatchScoring:
             scale: factor of the logits.
             lse: `[T, H]` float32, natural logarithm of the sum of exponentials of everything visible.
         """
-        layer = self._memory.layer_of(planes)
+        layer, stored = self._memory.layer_of(planes), self._memory.arena.dtype
+        scale = scale * self._memory.scales_of(planes).key
         for poll in self._polls:
             if not any(voter.counts for voter in poll.voters):
                 continue
-            # Keys may be stored in another 16-bit type than queries come in.
-            voting = queries.index_select(0, poll.rows).to(self._memory.arena.dtype)
+            voting = queries.index_select(0, poll.rows)
+            if stored not in FP8:  # keys may be stored in another 16-bit type than queries come in
+                voting = voting.to(stored)
             known = None if lse is None or not poll.takes_lse else lse.index_select(0, poll.rows).T
             found = batch_attention_stats(
                 voting,

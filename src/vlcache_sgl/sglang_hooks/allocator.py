@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.memory.accounting import CellAccounting
-from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.arena import arena_of
 from vlcache_sgl.sglang_hooks.prefill_budget import CellPrefillBudget
 
 
@@ -20,12 +20,15 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
     ``available_size()`` counts virtual slots, as SGLang's leak checks expect; whether cells suffice is asked through
     the capacity hooks that SGLang has for byte-accounted pools.
 
+    Args:
+        pool: SGLang's KV pool, the arena or with the arena in it.
+
     Attributes:
         accounting: who holds the cells.
     """
 
-    def __init__(self, pool: KVArena, *, physical_tokens: int, need_sort: bool) -> None:
-        self.accounting = CellAccounting(pool.arena, physical_tokens)
+    def __init__(self, pool: Any, *, physical_tokens: int, need_sort: bool) -> None:
+        self.accounting = CellAccounting(arena_of(pool).arena, physical_tokens)
         super().__init__(pool.size, pool.dtype, pool.device, pool, need_sort)
 
     def clear(self) -> None:

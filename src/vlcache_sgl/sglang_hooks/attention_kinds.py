@@ -32,10 +32,10 @@ def _has_sparse_attention(model: ModelConfig) -> bool:
     return any(kind(model.hf_config) for kind in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse))
 
 
-def _has_state_layers(model: ModelConfig) -> bool:
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+def _has_no_attention(model: ModelConfig) -> bool:
+    from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
-    return mambaish_config(model) is not None
+    return not kv_layers(model)
 
 
 def _has_sliding_layers(model: ModelConfig) -> bool:
@@ -49,7 +49,7 @@ _UNSERVED_MODELS: tuple[tuple[Callable[[ModelConfig], Any], str], ...] = (
     (_has_sparse_attention, "sparse attention: its index has keys of its own, which are in no cell"),
     (lambda model: model.is_encoder_decoder, "cross-attention: those layers read tokens of an encoder"),
     (lambda model: model.attention_chunk_size, "chunked attention: those layers already drop tokens"),
-    (_has_state_layers, "linear-attention or state-space layers: they have no KV cache to evict"),
+    (_has_no_attention, "models without layers of attention: there is no KV cache to compress"),
     (_has_sliding_layers, "sliding-window attention: those layers already drop tokens"),
     (lambda model: model.has_attention_sinks, "attention sinks: weights that are no token's take part in the softmax"),
     (lambda model: model.has_asymmetric_kv, "keys and values of different width: they have no common cell"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vlcache_sgl.capacity import kv_layer_count
 from vlcache_sgl.sglang_hooks.facades import Req, ServerArgs
 
 TESTED_SGLANG = "0.5.23"
@@ -23,6 +24,9 @@ ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer")
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head dimensions that FlashInfer's kernels are built for."""
+
+KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+"""Values of --kv-cache-dtype that cells can hold."""
 
 _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("speculative_algorithm", bool, "draft tokens are rolled back, evicted tokens cannot be"),
@@ -41,7 +45,7 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("attn_cp_size", lambda size: (size or 1) > 1, "a prompt's rows would be on several ranks"),
     ("enable_prefill_cp", bool, "a prompt's rows would be on several ranks"),
     ("page_size", lambda size: size not in (None, 1), "evicted tokens are single tokens, not pages"),
-    ("kv_cache_dtype", lambda dtype: dtype not in (None, "auto", "bf16", "bfloat16"), "scores read unquantized keys"),
+    ("kv_cache_dtype", lambda dtype: dtype not in KV_CACHE_DTYPES, "cells have a scale per layer, not per block"),
     ("enable_pdmux", bool, "prefill and decode would use one index at once"),
     ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
     ("cuda_graph_backend_prefill", lambda kind: kind not in (None, "disabled"), "prefills are watched layer by layer"),
@@ -135,14 +139,12 @@ def unsupported_configuration(config: dict[str, Any]) -> Iterator[str]:
     # A window alone says nothing: most families write one into their configuration and use none.
     if any("sliding" in kind or "chunked" in kind for kind in kinds) or text.get("attention_chunk_size"):
         yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
+    elif kinds and not kv_layer_count(text):
+        yield "--kv-policy needs layers of attention, and this model has none: there is no KV cache to compress"
     if text.get("cross_attention_layers"):
         yield "--kv-policy does not support cross-attention: those layers read tokens of an encoder"
     if text.get("sparse_attention_config") or text.get("index_topk"):
         yield "--kv-policy does not support sparse attention: its index has keys of its own, which are in no cell"
-    linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
-    states = ("mamba_d_state", "mamba_num_heads", "linear_num_key_heads")
-    if linear or any(text.get(name) for name in states):
-        yield "--kv-policy does not support linear-attention or state-space layers: they have no KV cache to evict"
 
 
 def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
@@ -157,10 +159,10 @@ def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def kv_shape(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Layers and KV heads of a Hugging Face model configuration; None when it does not say."""
+    """Layers with a KV cache, and KV heads, of a Hugging Face model configuration; None when it does not say."""
     text = _text_config(config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    return (int(layers), int(text.get("num_key_value_heads") or heads)) if layers and heads else None
+    layers, heads = kv_layer_count(text), text.get("num_attention_heads")
+    return (layers, int(text.get("num_key_value_heads") or heads)) if layers and heads else None
 
 
 def reads_no_images(config: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import RequestParams, misplaced
 from vlcache_sgl.sglang_hooks.facades import ModelConfig, SamplingParams, TokenizedRequest
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
@@ -47,8 +48,8 @@ def read_request(
         raise ConfigError(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
     params = RequestParams.read(sampling_params.custom_params)
     choice = choices.select(params, length)
-    if params.report == "recall" and stream:
-        raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+    if params.report == "attention" and stream:
+        raise ConfigError("kv_report attention is known at the end of the answer: ask without stream")
     return params, choice
 
 
@@ -67,7 +68,7 @@ class Gate:
             length=0,
             start=0,
             vision=(),
-            num_layers=int(model_config.num_attention_layers),
+            num_layers=len(kv_layers(model_config)),
             num_heads=int(model_config.num_attention_heads),
             num_kv_heads=int(model_config.get_total_num_kv_heads()),
             head_dim=int(model_config.head_dim),

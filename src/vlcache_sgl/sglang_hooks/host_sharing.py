@@ -116,11 +116,12 @@ class HostSharing:
         accounting = allocator.accounting
         residency = accounting.residency
         try:
-            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.cells)
+            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.raw)
         except MemoryError as error:
             raise ConfigError(f"--kv-host-memory {config.host_memory}: {error}") from error
         room = TreeRoom(allocator)
-        return cls(HostMemory(accounting, room), room, accounting.physical_tokens, model)
+        memory = HostMemory(accounting, room, recall=config.recall > 0)
+        return cls(memory, room, accounting.physical_tokens, model)
 
     def attach(self, tree: Any) -> None:
         """The prefix tree exists now."""
@@ -142,7 +143,7 @@ class HostSharing:
         kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
         if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
             kept = owned
-        ratio = min(1.0, (prompt.start + kept) / max(1, job.asked.length))
+        ratio = min(1.0, (prompt.start + kept + job.asked.choice.recall) / max(1, job.asked.length))
 
         def abort(message: str) -> None:
             req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")

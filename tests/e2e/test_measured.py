@@ -1,4 +1,4 @@
-"""`kv_report: recall`: what a decision would have kept of an answer's attention, measured on the full cache."""
+"""`kv_report: attention`: what a decision would have kept of an answer's attention, measured on the full cache."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ def test_nothing_is_evicted_and_nothing_left_behind(ours_tenth: Any, picture: An
     compressed = ask(server, drawn)
     full = ask(server, drawn, kv_budget=1.0)
     before = server.settled()
-    answer = ask(server, drawn, kv_report="recall")
+    answer = ask(server, drawn, kv_report="attention")
     after = server.settled()
     assert answer.cached_tokens == 0  # neither the compressed image nor the full one was used
     assert answer.text == full.text
     for key in ("cells_used", "cells_tree", "requests_compressed", "virtual_slots_free"):
         assert after[key] == before[key], key
-    assert after["requests_skipped"]["recall"] == before["requests_skipped"].get("recall", 0) + 1
-    recall = answer.report["recall"]
-    assert {**answer.report, "recall": None} == {**compressed.report, "recall": None}
-    assert recall["steps"] == answer.completion_tokens - 1
+    assert after["requests_skipped"]["measured"] == before["requests_skipped"].get("measured", 0) + 1
+    measured = answer.report["attention"]
+    assert {**answer.report, "attention": None} == {**compressed.report, "attention": None}
+    assert measured["steps"] == answer.completion_tokens - 1
     layers = len(compressed.report["kept_tokens_per_layer"])
-    for figures in (recall["attention_mass"], recall["cache_hit_rate"]):
+    for figures in (measured["attention_mass"], measured["cache_hit_rate"]):
         assert len(figures) == layers
         assert all(0 < figure <= 1 for figure in figures)
-    assert ask(server, drawn, question=1, kv_report="recall").cached_tokens == 0  # nor does it serve others of its kind
+    assert (
+        ask(server, drawn, question=1, kv_report="attention").cached_tokens == 0
+    )  # nor does it serve others of its kind
 
 
-def test_the_better_policy_has_the_better_recall(ours_tenth: Any, picture: Any) -> None:
+def test_the_better_policy_has_the_better_figures(ours_tenth: Any, picture: Any) -> None:
     """On a model that was trained to attend in prefill to what its answer needs."""
     masses = {}
     for policy in ("vlcache", "random"):
-        mass = ask(ours_tenth, picture(8101, 24, 24), kv_policy=policy, kv_report="recall").report["recall"]
+        mass = ask(ours_tenth, picture(8101, 24, 24), kv_policy=policy, kv_report="attention").report["attention"]
         masses[policy] = sum(mass["attention_mass"]) / len(mass["attention_mass"])
     assert masses["random"] < 0.6 < 0.8 < masses["vlcache"]
 
@@ -60,12 +62,12 @@ def test_as_transformers_attends(ours_tenth: Any, picture: Any, policy: str) -> 
     listed = ask(ours_tenth, drawn, max_tokens=1, kv_policy=policy, kv_report="positions", kv_budget=0.15).report
     for layer, positions in enumerate(listed["kept_positions"]):
         kept[layer, positions] = True
-    report = ask(ours_tenth, drawn, max_tokens=2, kv_policy=policy, kv_report="recall", kv_budget=0.15).report
+    report = ask(ours_tenth, drawn, max_tokens=2, kv_policy=policy, kv_report="attention", kv_budget=0.15).report
     assert report["kept_tokens_per_layer"] == kept.sum(1).tolist()
-    recall = report["recall"]
-    assert recall["steps"] == 1
-    assert recall["attention_mass"] == pytest.approx((1 - (row * ~kept).sum(1)).tolist(), abs=1e-3)
-    for layer, hits in enumerate(recall["cache_hit_rate"]):
+    measured = report["attention"]
+    assert measured["steps"] == 1
+    assert measured["attention_mass"] == pytest.approx((1 - (row * ~kept).sum(1)).tolist(), abs=1e-3)
+    for layer, hits in enumerate(measured["cache_hit_rate"]):
         k = int(kept[layer].sum())
         expected = int(kept[layer, row[layer].topk(k).indices].sum())
         assert abs(hits * k - expected) <= 1.01  # two tokens of equal attention to rounding may change places
@@ -79,12 +81,12 @@ def test_together_with_others(ours_tenth: Any, picture: Any, an_ask: Any) -> Non
         options = {"max_tokens": 6, "custom_params": params, "return_meta_info": True, "cache_salt": f"own {question}"}
         return an_ask(drawn.questions[question].text, (drawn.image,), options)
 
-    asks = [the(0, kv_report="recall"), the(1), the(2, kv_report="recall", kv_policy="snapkv"), the(3)]
+    asks = [the(0, kv_report="attention"), the(1), the(2, kv_report="attention", kv_policy="snapkv"), the(3)]
     alone = [server.ask_all([one])[0] for one in asks]
     server.flush()
     for together, single in zip(server.ask_together(asks), alone, strict=True):
         assert together.text == single.text
-        ours, theirs = dict(together.report).pop("recall", None), dict(single.report).pop("recall", None)
+        ours, theirs = dict(together.report).pop("attention", None), dict(single.report).pop("attention", None)
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours["steps"] == theirs["steps"] > 0
@@ -95,9 +97,9 @@ def test_together_with_others(ours_tenth: Any, picture: Any, an_ask: Any) -> Non
 def test_a_stream_cannot_carry_it(ours_tenth: Any, picture: Any) -> None:
     drawn = picture(8104, 8, 10)
     with pytest.raises(openai.APIError, match="ask without stream"):
-        ours_tenth.ask(drawn.questions[0].text, drawn.image, stream=True, custom_params={"kv_report": "recall"})
+        ours_tenth.ask(drawn.questions[0].text, drawn.image, stream=True, custom_params={"kv_report": "attention"})
     ours_tenth.assert_alive()
 
 
 def test_nothing_to_measure_at_full_budget(ours_tenth: Any, picture: Any) -> None:
-    assert ask(ours_tenth, picture(8104, 16, 16), kv_budget=1.0, kv_report="recall").report == {"skipped": "budget"}
+    assert ask(ours_tenth, picture(8104, 16, 16), kv_budget=1.0, kv_report="attention").report == {"skipped": "budget"}
