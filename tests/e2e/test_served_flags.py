@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 import zmq
 from safetensors.torch import save_file
 
-from vlcache_sgl.client.client import data_url
-from vlcache_sgl.client.server import free_port
+from vlcache_sgl.client.client import Client, data_url
+from vlcache_sgl.client.server import ServerProcess, free_port
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 BUNDLED = Path(__file__).parents[2] / "models/tinyvlm/grounded"
@@ -91,6 +92,40 @@ def test_a_flag(servers: Any, forked_servers: Any, picture: Any, an_ask: Any, na
     # Workers of uvicorn are started anew by it, not forked.
     pool = servers if name == "several tokenizers" else forked_servers
     serves(pool.get(*POLICY, *FLAGS[name]), picture, an_ask, shares=name not in ("no prefix cache", "two copies"))
+
+
+@pytest.mark.slow
+def test_a_language_model_beside_an_encoder(picture: Any) -> None:
+    """What the encoder has made of an image is compressed like what a server makes itself."""
+    common = ("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle")
+    common += ("--encoder-transfer-backend", "zmq_to_tokenizer")
+    encoder = ServerProcess(BUNDLED, [*common, "--encoder-only"])
+    encoder.launch()
+    try:
+        flags = (*POLICY, *common, "--enable-cache-report", "--language-only", "--encoder-urls", encoder.url)
+        with ServerProcess(BUNDLED, flags) as language:
+            wait_for_encoder(encoder)
+            client, drawn = Client(language.openai_url), picture(8590, 16, 16)
+            first, second = (
+                client.ask(question.text, drawn.image, max_tokens=4, return_meta_info=True)
+                for question in drawn.questions[:2]
+            )
+            assert (first.report["policy"], first.report["front_tokens"]) == ("vlcache", 4)
+            assert first.report["ratio"] < 0.2
+            assert second.cached_tokens >= 256
+            assert language.kv_policy()["integrity"] == []
+    finally:
+        encoder.stop()
+
+
+def wait_for_encoder(encoder: ServerProcess) -> None:
+    for _ in range(120):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{encoder.url}/health", timeout=10).status_code == 200:
+                return
+        assert encoder.running, encoder.log_tail()
+        time.sleep(1)
+    raise AssertionError(encoder.log_tail())
 
 
 # -- one server for many ----------------------------------------------------------------------------------------------
