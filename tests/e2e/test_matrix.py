@@ -6,6 +6,10 @@ forked from one process that has imported SGLang.
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.models.make_tiny import make_tiny
 from models.matrix import read_rows
 from models.tiny import glm, internvl, llava, ocr, pixtral, qwen
 from models.tiny.checkpoint import LAYERS
+from vlcache_sgl.client.client import data_url
+from vlcache_sgl.client.server import ServerError
 
 FILE = "tests/e2e/test_matrix.py"
 COMMON = (
@@ -178,3 +185,54 @@ def test_a_second_question_shares(forked_servers: Any, checkpoint: Any, name: st
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
+
+
+def sound(seconds: float) -> str:
+    """A URL of a tone with noise."""
+    rate = 16000
+    time = np.arange(int(rate * seconds))
+    wave_form = np.sin(0.05 * time) * 8000 + np.random.default_rng(1).integers(-2000, 2000, time.size)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(rate)
+        writer.writeframes(wave_form.astype("<i2").tobytes())
+    return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_audio_is_not_vision(forked_servers: Any, checkpoint: Any) -> None:
+    server, case = served(forked_servers, checkpoint, "qwen3_omni", *TENTH), MODELS["qwen3_omni"]
+    audio = {"type": "audio_url", "audio_url": {"url": sound(6.0)}}
+    image = {"type": "image_url", "image_url": {"url": data_url(picture(case.sizes[0], 9))}}
+    question = {"type": "text", "text": QUESTIONS[0]}
+
+    def ask(*content: dict[str, Any]) -> Any:
+        told = {"custom_params": {"kv_report": "positions"}, "return_meta_info": True}
+        return server.ask({"role": "user", "content": list(content)}, max_tokens=4, **told)
+
+    silent, alone = ask(question), ask(audio, question)
+    assert alone.prompt_tokens > silent.prompt_tokens + 50
+    assert alone.report == {"skipped": "scope"}
+    (run,) = ask(audio, image, question).report["vision"]
+    assert (run["modality"], run["end"] - run["begin"]) == ("image", case.runs[0][0])
+    assert run["begin"] > 50  # the sound comes first, and stays whole
+    server.assert_alive()
+
+
+def test_a_layer_that_only_the_loaded_model_tells_of(forked_servers: Any, tmp_path: Path) -> None:
+    """A checkpoint whose attention is not causal: its layer is named, in one line, and the exit code is 2."""
+    model = make_tiny("qwen3_5", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["is_causal"] = False
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ServerError) as refusal:
+        forked_servers.get(*TENTH, model=model, common=COMMON)
+    said = str(refusal.value)
+    assert "exited with code 2" in said
+    (line,) = [line for line in said.splitlines() if "does not support layer" in line]
+    assert line.startswith("sglang serve: error: ")
+    assert "layers.1." in line  # the first one with attention
+    assert "attention of kind encoder_only" in line
+    assert "Traceback" not in said
