@@ -69,7 +69,7 @@ REFUSED = {
     "hierarchical cache": (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache"]),
     "PD disaggregation": (("--disaggregation-mode", "prefill"), ["--disaggregation-mode"]),
     "speculative decoding": (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm"]),
-    "quantized KV": (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype"]),
+    "quantized KV": (("--kv-cache-dtype", "mxfp8"), ["--kv-cache-dtype"]),
 }
 """Architecture, section 4, rule 10: what is not served compressed is refused, naming flag and reason."""
 
