@@ -96,10 +96,9 @@ class Arena:
         if self.cells.dtype in FP8:
             self.scales[planes.start // self.groups] = scales
 
-    def write(self, planes: slice, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store `k` and `v` `[tokens, kv_heads, head_dim]` in `cells` `[groups, tokens]` of the layer of `planes`."""
+    def write(self, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales = UNSCALED) -> None:
+        """Store `k` and `v` `[tokens, kv_heads, head_dim]` in `cells` `[groups, tokens]` of a layer with `scales`."""
         shape = (k.shape[0], self.groups, self.heads_per_cell, self.head_dim)
-        scales = self.scales_of(planes)
         for half, numbers, scale in ((0, k, scales.key), (1, v, scales.value)):
             stored = (numbers if scale == 1.0 else numbers / scale).to(self.cells.dtype)
             self.raw[:, half][cells] = as_bytes(stored).view(shape).transpose(0, 1)

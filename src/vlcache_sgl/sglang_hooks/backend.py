@@ -276,12 +276,12 @@ class ResidencyBackend(AttentionBackend):
 
     def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         cells = self._cells[planes]
+        scales = self.arena.scales_of(planes)
         if not self.provider.on_device:
-            self.arena.write(planes, cells, keys, values)
+            self.arena.write(cells, keys, values, scales)
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens = cells.shape[1]
-        scales = self.arena.scales_of(planes)
         arena_write(
             self.arena.cells,
             keys[:tokens],
