@@ -1,9 +1,9 @@
 """A pretend CUDA device: values lie on the CPU, devices are checked, every wait of the host is logged with its line.
 
 `Tensor` claims to be on ``cuda:0``.  What PyTorch would do on a GPU decides what counts as a wait: copies to memory
-that is not pinned and copies from it, reading a number, shapes that depend on values, assigning a number through an index,
-events that have not passed.  Device work counts as unfinished until the host waits for its stream: the most that a host
-may run ahead.
+that is not pinned and copies from it, reading a number, shapes that depend on values, assigning a number through an
+index, events that have not passed.  Device work counts as unfinished until the host waits for its stream: the most that
+a host may run ahead.
 
 What it cannot show: races between streams, and anything that depends on time.
 """
