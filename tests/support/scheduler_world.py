@@ -382,7 +382,9 @@ class World:
                 keep[:] = True
             most = PLANES * int(job.host.ratio * length)
             keep &= keep.flatten().cumsum(0).view_as(keep) <= most
-            job.host.own = memory.settle(row[:length].long(), keep)  # raises when admission has let in too many
+            job.host.own = memory.settle(
+                row[:length].long(), keep, int(keep.sum())
+            )  # raises when admission has let in too many
             kept = self.arena.residency.table[:, job.host.own.private] >= 0
             assert torch.equal(kept, keep), "what is kept is not what was decided"
             row[:length] = job.host.own.private.to(row.dtype)
@@ -394,7 +396,7 @@ class World:
         eviction = self.arena.residency.evict(slots, keep)
         self.allocator.accounting.retire(eviction, event)
         if event is not None:
-            self.evictions.append((event, eviction.cells[: int(eviction.count)]))
+            self.evictions.append((event, eviction.numbers[: int(eviction.count)]))
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
         start = job.report.fields["start"]
@@ -542,9 +544,9 @@ class World:
 
     def _check_cells(self) -> None:
         allocator, residency = self.allocator, self.arena.residency
-        pending = [eviction.cells for _, eviction in allocator.accounting._pending]
+        pending = [freed.numbers[: int(freed.count)] for _, freed in residency.free._pending]
         mapped = residency.table[:, 1:]
-        everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
+        everything = torch.cat([mapped[mapped >= 0], residency.free.numbers, *pending])
         once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
         assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
         assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"

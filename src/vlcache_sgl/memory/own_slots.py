@@ -32,7 +32,7 @@ class HostShare:
     own: OwnSlots | None = None
     """Set from the end of the prefill to the moment when the prompt is published."""
     detached: bool = False
-    """Whether the prompt has been published: its request relies on slots of its own only, as one that shares nothing."""
+    """Whether the prompt has been published: its request relies on its own slots only, as one that shares nothing."""
     unwritten: bool = False
     """Whether some of the prompt did not fit host memory: then nothing of it is published."""
 

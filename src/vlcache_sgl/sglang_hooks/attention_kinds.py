@@ -38,6 +38,8 @@ def _has_untried_states(model: ModelConfig) -> bool:
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
 
     return mambaish_config(model) is not None and hybrid_gdn_config(model) is None
+
+
 def _has_no_attention(model: ModelConfig) -> bool:
     from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
