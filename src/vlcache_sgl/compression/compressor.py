@@ -14,16 +14,19 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import torch
 
 from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.recall import Recall
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.arena import merge_groups
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
 from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.residency import EVICTED
@@ -149,7 +152,7 @@ class Compressor:
         valid: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Let the chunk's rows vote in one layer.
+        """Add the statistics of the chunk's query rows in one layer.
 
         Args:
             begin: position of the chunk's first token.
@@ -187,14 +190,14 @@ class Compressor:
             return None
 
     def observe_batch(
-        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+        self, batch: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
     ) -> None:
-        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        """Add the statistics of the query rows of a batch in one layer; see `BatchScoring.observe`."""
         started = time.perf_counter()
         try:
-            voting.observe(planes, queries, scale, lse)
+            batch.observe(planes, queries, scale, lse)
         except Exception as error:
-            _give_up(voting.scorings, error)
+            _give_up(batch.scorings, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     # -- at its end -------------------------------------------------------------------------------------------------
@@ -273,11 +276,10 @@ class Compressor:
         def keys_values(layer: int) -> torch.Tensor:
             planes = arena.planes_of(layer)
             cells = arena.residency.cells_of(planes, slots)
-            both = arena.cells[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
+            both = arena.cells[cells.clamp(min=0).to(torch.int64)]
             if memory is not None and away is not None and away.numel():
                 both[:, away] = memory.host.load(planes, slots[away])
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+            return merge_groups(both)
 
         return keys_values
 
@@ -314,10 +316,15 @@ class Compressor:
         self.counters.host_ms += (time.perf_counter() - started) * 1e3
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
-        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and not job.host.settled:
-            keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
-            self._take_own(job, row, keep)
+        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back.
+
+        A prompt whose policy has failed was admitted for what the policy was to keep: it may not fit.
+        """
+        if job.host is None or job.host.settled:
+            return
+        keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
+        job.host.ratio = 1.0
+        self._take_own(job, row, keep)
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
         """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
@@ -327,9 +334,22 @@ class Compressor:
             job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
-            job.host.abort(f"the KV cache is full: {error}")
+            job.host.abort(*self._why_lost(job, error))
             return
         row[: job.asked.length] = job.host.own.private.to(row.dtype)
+
+    def _why_lost(self, job: CompressionJob, error: OutOfMemory) -> tuple[str, HTTPStatus]:
+        """What the client of a prompt is told that does not fit when its prefill has ended."""
+        if "failed" not in job.report.fields:
+            return f"the KV cache is full: {error}", HTTPStatus.INTERNAL_SERVER_ERROR
+        held = self.accounting.physical_tokens
+        why = (
+            f"the policy {job.report.fields['policy']} failed ({job.report.fields['failed']}), and the prompt of "
+            f"{job.asked.length} tokens does not fit the KV cache without it: it holds {held} uncompressed"
+        )
+        if longest_answer(job.asked.length, 1, held):
+            return f"{why}, and others use it now", HTTPStatus.SERVICE_UNAVAILABLE
+        return why, HTTPStatus.BAD_REQUEST
 
     def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         arena = self._arena
