@@ -10,6 +10,12 @@ from vlcache_sgl.memory.residency import Residency
 from vlcache_sgl.memory.scales import FP8, UNSCALED, Scales, as_bytes
 
 
+def merge_groups(cells: torch.Tensor) -> torch.Tensor:
+    """One layer's cells by head group, `[G, tokens, 2, K/G, D]`, -> by token with all heads, `[tokens, 2, K, D]`."""
+    groups, tokens, two, heads, dim = cells.shape
+    return cells.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+
 class Arena:
     """``cells[cell] = (K, V)`` for all layers; `residency` says which cell holds a token in a layer.
 
