@@ -94,6 +94,11 @@ class Network:
         self._head = weights["lm_head.weight"]
         self._blocks = [_block(weights, f"model.layers.{index}.") for index in range(self.shape.layers)]
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are."""
+        return self._embedding.shape[0]
+
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], past: States | None = None) -> tuple[torch.Tensor, States]:
         """Hidden states `[n, hidden]` behind the last layer, and the states of `tokens`, which follow `past`."""

@@ -48,7 +48,8 @@ def test_answers_without_recall_are_the_judges(judge: Judge, medium: str) -> Non
 def test_an_arm_has_a_name_of_its_own() -> None:
     parser = argparse.ArgumentParser()
     recalls.add_arguments(parser)
-    line = "--among layer head --ranks mass peak logit --beside prompt kept evicted --thresholds 0 0.1 --exact"
+    line = "--among layer head --ranks mass peak logit --beside prompt kept evicted"
+    line += " --thresholds 0 0.1 --sketches signs keys"
     arms = recalls.arms_of(parser.parse_args(line.split()))
     assert len(arms) == 2 * 6 * 2 * 5 * 2 * 3 * 3 * 2 * 2
     assert len({arm.name for arm in arms}) == len(arms)
