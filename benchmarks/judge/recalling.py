@@ -24,7 +24,7 @@ Beside = Literal["prompt", "kept", "evicted"]
 """What a probability is normalised over: all the prompt by the sketch, the evicted tokens by the sketch and the kept
 ones exactly, or the evicted tokens alone."""
 SketchName = Literal["signs", "random", "text", "keys"]
-"""Signs, coordinates fitted to the model on random tokens or on a text, or the keys themselves: no sketch betters these."""
+"""Signs, coordinates fitted to the model on random tokens or on a text, or the keys themselves, as a bound."""
 FITTED = 1024
 """Tokens of what a basis is fitted on."""
 

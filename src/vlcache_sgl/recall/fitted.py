@@ -23,6 +23,8 @@ OFFSETS, REACH = 64, 4096
 """Offsets of the position over which moments are averaged, and the largest, in tokens."""
 RIDGE = 1e-4
 """Added to the queries' moment, in parts of its mean diagonal: directions that no query had still count a little."""
+TINY = 1e-12
+"""A head that is never used has no moments."""
 LEVELS_4 = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0691, 2.7326)
 LEVELS_2 = (0.4528, 1.5104)
 """Positive levels to which a Gaussian of unit variance is quantised with the least squared error (Max 1960)."""
@@ -76,7 +78,7 @@ def spread(seen: Moments, rotary: Rotary, reach: int = REACH) -> Moments:
 def fit(seen: Moments) -> Basis:
     """The basis whose first coordinates hold most of the logits' variance."""
     keys, queries = (part.double() for part in seen)
-    size = queries.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    size = queries.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=TINY)[:, None, None]
     eye = torch.eye(keys.shape[-1], dtype=torch.float64, device=keys.device)
     values, vectors = torch.linalg.eigh(queries + RIDGE * size * eye)
     root = (vectors * values.sqrt()[:, None]) @ vectors.mT
@@ -84,7 +86,7 @@ def fit(seen: Moments) -> Basis:
     variance, turn = torch.linalg.eigh(root @ keys @ root)
     used = sum(coordinates(keys.shape[-1]))
     variance, turn = variance.flip(1)[:, :used], turn.flip(2)[..., :used]
-    deviation = variance.clamp(min=1e-12 * variance[:, :1]).sqrt()[:, None]
+    deviation = variance.clamp(min=TINY**2).sqrt()[:, None]
     return Basis((root @ turn / deviation).float(), (back @ turn * deviation).float())
 
 
