@@ -13,7 +13,7 @@ from vlcache_sgl.recall.fitted import FittedSketch, Moments, fit, moments, sprea
 from vlcache_sgl.recall.sketch import KeySketch
 
 from .cases import CaseMaker
-from .network import Network, States
+from .network import Network, Recalled, States
 
 Among = Literal["layer", "head"]
 """Whether a layer's KV heads fetch the same tokens or each its own."""
@@ -86,6 +86,9 @@ class Rule:
     """A layer fetches nothing while the largest share of attention that any of its heads misses, by the sketch, is
     below it."""
 
+    rest: bool = False
+    """What is neither kept nor recalled counts by the sketch: its mass, and the evicted tokens' mean value."""
+
     @property
     def name(self) -> str:
         """Short and unique: ``64``, ``64 head peak``."""
@@ -93,8 +96,9 @@ class Rule:
         parts += [
             str(value)
             for name, value in vars(self).items()
-            if name not in ("tokens", "threshold") and value != getattr(DEFAULT, name)
+            if name not in ("tokens", "threshold", "rest") and value != getattr(DEFAULT, name)
         ]
+        parts += ["rest"] * self.rest
         parts += [f"over {self.threshold:g}"] if self.threshold else []
         return " ".join(parts)
 
@@ -131,7 +135,7 @@ class Recalling:
     ) -> None:
         self._rule = rule
         self._keep = keep
-        self._keys = states.keys
+        self._keys, self._values = states.keys, states.values
         self._tokens = torch.tensor(tokens)
         self._most = min(int(self._tokens.max()), states.length)
         self._sketches = sketches
@@ -141,7 +145,7 @@ class Recalling:
         self.chosen: list[torch.Tensor] = []
         self._needy: list[torch.Tensor] = []
 
-    def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, rows: torch.Tensor) -> Recalled:
         """See `network.Recall`."""
         rule = self._rule
         kept = self._keep[layer].transpose(0, 1)  # [K, C, n]
@@ -162,7 +166,12 @@ class Recalling:
         if self._remember:
             self.chosen.append(best[0])
         wanted = (wanted & needy[..., None]).expand(best.shape)
-        return torch.zeros(by_head.shape, dtype=torch.bool).scatter_(-1, best, wanted)
+        back = torch.zeros(by_head.shape, dtype=torch.bool).scatter_(-1, best, wanted)
+        if not rule.rest:
+            return Recalled(back)
+        others = logits.masked_fill(hidden | back[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+        weights = (~kept).float() / (~kept).sum(-1, keepdim=True).clamp(min=1)
+        return Recalled(back, others, (weights @ self._values[layer])[:, :, None, None])
 
     @property
     def fetched(self) -> torch.Tensor:

@@ -189,6 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beside", nargs="+", choices=("prompt", "kept", "evicted"), default=("prompt",))
     parser.add_argument("--thresholds", nargs="+", type=float, default=(0.0,))
     parser.add_argument("--sketches", nargs="+", choices=get_args(SketchName), default=(DEFAULT.sketch,))
+    parser.add_argument("--rest", action="store_true", help="count what does not come back by the sketch")
     parser.add_argument("--answers", type=Path, default=ANSWERS, help="file of answers to go on with")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ for everything, out/ for less")
     parser.add_argument("--page", action="store_true", help="ask nothing, write the page again")
@@ -197,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def arms_of(arguments: argparse.Namespace) -> list[Arm]:
     """Everything that is asked of each case."""
     rules = [
-        Rule(tokens, among, rank, beside, sketch, threshold)
+        Rule(tokens, among, rank, beside, sketch, threshold, arguments.rest)
         for sketch, among, rank, beside, threshold, tokens in itertools.product(
             arguments.sketches,
             arguments.among,

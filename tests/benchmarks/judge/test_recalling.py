@@ -73,7 +73,7 @@ def test_what_comes_back_is_evicted_and_ranked(states: States, sketches: Found, 
     keep = kept(0.3)
     recalling = Recalling(states, keep, rule, [3, 7], sketches[rule.sketch])
     rows = torch.randn(2, 2, 3, 4, 16, generator=torch.Generator().manual_seed(3))  # [K, C, g, t, D]
-    found = recalling(1, rows)
+    found = recalling(1, rows).seen
     for condition, count in enumerate([3, 7]):
         mine = keep[1, condition]  # [K, n]
         for row in range(4):
@@ -100,7 +100,23 @@ def test_a_layer_that_misses_less_than_the_threshold_fetches_nothing(states: Sta
     missing = shares.masked_fill(keep[0].transpose(0, 1)[:, :, None, None], 0).sum(-1).amax((0, 2))  # [C, t]
     threshold = float(missing.median())
     recalling = Recalling(states, keep, Rule(0, threshold=threshold), [5, 5], sketches["signs"])
-    found = recalling(0, rows)
+    found = recalling(0, rows).seen
     assert torch.equal(found.any(-1).any(0), missing >= threshold)
     assert torch.equal(recalling.fetched, (missing >= threshold).float().mean(-1))
     assert 0 < float(recalling.fetched.mean()) < 1
+
+
+def test_the_rest_counts_with_its_mass_and_mean_value(network: Network, states: States, sketches: Found) -> None:
+    """By the keys themselves, with one value for all tokens, any recall is the full cache."""
+    same = States(
+        states.queries, states.keys, states.values.mean(2, keepdim=True).expand_as(states.values).contiguous()
+    )
+    everything = torch.ones(3, 1, 2, PROMPT, dtype=torch.bool)
+    full = network.follow(TOKENS[PROMPT:], Past(same, everything))
+    keep = kept(0.3)
+    rule = Rule(0, sketch="keys", rest=True)
+    recall = Recalling(same, keep, rule, [0, 9], sketches["keys"])
+    found = network.follow(TOKENS[PROMPT:], Past(same, keep), recall)
+    torch.testing.assert_close(found, full.expand_as(found), rtol=1e-4, atol=1e-4)
+    without = Recalling(same, keep, Rule(0, sketch="keys"), [0, 9], sketches["keys"])
+    assert not torch.allclose(network.follow(TOKENS[PROMPT:], Past(same, keep), without), full, rtol=1e-2, atol=1e-2)
