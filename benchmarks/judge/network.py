@@ -150,9 +150,8 @@ class Network:
             own_k, own_v = (part.view(conditions, count, kv_heads, dim).permute(2, 0, 1, 3) for part in (k, v))
             old = torch.bmm(rows, past.states.keys[index].transpose(1, 2)).view(kv_heads, conditions, -1, length)
             seen = past.keep[index].transpose(0, 1)[:, :, None]  # [K, C, 1, n]
-            back = (
-                Recalled(seen) if recall is None else recall(index, rows.view(kv_heads, conditions, group, count, dim))
-            )
+            by_token = rows.view(kv_heads, conditions, group, count, dim)
+            back = Recalled(seen) if recall is None else recall(index, by_token)
             seen = seen | back.seen
             split = old.view(kv_heads, conditions, group, count, length)
             split.masked_fill_(~seen[:, :, None], -torch.inf)
