@@ -150,7 +150,7 @@ class HostMemory:
         candidates = self.recall.candidates(slots, keep)
         places = self.recall.places(candidates, tokens)
         own = self.settle(slots, keep | places, kept + tokens * len(keep))
-        return own, self.recall.begin(own, candidates, places)
+        return own, self.recall.begin(own, candidates, places, tokens)
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
         self._accounting.evict(slots, keep)

@@ -26,6 +26,7 @@ from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
 from vlcache_sgl.sglang_hooks.arena import arena_of, scales_of
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
+from vlcache_sgl.streams import to_device
 
 
 class ResidencyBackend(AttentionBackend):
@@ -67,6 +68,7 @@ class ResidencyBackend(AttentionBackend):
         self._watched: list[tuple[int, Measured, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
+        self._area_rows = torch.empty(0, dtype=torch.int64)
         self.areas: list[tuple[int, RecallArea]] = []
         """Of requests of the forward that runs now which decode and get evicted tokens back, with the rows of their
         tokens in it."""
@@ -105,8 +107,9 @@ class ResidencyBackend(AttentionBackend):
             self._numbers = torch.arange(slots.numel(), device=slots.device)
         self._batch_scoring = None
         self._watched = []
-        for _, area in self.areas:
-            self._recall.step(area)
+        if self.areas:
+            self._recall.step([area for _, area in self.areas])
+            self._area_rows = to_device(torch.tensor([row for row, _ in self.areas]), self.arena.device)
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
             self._plan_watched(forward_batch)
@@ -180,8 +183,8 @@ class ResidencyBackend(AttentionBackend):
 
     def _refresh_areas(self, planes: slice, queries: torch.Tensor, scale: float) -> None:
         """Bring back what one layer needs for `queries` `[rows, H, D]`."""
-        for row, area in self.areas:
-            self._recall.refresh(area, planes, queries[row], scale)
+        if self.areas:
+            self._recall.refresh(planes, queries.index_select(0, self._area_rows), scale)
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
