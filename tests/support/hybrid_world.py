@@ -6,6 +6,7 @@ A state is one number: which tokens it has seen.  Who goes on from a state that 
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ class HybridWorld(World):
     def __init__(self, *, buffer: bool, states: int = STATES_PER_REQUEST * RUNNING, **world: Any) -> None:
         self.buffer, self.states = buffer, states
         super().__init__(**world)
+        self.choice = replace(self.choice, share="policy")
 
     def _make_rows(self, max_context_len: int) -> HybridReqToTokenPool:
         shape = Mamba2StateShape.create(
