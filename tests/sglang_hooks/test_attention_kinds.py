@@ -21,14 +21,15 @@ from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
 REFUSED = {
     "cohere2_vision": "sliding-window",
+    "gemma3": "sliding-window",
     "gemma3n": "sliding-window",
+    "gemma4": "sliding-window",
     "kimi_k25": "MLA",
     "kimi_k3": "MLA",
     "kimi_vl": "MLA",
     "llama4": "chunked attention",
     "minimax_m3": "sparse attention",
     "mllama": "cross-attention",
-    "nemotron": "state-space",
     "step3p7": "sliding-window",
 }
 

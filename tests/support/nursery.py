@@ -1,4 +1,4 @@
-"""Servers that are forked from one process that has imported SGLang: see `server_nursery.py`, which that process runs."""
+"""Servers that are forked from one process that has imported SGLang: it runs `server_nursery.py`, which says how."""
 
 from __future__ import annotations
 

@@ -40,6 +40,12 @@ def _has_untried_states(model: ModelConfig) -> bool:
     return mambaish_config(model) is not None and hybrid_gdn_config(model) is None
 
 
+def _has_no_attention(model: ModelConfig) -> bool:
+    from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
+
+    return not kv_layers(model)
+
+
 def _has_sliding_layers(model: ModelConfig) -> bool:
     text = model.hf_text_config
     named = any("sliding" in str(kind) for kind in getattr(text, "layer_types", None) or ())
@@ -52,6 +58,7 @@ _UNSERVED_MODELS: tuple[tuple[Callable[[ModelConfig], Any], str], ...] = (
     (lambda model: model.is_encoder_decoder, "cross-attention: those layers read tokens of an encoder"),
     (lambda model: model.attention_chunk_size, "chunked attention: those layers already drop tokens"),
     (_has_untried_states, "state-space layers, or linear attention that is not Gated DeltaNet: nobody has tried them"),
+    (_has_no_attention, "models without layers of attention: there is no KV cache to compress"),
     (_has_sliding_layers, "sliding-window attention: those layers already drop tokens"),
     (lambda model: model.has_attention_sinks, "attention sinks: weights that are no token's take part in the softmax"),
     (lambda model: model.has_asymmetric_kv, "keys and values of different width: they have no common cell"),

@@ -33,7 +33,7 @@ class ResidencyBackend(AttentionBackend):
 
     Args:
         model_runner: SGLang's.
-        compressor: is shown the queries of rows that vote.
+        compressor: is shown the queries of the rows that policies ask for.
         provider: the kernels to use, by the name of the backend of SGLang whose place this one takes.
         num_heads: query heads of this rank.
     """
@@ -63,7 +63,7 @@ class ResidencyBackend(AttentionBackend):
         self._graph_cells = self._graph_numbers = torch.empty(0)
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
-        self._voting: BatchScoring | None = None
+        self._batch_scoring: BatchScoring | None = None
         self._watched: list[tuple[int, Measured, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
@@ -103,7 +103,7 @@ class ResidencyBackend(AttentionBackend):
         if self.provider.on_device:
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
-        self._voting = None
+        self._batch_scoring = None
         self._watched = []
         for _, area in self.areas:
             self._recall.step(area)
@@ -141,17 +141,17 @@ class ResidencyBackend(AttentionBackend):
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
         ):
-            votes = (
+            observed = (
                 job is not None
                 and job.progress.scoring is not None
                 and job.progress.scoring.rows_in(begin, begin + count)
             )
-            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
-            self._observed.append(job if votes else None)
+            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), observed))
+            self._observed.append(job if observed else None)
             first += count
         self._requests = tuple(requests)
-        if self.provider.on_device and any(request.votes for request in requests):
-            self._voting = self.compressor.plan_batch(
+        if self.provider.on_device and any(request.observed for request in requests):
+            self._batch_scoring = self.compressor.plan_batch(
                 self._memory, self._requests, [None if job is None else job.progress.scoring for job in self._observed]
             )
         self.provider.plan_extend(
@@ -160,7 +160,7 @@ class ResidencyBackend(AttentionBackend):
                 forward_batch.req_pool_indices,
                 forward_batch.extend_prefix_lens,
                 forward_batch.seq_lens,
-                want_lse=self._voting is not None and self._voting.takes_lse,
+                want_lse=self._batch_scoring is not None and self._batch_scoring.takes_lse,
             )
         )
 
@@ -247,8 +247,8 @@ class ResidencyBackend(AttentionBackend):
             self.compressor.host.staging.fill(planes)
         self._refresh_areas(planes, queries, layer.scaling)
         output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
-        if self._voting is not None:
-            self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
+        if self._batch_scoring is not None:
+            self.compressor.observe_batch(self._batch_scoring, planes, queries, layer.scaling, lse)
         return output.view(q.shape[0], -1)
 
     def forward_decode(
@@ -276,12 +276,12 @@ class ResidencyBackend(AttentionBackend):
 
     def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         cells = self._cells[planes]
+        scales = self.arena.scales_of(planes)
         if not self.provider.on_device:
-            self.arena.write(planes, cells, keys, values)
+            self.arena.write(cells, keys, values, scales)
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens = cells.shape[1]
-        scales = self.arena.scales_of(planes)
         arena_write(
             self.arena.cells,
             keys[:tokens],

@@ -64,8 +64,7 @@ class ModelStart:
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp()
-        model = model_runner.model_config
-        pool = arena_of(model_runner.token_to_kv_pool)
+        model, pool = model_runner.model_config, arena_of(model_runner.token_to_kv_pool)
         prompt = Prompt(
             length=0,
             start=0,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlcache_sgl.config import ConfigError
+from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.sglang_hooks.facades import Scheduler, ServerArgs, Tokenizers
 from vlcache_sgl.sglang_hooks.flags import REFUSED, add_flags, engine_arguments, is_server, read_command_line, refuse
 from vlcache_sgl.sglang_hooks.patching import Patches, PatchPoint
@@ -35,7 +36,7 @@ def start_scheduler(
         original(scheduler, server_args, *args, **kwargs)
         patches.verify()
         session.check_started(scheduler)
-    except ConfigError as error:
+    except (ConfigError, PolicyError) as error:
         # What the user can change is one line; SGLang would print the path to it through its own source.
         refuse(error)
 
