@@ -29,7 +29,8 @@ class HybridWorld(World):
     """One scheduler of a hybrid.
 
     Args:
-        buffer: whether SGLang keeps states in the middle of chunks (``extra_buffer``), as its settings must say.
+        buffer: whether SGLang keeps states in the middle of chunks (``extra_buffer``), as its settings must say, and
+            may schedule ahead of results.
         world: as of `World`.
     """
 
@@ -54,7 +55,7 @@ class HybridWorld(World):
             cache_params=Mamba2CacheParams(shape=shape, layers=[0]),
             mamba_layer_ids=[0],
             enable_mamba_extra_buffer=self.buffer,
-            enable_overlap_schedule=False,
+            enable_overlap_schedule=self.buffer,
         )
 
     def _components(self) -> dict[str, Any]:
@@ -70,7 +71,8 @@ class HybridWorld(World):
 
     def _mark(self, req: Req, end: int) -> float:
         """What a state has seen, a whole number that float32 holds exactly."""
-        return float(zlib.crc32(repr((req.extra_key, self._tokens(req)[:end])).encode()) % 2**24)
+        tokens = [*req.origin_input_ids, *req.output_ids]
+        return float(zlib.crc32(repr((req.extra_key, tokens[:end])).encode()) % 2**24)
 
     def _before_rows(self, reqs: list[Req]) -> None:
         ensure_mamba_capacity(self.rows, reqs, self.tree)
