@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.models.make_tiny import make_tiny
 from models.matrix import read_rows
-from models.tiny import glm, internvl, llava, ocr, pixtral, qwen
+from models.tiny import glm, internvl, llava, minicpm, ocr, pixtral, qwen
 from models.tiny.checkpoint import LAYERS
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerError
@@ -78,8 +78,12 @@ MODELS: dict[str, Case] = {
     "internvl_chat": Case(
         internvl.internvl_chat, ((896, 896), (448, 896)), ((320,), (192,)), flags=("--trust-remote-code",)
     ),
-    "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (200,))),
-    "smolvlm": Case(llava.smolvlm, ((336, 336), (112, 336)), ((16,) * 10, (16,) * 4)),
+    # One view of 64 tokens, then the tiles, each row of them ended by a token of its own.
+    "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (208,))),
+    # A view of 64 tokens, and two of the halves of a picture that is wider than high.
+    "minicpmv4_5": Case(
+        minicpm.minicpmv4_5, ((672, 448), (448, 448)), ((64,) * 3, (64,)), flags=("--trust-remote-code",)
+    ),
 }
 DEFAULT_RUN = ("glm4v", "internvl_hf", "qwen3_vl_moe")
 """What `make test` serves as well: M-RoPE, tiles, experts with deep stacking."""
