@@ -17,6 +17,7 @@ SIZES = {
 LATENT = {**SIZES, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 SPARSE = {**SIZES, "sparse_attention_config": {"sparse_attention_freq": [0, 1, 1, 1]}}
 SLIDING = {**SIZES, "layer_types": ["sliding_attention", "full_attention"] * 2}
+HYBRID = {"model_type": "qwen3_5_text", "full_attention_interval": 4}
 
 DESCRIBED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2_vision": ("cohere2_vision", "Cohere2VisionForConditionalGeneration", {}),
@@ -27,11 +28,11 @@ DESCRIBED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "kimi_k3": ("kimi_k3", "KimiK3ForConditionalGeneration", {"text_config": LATENT}),
     "kimi_vl": ("kimi_vl", "KimiVLForConditionalGeneration", {}),
     "llama4": ("llama4", "Llama4ForConditionalGeneration", {}),
-    "minicpmv4_6": ("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration", {}),
+    "minicpmv4_6": ("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration", {"text_config": HYBRID}),
     "minimax_m3": ("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", {"text_config": SPARSE}),
     "mllama": ("mllama", "MllamaForConditionalGeneration", {}),
     "nemotron": ("NemotronH_Nano_VL_V2", "NemotronH_Nano_VL_V2", {}),
-    "qwen3_5": ("qwen3_5", "Qwen3_5ForConditionalGeneration", {}),
+    "qwen3_5": ("qwen3_5", "Qwen3_5ForConditionalGeneration", {"text_config": HYBRID}),
     "step3p7": ("step3p7", "Step3p7ForConditionalGeneration", {"text_config": SLIDING}),
 }
 """Model type, architecture and what its configuration says beside the defaults."""

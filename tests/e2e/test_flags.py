@@ -70,7 +70,7 @@ REFUSED = {
     "hierarchical cache": (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache"]),
     "PD disaggregation": (("--disaggregation-mode", "prefill"), ["--disaggregation-mode"]),
     "speculative decoding": (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm"]),
-    "quantized KV": (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype"]),
+    "quantized KV": (("--kv-cache-dtype", "mxfp8"), ["--kv-cache-dtype"]),
     "attention over data": (("--attn-dp-size", "2", "--tp-size", "2"), ["--attn-dp-size 2"]),
     "attention over data, by its old name": (("--enable-dp-attention",), ["--enable-dp-attention:"]),
     "canary": (("--kv-canary", "raise"), ["--kv-canary raise"]),

@@ -24,9 +24,11 @@ from triton.runtime.jit import JITFunction
 from vlcache_kernels.arena_write.triton import arena_write
 from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
+from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
+from vlcache_kernels.sketch_scores.triton import sketch_scores
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -36,6 +38,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -132,6 +135,16 @@ def writes(head_dim: int, dtype: torch.dtype, stored: torch.dtype | None = None)
         arena_write(arena, keys, keys, slots, residency, scale, scale)
 
 
+def copies(head_dim: int, dtype: torch.dtype) -> None:
+    cells, numbers = torch.zeros(2, 4, 2, 8, head_dim, dtype=dtype), torch.zeros(2, 64, dtype=torch.int32)
+    copy_cells(cells, numbers, cells, numbers)
+
+
+def sketches(head_dim: int) -> None:
+    codes = torch.zeros(9, 4, head_dim // 8 + 2, dtype=torch.uint8)
+    sketch_scores(torch.zeros(2, 28, head_dim), codes, torch.zeros(2, 64, dtype=torch.int64))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="all head dims, types, row counts and statistics")
@@ -148,12 +161,15 @@ def main() -> None:
     for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
+    copies(128, torch.bfloat16)
+    sketches(128)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):
                 for rows, heads, kv_heads in ((1, 1, 1), (50, 32, 8), (512, 32, 2)):
                     statistics(rows, heads, kv_heads, head_dim, dtype, everything)
                 writes(head_dim, dtype)
+                copies(head_dim, dtype)
         for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
             for dtype in (torch.bfloat16, torch.float16):
                 for head_dim in (64, 80, 128, 256):

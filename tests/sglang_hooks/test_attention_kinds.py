@@ -17,6 +17,7 @@ from vlcache_sgl.config import ConfigError
 from vlcache_sgl.sglang_hooks.attention_kinds import attention_layers, refuse_layers, resolved_model, unsupported_model
 from vlcache_sgl.sglang_hooks.compat import _UNSUPPORTED_ARGUMENTS, unsupported_arguments, unsupported_configuration
 from vlcache_sgl.sglang_hooks.flags import attach_config
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
 REFUSED = {
     "cohere2_vision": "sliding-window",
@@ -45,7 +46,20 @@ def test_a_family_is_refused_by_its_description(tmp_path: Path, name: str, kind:
     assert kind in " ".join(unsupported_model(model))
 
 
-@pytest.mark.parametrize("name", ["llama4", "kimi_vl", "minimax_m3", "mllama", "step3p7"])
+@pytest.mark.parametrize("name", ["qwen3_5", "minicpmv4_6"])
+def test_gated_delta_nets_are_served(tmp_path: Path, name: str) -> None:
+    server_args = ServerArgs(model_path=str(describe(name, tmp_path)))
+    # SGLang 0.5.23 does not list MiniCPM-V 4.6 among the models that read images.
+    attach_config(server_args, {"kv_policy": "vlcache", "kv_scope": "all"})
+    model = resolved_model(server_args)
+    assert model is not None
+    assert list(unsupported_model(model)) == []
+    layers = kv_layers(model)
+    assert len(layers) == model.num_attention_layers // 4
+    assert layers[0] == 3
+
+
+@pytest.mark.parametrize("name", ["llama4", "kimi_vl", "minimax_m3", "mllama", "nemotron", "step3p7"])
 def test_what_is_stored_tells_vlcache_plan_the_same(tmp_path: Path, name: str) -> None:
     config = json.loads((describe(name, tmp_path) / "config.json").read_text())
     assert next(unsupported_configuration(config), None) is not None

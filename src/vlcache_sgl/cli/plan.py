@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = table_console(_WIDTH)
     try:
         model = read_model(arguments.model)
-        shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells)
+        shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells, arguments.kv_cache_dtype)
         states = state_shape_of(model, arguments.dtype, arguments.tp)
         stock_tokens, state_slots = _memory(arguments, shape, states)
         rows = plan(arguments, shape, stock_tokens, state_slots)
@@ -320,7 +320,7 @@ def _text_part(config: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool) -> KVShape:
+def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool, kv_cache_dtype: str = "auto") -> KVShape:
     """What the model stores per token on one of `tp` ranks.
 
     Raises:
@@ -337,7 +337,8 @@ def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool) -> KV
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise PlanError(f"{heads} attention heads and {kv_heads} KV heads cannot be divided over --tp {tp}")
     mine = max(1, kv_heads // tp)
-    return KVShape(layers, mine, head_dim, _element_bytes(dtype), groups=mine if head_cells else 1)
+    stored = {"auto": _element_bytes(dtype), "bf16": 2, "bfloat16": 2}.get(kv_cache_dtype, 1)
+    return KVShape(layers, mine, head_dim, stored, groups=mine if head_cells else 1)
 
 
 def state_shape_of(model: dict[str, Any], dtype: str, tp: int) -> StateShape | None:
@@ -471,6 +472,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tp", type=_positive, default=1, help="GPUs of one tensor-parallel server; default: 1")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        default="auto",
+        help="as SGLang's flag: of stored keys and values; default: auto, as --dtype",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="decode graphs cost memory on cuda")
     parser.add_argument("--overcommit", default="auto", help="as --kv-overcommit; default: auto")
     parser.add_argument("--host-memory", default="auto", help="as --kv-host-memory; default: auto, twice the KV cache")

@@ -10,6 +10,12 @@ from vlcache_sgl.memory.residency import Residency
 from vlcache_sgl.memory.scales import FP8, UNSCALED, Scales, as_bytes
 
 
+def merge_groups(cells: torch.Tensor) -> torch.Tensor:
+    """One layer's cells by head group, `[G, tokens, 2, K/G, D]`, -> by token with all heads, `[tokens, 2, K, D]`."""
+    groups, tokens, two, heads, dim = cells.shape
+    return cells.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+
 class Arena:
     """``cells[cell] = (K, V)`` for all layers; `residency` says which cell holds a token in a layer.
 
@@ -96,10 +102,9 @@ class Arena:
         if self.cells.dtype in FP8:
             self.scales[planes.start // self.groups] = scales
 
-    def write(self, planes: slice, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store `k` and `v` `[tokens, kv_heads, head_dim]` in `cells` `[groups, tokens]` of the layer of `planes`."""
+    def write(self, cells: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales = UNSCALED) -> None:
+        """Store `k` and `v` `[tokens, kv_heads, head_dim]` in `cells` `[groups, tokens]` of a layer with `scales`."""
         shape = (k.shape[0], self.groups, self.heads_per_cell, self.head_dim)
-        scales = self.scales_of(planes)
         for half, numbers, scale in ((0, k, scales.key), (1, v, scales.value)):
             stored = (numbers if scale == 1.0 else numbers / scale).to(self.cells.dtype)
             self.raw[:, half][cells] = as_bytes(stored).view(shape).transpose(0, 1)

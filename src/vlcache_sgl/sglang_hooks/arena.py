@@ -56,7 +56,7 @@ class KVArena(MHATokenToKVPool):
         slots, _, _ = unwrap_write_loc(loc_info)
         planes = self.arena.planes_of(layer.layer_id)
         self.arena.set_scales(planes, scales_of(layer))
-        self.arena.write(planes, self.arena.write_cells(slots)[planes], cache_k, cache_v)
+        self.arena.write(self.arena.write_cells(slots)[planes], cache_k, cache_v, self.arena.scales_of(planes))
 
     def get_cpu_copy(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("a compressed KV cache has no host copy")

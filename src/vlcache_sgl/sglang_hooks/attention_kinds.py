@@ -28,8 +28,16 @@ def _has_latent_attention(model: ModelConfig) -> bool:
 
 def _has_sparse_attention(model: ModelConfig) -> bool:
     from sglang.srt.configs.model_config import is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse
+    from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
 
-    return any(kind(model.hf_config) for kind in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse))
+    return any(kind(model.hf_config) for kind in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse, is_qwen_qsa))
+
+
+def _has_untried_states(model: ModelConfig) -> bool:
+    """Layers without a KV cache that are no Gated DeltaNets: their states are SGLang's too, but nobody has looked."""
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mambaish_config
+
+    return mambaish_config(model) is not None and hybrid_gdn_config(model) is None
 
 
 def _has_no_attention(model: ModelConfig) -> bool:
@@ -49,6 +57,7 @@ _UNSERVED_MODELS: tuple[tuple[Callable[[ModelConfig], Any], str], ...] = (
     (_has_sparse_attention, "sparse attention: its index has keys of its own, which are in no cell"),
     (lambda model: model.is_encoder_decoder, "cross-attention: those layers read tokens of an encoder"),
     (lambda model: model.attention_chunk_size, "chunked attention: those layers already drop tokens"),
+    (_has_untried_states, "state-space layers, or linear attention that is not Gated DeltaNet: nobody has tried them"),
     (_has_no_attention, "models without layers of attention: there is no KV cache to compress"),
     (_has_sliding_layers, "sliding-window attention: those layers already drop tokens"),
     (lambda model: model.has_attention_sinks, "attention sinks: weights that are no token's take part in the softmax"),
