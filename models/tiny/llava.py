@@ -1,4 +1,4 @@
-"""LLaVA-OneVision in the format of transformers: pictures are cut into tiles."""
+"""LLaVA-OneVision in the format of transformers: images are cut into tiles."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """MiniCPM-V 4.5.  Its checkpoints bring their own code; this one brings a small processor that answers alike.
 
-A picture is one view of 448 x 448 pixels and, where it is wider than high, its two halves: 64 tokens each.
+An image is one view of 448 x 448 pixels and, where it is wider than high, its two halves: 64 tokens each.
 """
 
 from __future__ import annotations
