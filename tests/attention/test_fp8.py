@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import provider_bench as bench
 import pytest
@@ -112,8 +111,8 @@ def test_extend(provider: Make, groups: int, stored: torch.dtype, request: pytes
 def test_backend_stores_and_attends_to_what_it_has_stored(
     provider: Make, groups: int, stored: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    """A prefill in two chunks and a step: cells hold numbers over the layer's scales, rounded once; all keys, those of
-    the chunk itself too, are attended to as they are stored, so that an answer does not depend on where a chunk ends."""
+    """A prefill in two chunks and a step: cells hold numbers over the layer's scales, rounded once; all keys, the
+    chunk's own too, are attended to as they are stored, so that an answer does not depend on where a chunk ends."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     torch.manual_seed(11)
@@ -157,7 +156,7 @@ def test_backend_stores_and_attends_to_what_it_has_stored(
             computed[number] = torch.cat([computed[number], both])
             want = (computed[number] / factors.to(DTYPE)).to(stored).double() * factors
             cells = arena.residency.table[arena.planes_of(number)][:, table[1, :length].long()].long()
-            assert torch.equal(arena.read(arena.planes_of(number), cells, torch.float64), want)
+            assert torch.equal(arena.read(arena.layer(number), cells, torch.float64), want)
             visible = torch.ones(count, length, dtype=torch.bool, device=DEVICE).tril(length - count)
             out = reference(q, want[:, 0], want[:, 1], SCALE, visible)
             assert (got.double() - out).abs().max() < tolerance(name, stored, scales)

@@ -271,12 +271,13 @@ class Compressor:
         away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
 
         def keys_values(layer: int) -> torch.Tensor:
-            planes = arena.planes_at(layer)
+            where = arena.layer(arena.layer_ids[layer])
+            planes = where.planes
             cells = arena.residency.cells_of(planes, slots)
             both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
             if memory is not None and away is not None and away.numel():
                 both[:, away] = memory.host.load(planes, slots[away])
-            return arena.join(planes, both, arena.wide_dtype)
+            return arena.join(where, both, arena.wide_dtype)
 
         return keys_values
 
@@ -315,8 +316,8 @@ class Compressor:
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
         if job.host is not None and job.host.own is None:
-            keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
-            self._take_own(job, row, keep)
+            keep = torch.ones((self._arena.counted_planes, job.asked.length), dtype=torch.bool, device=row.device)
+            self._take_own(job, row, self._with_window(keep, job))
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
         """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
@@ -338,13 +339,14 @@ class Compressor:
         arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
-        keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
+        keep = keep.expand(-1, arena.groups, -1).reshape(arena.counted_planes, -1)
         vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
         if job.host is not None:
-            self._take_own(job, row, torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1))
+            whole = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
+            self._take_own(job, row, self._with_window(whole, job))
             done = passed_event(slots.device)
         else:
-            eviction = arena.residency.evict(slots, keep)
+            eviction = arena.residency.evict(slots, self._with_window(keep, job))
             done = passed_event(slots.device)
             self.accounting.retire(eviction, done)
         if job.report.counted:  # it was retracted: what was done before is what counts
@@ -359,10 +361,31 @@ class Compressor:
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
 
+    def _with_window(self, keep: torch.Tensor, job: CompressionJob) -> torch.Tensor:
+        """What all planes keep of the last tokens of a prompt.
+
+        Layers with a window give back what no later token sees; all of it stays where other requests may find the
+        prompt, because theirs may go on from any point of it.
+
+        Args:
+            keep: `[counted planes, tokens]` bool.
+
+        Returns:
+            `[planes, tokens]` bool.
+        """
+        window = self._arena.window
+        if window is None:
+            return keep
+        tokens = keep.shape[1]
+        seen = keep.new_ones(tokens)
+        if not job.publishes_cells:
+            seen[: max(0, tokens - window.tokens)] = False
+        return torch.cat([keep, seen.expand(window.planes, -1)])
+
     def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
         """Share of `slots` that each layer has; see `Report.shared_kept`.  Nobody waits for it here."""
         arena = self._arena
-        resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
+        resident = arena.residency.table[: arena.counted_planes, slots.to(torch.int64)] != EVICTED
         shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
         if shares.device.type != "cpu":
             shares = torch.empty(shares.shape, pin_memory=True).copy_(shares, non_blocking=True)
@@ -403,7 +426,7 @@ class Compressor:
             row: `[context]`, the request's row of `req_to_token`.
         """
         arena = self._arena
-        cells = arena.residency.table[:, row[: job.asked.length].to(torch.int64)]
+        cells = arena.residency.table[: arena.counted_planes, row[: job.asked.length].to(torch.int64)]
         resident = (cells != EVICTED).view(-1, arena.groups, job.asked.length).any(1)
         job.report.fields["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
         job.report.fields["vision"] = [run.as_dict() for run in job.asked.runs]

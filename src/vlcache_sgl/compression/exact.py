@@ -62,12 +62,25 @@ class HostMemory:
         self._residency = accounting.residency
         self._room = room
         self._arena = accounting.arena.raw
-        self._groups = accounting.arena.groups
+        self._staged = accounting.arena.planes_per_layer
         self.staging = Staging(accounting.arena, self.host)
         self.recall = Recall(accounting.arena, self.host) if recall else None
         """Brings evicted tokens back while an answer is decoded; None: nothing is brought back."""
         self.staged_tokens = 0
         """Tokens staged so far, counted once per forward."""
+
+    @property
+    def layers(self) -> int:
+        """See `CellAccounting.num_layers`."""
+        return self._accounting.num_layers
+
+    def share_kept(self, counted: float, length: int) -> float:
+        """Share of a prompt of `length` tokens that stays in the arena, `counted` of them in the counted layers."""
+        arena = self._accounting.arena
+        if arena.window is None:
+            return counted
+        inside = min(1.0, arena.window.tokens / length)
+        return (arena.counted_planes * counted + arena.window.planes * inside) / arena.num_planes
 
     # -- one forward ------------------------------------------------------------------------------------------------
 
@@ -76,7 +89,7 @@ class HostMemory:
         if prefixes:
             self._accounting.settle()
             slots = torch.cat(list(prefixes)).to(torch.int64)
-            self._room.make_cells(self._groups * slots.numel())
+            self._room.make_cells(self._staged * slots.numel())
             self.staged_tokens += self.staging.begin(slots)
 
     def write_back(self, slots: torch.Tensor) -> bool:

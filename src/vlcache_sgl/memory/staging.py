@@ -25,7 +25,8 @@ class Staging:
     def __init__(self, arena: Arena, host: HostPool) -> None:
         self._arena = arena.raw
         self._residency = arena.residency
-        self._groups = arena.groups
+        self._layers = arena.planes_of_layers
+        self._most = arena.planes_per_layer
         self._host = host
         self._slots: torch.Tensor | None = None
         self._cells = torch.empty(0)
@@ -46,16 +47,16 @@ class Staging:
         slots = slots[(self._residency.table[0, slots] == EVICTED) & self._host.has(slots)]
         if not slots.numel():
             return 0
-        cells = self._residency.take(self._groups * slots.numel()).view(self._groups, -1)
-        layers = self._residency.num_planes // self._groups
-        self._residency.table[:, slots] = cells.repeat(layers, 1)
+        cells = self._residency.take(self._most * slots.numel()).view(self._most, -1)
+        for planes in self._layers:
+            self._residency.table[planes, slots] = cells[: planes.stop - planes.start]
         self._slots, self._cells = slots, cells.to(torch.int64)
         return int(slots.numel())
 
     def fill(self, planes: slice) -> None:
         """Copy one layer's keys and values of the staged tokens to their cells; `planes` are the layer's."""
         if self._slots is not None:
-            self._arena[self._cells] = self._host.load(planes, self._slots)
+            self._arena[self._cells[: planes.stop - planes.start]] = self._host.load(planes, self._slots)
 
     def end(self) -> None:
         """The forward is over: nothing is staged any more."""

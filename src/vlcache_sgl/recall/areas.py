@@ -16,6 +16,7 @@ import torch
 
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.host_pool import HostPool
+from vlcache_sgl.memory.layers import LayerCells
 from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.recall.sketch import KeySketch
 
@@ -75,7 +76,7 @@ class Recall:
         self._arena = arena
         self._host = host
         self._sketch = KeySketch(arena.head_dim, arena.device)
-        shape = (arena.num_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
+        shape = (arena.counted_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
         self.codes = torch.zeros(shape, dtype=torch.uint8, device=arena.device)
         self.recalled = self.fetched = 0
 
@@ -89,9 +90,11 @@ class Recall:
             cells: `[planes, tokens]` int, where they are in the arena.
         """
         rows = self._host.rows[slots].to(torch.int64)
-        for plane, own in enumerate(cells.to(torch.int64)):
-            keys = self._arena.read(slice(plane, plane + 1), own[None], torch.float32)[:, 0]
-            self.codes[plane, rows] = self._sketch.encode(keys)
+        for layer_id in self._arena.layer_ids:
+            layer = self._arena.layer(layer_id)
+            for plane in range(layer.planes.start, layer.planes.stop):
+                keys = self._arena.read(layer, cells[plane][None].to(torch.int64), torch.float32)[:, 0]
+                self.codes[plane, rows] = self._sketch.encode(keys)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.
@@ -100,7 +103,9 @@ class Recall:
             slots: `[length]` int64, of the prompt, as in `OwnSlots.shared`.
             keep: `[planes, length]` bool.
         """
-        return ~keep & self._host.has(slots)
+        found = ~keep & self._host.has(slots)
+        found[self._arena.counted_planes :] = False  # what has left a window is not seen any more
+        return found
 
     @staticmethod
     def places(candidates: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -134,14 +139,15 @@ class Recall:
         area.rows = self._host.rows[area.own.shared].to(torch.int64)
         area.steps += 1
 
-    def refresh(self, area: RecallArea, planes: slice, queries: torch.Tensor, scale: float) -> None:
+    def refresh(self, area: RecallArea, layer: LayerCells, queries: torch.Tensor, scale: float) -> None:
         """Bring what one layer needs in this step.
 
         Args:
-            planes: the layer's.
+            layer: one of the counted layers.
             queries: `[H, D]` of the step's token.
             scale: of attention.
         """
+        planes = layer.planes
         groups = planes.stop - planes.start
         for plane, own in enumerate(queries.view(groups, -1, queries.shape[-1]), planes.start):
             count = area.counts[plane]

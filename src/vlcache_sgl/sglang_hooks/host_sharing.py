@@ -143,7 +143,8 @@ class HostSharing:
         kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
         if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
             kept = owned
-        ratio = min(1.0, (prompt.start + kept + job.asked.choice.recall) / max(1, job.asked.length))
+        length = max(1, job.asked.length)
+        ratio = self.memory.share_kept(min(1.0, (prompt.start + kept + job.asked.choice.recall) / length), length)
 
         def abort(message: str) -> None:
             req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
@@ -158,7 +159,7 @@ class HostSharing:
             if room is None:
                 return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
         else:
-            charge = HostCharge.of(job, self._model.num_layers)
+            charge = HostCharge.of(job, self.memory.layers)
             room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(last=False)
             if room < 1:
                 return (
