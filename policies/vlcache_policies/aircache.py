@@ -43,7 +43,7 @@ def elite_votes(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
     logits = torch.einsum("kgrd,kmd->kgrm", grouped, keys).flatten(0, 1) / keys.shape[-1] ** 0.5
     vision = prompt.is_vision()
     is_row = torch.zeros_like(vision)
-    is_row[rows] = True
+    is_row.index_fill_(0, rows, True)
     asking = _softmax(logits[:, -1], ~vision | is_row).mean(0)
     candidates = asking[rows]
     chosen = candidates >= elite * candidates.max()
@@ -59,6 +59,12 @@ def _softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Over the allowed entries; a row without any is 0 everywhere."""
     masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     return masked.softmax(-1) * allowed
+
+
+def _of_vision(values: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Those of `values` `[m]` that belong to vision tokens; by ranges, because a GPU is waited for to apply a mask."""
+    owned = values[: prompt.owned]
+    return torch.cat([owned[max(0, begin - prompt.start) : max(0, end - prompt.start)] for begin, end in prompt.vision])
 
 
 def _check(elite: float) -> None:
@@ -103,12 +109,11 @@ class StrengthAndSkewness(Allocator):
         _check(self.elite)
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
-        vision = prompt.is_vision()
         images = prompt.owned_vision
         text = min(prompt.owned - images, budget.total // budget.num_layers)
         if images == 0:
             return budget.distribute(torch.ones(budget.num_layers))
-        votes = torch.stack([elite_votes(layer, prompt, self.elite)[vision] for layer in layers]).double()
+        votes = torch.stack([_of_vision(elite_votes(layer, prompt, self.elite), prompt) for layer in layers]).double()
         strength, skewness = votes.sum(1), skew(votes).clamp(min=0)
         weight = strength / strength.mean().clamp(min=1e-30) + skewness / skewness.mean().clamp(min=1e-30)
         rest = budget.total - text * budget.num_layers

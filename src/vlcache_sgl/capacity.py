@@ -42,6 +42,16 @@ class KVShape:
     def token_bytes(self) -> int:
         return self.planes * self.cell_bytes
 
+    @property
+    def sketch_bytes(self) -> int:
+        """What `--kv-recall` keeps on the device of a token in host memory."""
+        return self.layers * self.kv_heads * code_bytes(self.head_dim)
+
+
+def code_bytes(head_dim: int) -> int:
+    """Of the sketch of one key: a bit per dimension, and a factor of 16 bits."""
+    return head_dim // 8 + 2
+
 
 STATES_PER_REQUEST = 5
 """Slots of the pool of states that SGLang sets aside for each running request of a hybrid: its own, two that prompts
@@ -94,11 +104,17 @@ class Pool:
 
 
 def compressed_pool(
-    stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool, host_tokens: int = 0
+    stock_tokens: int,
+    shape: KVShape,
+    overcommit: float,
+    *,
+    graph_lists: bool,
+    host_tokens: int = 0,
+    sketches: bool = False,
 ) -> Pool:
     """The pool in the bytes of `stock_tokens` uncompressed tokens.
 
-    Tokens in host memory, `host_tokens` at most, have slots in addition.
+    Tokens in host memory, `host_tokens` at most, have slots in addition, and with `sketches` sketches of their keys.
 
     Out of the same memory come, per slot, its row of the residency table (4 bytes per plane), its counters and lists
     (17); per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded
@@ -106,7 +122,7 @@ def compressed_pool(
     """
     slot_bytes = 4 * shape.planes + 17
     cell_overhead = (4 + (32 if graph_lists else 0)) * shape.planes
-    memory = stock_tokens * shape.token_bytes - host_tokens * slot_bytes
+    memory = stock_tokens * shape.token_bytes - host_tokens * (slot_bytes + shape.sketch_bytes * sketches)
     physical = max(1, memory // int(shape.token_bytes + overcommit * slot_bytes + cell_overhead))
     return Pool(physical, int(physical * overcommit) + host_tokens)
 

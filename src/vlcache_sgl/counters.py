@@ -69,8 +69,9 @@ REQUESTS_SKIPPED = Figure(
     "requests_skipped",
     "counter",
     "prompts left alone: `short` (fewer new tokens than `--kv-min-tokens`, as in a follow-up question), `scope` (no "
-    "image), `budget` (1.0 was asked for), `measured` (only measured, see below), `second_reading` (not read "
-    "twice, with a policy that [asks for that](policies.md#a-second-reading))",
+    "image), `embeds` (`input_embeds`, in which nobody says where images lie), `budget` (1.0 was asked for), "
+    "`measured` (only measured, see below), `second_reading` (not read twice, with a policy that "
+    "[asks for that](policies.md#a-second-reading))",
     ("reason",),
 )
 TOKENS_SEEN = Figure(

@@ -111,8 +111,8 @@ def test_extend(provider: Make, groups: int, stored: torch.dtype, request: pytes
 def test_backend_stores_and_attends_to_what_it_has_stored(
     provider: Make, groups: int, stored: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    """A prefill in two chunks and a step: cells hold numbers over the layer's scales, rounded once; all keys, the
-    chunk's own too, are attended to as they are stored, so that an answer does not depend on where a chunk ends."""
+    """A prefill in two chunks and a step: cells hold numbers over the layer's scales, rounded once; all keys, those of
+    the chunk itself too, are attended to as they are stored: an answer does not depend on where a chunk ends."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     torch.manual_seed(11)

@@ -112,7 +112,7 @@ def test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     ("changes", "reason"),
     [
         ({"kv_lora_rank": 512}, "MLA"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),
         ({"layer_types": ["linear_attention"] * 28}, "needs layers of attention"),
     ],
     ids=["mla", "window", "linear"],

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import ForkedServer, Nursery
 from PIL import Image
 from rich.console import Console
 
@@ -110,6 +111,15 @@ class Server:
         assert self.process.log_path is not None
         return self.process.log_path.read_text(errors="replace")
 
+    def assert_nothing_held(self) -> None:
+        """When everybody has gone and the cache is flushed, every cell, slot and row of host memory is free."""
+        self.flush()
+        state = self.settled()
+        assert state["cells_used"] == state["host_tokens_used"] == 0
+        assert state["virtual_slots_free"] == state["virtual_slots_total"]
+        assert state["integrity"] == []
+        self.assert_alive()
+
     def assert_alive(self) -> None:
         """The server answers and its scheduler has reported no leak and no crash."""
         assert self.process.running
@@ -120,8 +130,9 @@ class Server:
 class Servers:
     """At most MAX_ALIVE running servers by description; a further one ends the one that was used least recently."""
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None, process: Callable[..., ServerProcess] = ServerProcess) -> None:
         self._console = console
+        self._process = process
         self._alive: dict[tuple[Any, ...], Server] = {}
 
     def get(
@@ -141,7 +152,7 @@ class Servers:
             while len(self._alive) >= MAX_ALIVE:
                 self._alive.pop(next(iter(self._alive))).process.stop()
             title = " ".join(flags) or "stock"
-            process = ServerProcess(model, [*common, *flags], title=title, env=env, console=self._console)
+            process = self._process(model, [*common, *flags], title=title, env=env, console=self._console)
             process.start()
             server = Server(process)
         self._alive[key] = server  # last = used most recently
@@ -168,6 +179,22 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def forked_servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """The same, each forked from one process that has imported SGLang: for tests with many servers of little work.
+
+    `--load-format dummy` makes weights that attention depends on.
+    """
+    verbose = request.config.get_verbosity() > 0
+    nursery = Nursery()
+    pool = Servers(Console() if verbose else None, functools.partial(ForkedServer, nursery))
+    try:
+        yield pool
+    finally:
+        pool.close()
+        nursery.close()
 
 
 @pytest.fixture
@@ -198,6 +225,29 @@ LIMITS = (
 def limited(servers: Servers) -> Server:
     """A server that lets requests choose little, and compresses texts too."""
     return servers.get(*LIMITS)
+
+
+SMALL_POOL = 900
+"""Uncompressed tokens of the small server: one image of the larger ones, and little beside it."""
+SMALL = (
+    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--kv-recall", "24"),
+    *("--max-total-tokens", str(SMALL_POOL), "--chunked-prefill-size", "128"),
+)
+
+
+@pytest.fixture
+def small_flags() -> tuple[str, ...]:
+    """Of `small`."""
+    return SMALL
+
+
+@pytest.fixture
+def small(servers: Servers) -> Server:
+    """Host memory, recall, chunks of 128 tokens, and an arena that holds a single image; nothing is cached."""
+    server = servers.get(*SMALL)
+    server.flush()
+    return server
 
 
 BY_HEAD = (*("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells", "--kv-scope", "all"),)
@@ -274,7 +324,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers")
+_ORDER = ("ours_tenth", "small", "limited", "ours_full", "stock", "by_head", "foreign", "servers", "forked_servers")
 """Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
 them: with another order servers would start twice."""
 

@@ -191,9 +191,8 @@ def test_states_of_aborted_requests_go_back(hybrid: Any) -> None:
         "messages": [{"role": "user", "content": _parts(question("red K"), draw(2, seed=4))}],
     }
     for _ in range(2):
-        with httpx.Client(timeout=60) as client:
-            with client.stream("POST", f"{hybrid.url}/v1/chat/completions", json=body) as reply:
-                next(reply.iter_raw())
+        with httpx.stream("POST", f"{hybrid.url}/v1/chat/completions", json=body, timeout=60) as reply:
+            next(reply.iter_raw())
     assert_nothing_held(hybrid)
 
 

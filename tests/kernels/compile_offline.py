@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from vlcache_kernels.arena_write.triton import arena_write
 from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
+from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
@@ -132,6 +133,11 @@ def writes(head_dim: int, dtype: torch.dtype, stored: torch.dtype | None = None)
         arena_write(arena, keys, keys, slots, residency, scale, scale)
 
 
+def copies(head_dim: int, dtype: torch.dtype) -> None:
+    cells, numbers = torch.zeros(2, 4, 2, 8, head_dim, dtype=dtype), torch.zeros(2, 64, dtype=torch.int32)
+    copy_cells(cells, numbers, cells, numbers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="all head dims, types, row counts and statistics")
@@ -148,12 +154,14 @@ def main() -> None:
     for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
+    copies(128, torch.bfloat16)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):
                 for rows, heads, kv_heads in ((1, 1, 1), (50, 32, 8), (512, 32, 2)):
                     statistics(rows, heads, kv_heads, head_dim, dtype, everything)
                 writes(head_dim, dtype)
+                copies(head_dim, dtype)
         for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
             for dtype in (torch.bfloat16, torch.float16):
                 for head_dim in (64, 80, 128, 256):

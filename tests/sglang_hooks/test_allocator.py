@@ -67,6 +67,29 @@ def test_parked_prompt_gives_way_before_the_last_running_request() -> None:
     assert len(old.output_ids) == 40
 
 
+def test_answers_need_no_host_memory() -> None:
+    """What is being answered relies on its own selection: five prompts decode beside host memory for two."""
+    world = World(physical=120, chunk=64, host=70)
+    for number in range(5):
+        world.submit(large(30, 1000 * number), tokens=8, exact=True)
+    for _ in range(8):
+        world.prefill()
+        world.check()
+    assert len(world.batch.reqs) == 5
+    for _ in range(3):  # the prompts of some are no longer known, and nobody notices
+        world.decode()
+        world.check()
+    again = world.submit((*large(28, 4000), 7), tokens=1, exact=True)
+    world.retract(world.batch.reqs[0])
+    world.run_dry()
+    assert world.served == 6
+    assert again is not None
+    assert again.cached_tokens_seen >= 25
+    world.flush()
+    assert world.allocator.accounting.host is not None
+    assert world.allocator.accounting.host.used_tokens == world.arena.residency.used_cells == 0
+
+
 def test_shared_prefixes_outlive_unshared_ones() -> None:
     """However long ago they were used: the tree evicts what was asked about once first."""
     world = World(physical=96, chunk=64)

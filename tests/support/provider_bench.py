@@ -164,6 +164,15 @@ class StandInDecode(StandIn):
         self._plan(torch.arange(len(indptr)), indptr, indices, last)
 
 
+def use_flashinfer_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the provider of that name find `StandIn` in FlashInfer's place."""
+    library = SimpleNamespace(
+        BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
+    )
+    monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
+    monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
+
+
 def log_sum(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
     """`[t, H]` float64, natural logarithm of the sum of exponentials; arguments as for `reference`."""
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -191,11 +200,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if name == "flashinfer" and CUDA:
         pytest.importorskip("flashinfer")
     elif name == "flashinfer":
-        library = SimpleNamespace(
-            BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
-        )
-        monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
-        monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
+        use_flashinfer_stand_in(monkeypatch)
     return lambda memory: make_provider(
         name, memory, HeadShape(HEADS, DTYPE), triton_kernels.attention_kernels, kv_splits=3
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from typing import Any
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
@@ -107,15 +108,15 @@ class World:
         )
         self.arena = pool.arena
         self.allocator = VirtualSlotAllocator(pool, physical_tokens=physical, need_sort=False)
-        self.rows = ReqToTokenPool(size=16, max_context_len=4 * physical, device="cpu", enable_memory_saver=False)
+        self.rows = self._make_rows(max_context_len=4 * physical)
         self.tree = CompressedPrefixTree(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=self.allocator,
                 page_size=1,
-                tree_components=(ComponentType.FULL,),
                 eviction_policy=eviction_policy,
+                **self._components(),
             )
         )
         self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache = self.allocator, self.rows, self.tree
@@ -148,7 +149,27 @@ class World:
             self.host.attach(self.tree)
         self.aborted_for_memory = 0
         self.served = 0
+        self.running = 12
+        """Requests that run at once, at most."""
         self.names = 0
+
+    # -- what hybrids have beside it ----------------------------------------------------------------------------------
+
+    def _make_rows(self, max_context_len: int) -> ReqToTokenPool:
+        return ReqToTokenPool(size=16, max_context_len=max_context_len, device="cpu", enable_memory_saver=False)
+
+    def _components(self) -> dict[str, Any]:
+        """Of the prefix tree."""
+        return {"tree_components": (ComponentType.FULL,)}
+
+    def _before_rows(self, reqs: list[Req]) -> None:
+        """Room for what requests get together with their rows."""
+
+    def _compute_state(self, req: Req, begin: int, end: int) -> None:
+        """Tokens ``[begin, end)`` have been computed."""
+
+    def _reject(self, req: Req) -> None:
+        """SGLang did not let `req` start, after it had looked for its prefix."""
 
     # -- what a client does -------------------------------------------------------------------------------------------
 
@@ -171,7 +192,7 @@ class World:
             exact: whether its prefix is shared without loss, in host memory.
         """
         if exact:
-            return self._submit_exact(ids, key, tokens)
+            return self._submit_exact(ids, key, tokens, image)
         room = longest_answer(len(ids), tokens, self.allocator.accounting.physical_tokens)
         if room is None:
             return None
@@ -187,11 +208,11 @@ class World:
         self.waiting.append(req)
         return req
 
-    def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int) -> Req | None:
+    def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int, image: Span | None) -> Req | None:
         assert self.host is not None
         self.names += 1
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=tokens))
-        job = CompressionJob(Asked(self.choice, (), len(ids), MIN_TOKENS))
+        job = CompressionJob(Asked(self.choice, () if image is None else (image,), len(ids), MIN_TOKENS))
         if not self.host.admits(job):
             return None
         self.host.begin(req, job)
@@ -254,7 +275,10 @@ class World:
             self.chunked_req.init_next_round_input()
             self.chunked_req = admission.consider_request(PrefillAdder.add_chunked_req, adder, self.chunked_req)
         for req in list(self.waiting):
-            if adder.budget_state() == AddReqResult.OTHER or len(self.batch.reqs) + len(adder.can_run_list) >= 12:
+            if (
+                adder.budget_state() == AddReqResult.OTHER
+                or len(self.batch.reqs) + len(adder.can_run_list) >= self.running
+            ):
                 break
             req.init_next_round_input(self.tree)
             chunked = {"has_chunked_req": self.chunked_req is not None, "truncation_align_size": None}
@@ -262,6 +286,8 @@ class World:
             if result != AddReqResult.CONTINUE:
                 if result == AddReqResult.NO_TOKEN:
                     self.batch.batch_is_full = bool(adder.can_run_list or self.batch.reqs)
+                if not adder.can_run_list or req is not adder.can_run_list[-1]:
+                    self._reject(req)
                 break
         if not adder.can_run_list:
             return False
@@ -279,6 +305,7 @@ class World:
             else self.tree.prefix_device_indices(req).long()
             for req in reqs
         ]
+        self._before_rows(reqs)
         assert self.rows.alloc(reqs) is not None
         # Raises when admission has let in more than there is.
         slots = alloc_token_slots(self.tree, sum(req.extend_len for req in reqs))
@@ -290,8 +317,9 @@ class World:
             req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
             req.is_retracted = False
             self._write(req, req.prefix_len, req.extend_end)
+            self._compute_state(req, req.prefix_len, req.extend_end)
             # What a retracted request had answered is computed again behind what it keeps.
-            if (job := job_of(req)) is not None and job.host is not None and job.host.own is None:
+            if (job := job_of(req)) is not None and job.host is not None and not job.host.settled:
                 staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len
@@ -354,7 +382,9 @@ class World:
                 keep[:] = True
             most = PLANES * int(job.host.ratio * length)
             keep &= keep.flatten().cumsum(0).view_as(keep) <= most
-            job.host.own = memory.settle(row[:length].long(), keep)  # raises when admission has let in too many
+            job.host.own = memory.settle(
+                row[:length].long(), keep, int(keep.sum())
+            )  # raises when admission has let in too many
             kept = self.arena.residency.table[:, job.host.own.private] >= 0
             assert torch.equal(kept, keep), "what is kept is not what was decided"
             row[:length] = job.host.own.private.to(row.dtype)
@@ -366,7 +396,7 @@ class World:
         eviction = self.arena.residency.evict(slots, keep)
         self.allocator.accounting.retire(eviction, event)
         if event is not None:
-            self.evictions.append((event, eviction.cells[: int(eviction.count)]))
+            self.evictions.append((event, eviction.numbers[: int(eviction.count)]))
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
         start = job.report.fields["start"]
@@ -391,6 +421,7 @@ class World:
                 self.rows.write((req.kv.req_pool_idx, slice(end, end + 1)), slot[None].to(torch.int32))
                 req.kv.kv_committed_len = req.kv.kv_allocated_len = end + 1
                 self._write(req, end, end + 1)
+                self._compute_state(req, end, end + 1)
                 req.output_ids.append(50 + len(req.output_ids))
 
         before = len(self.batch.reqs)
@@ -513,9 +544,9 @@ class World:
 
     def _check_cells(self) -> None:
         allocator, residency = self.allocator, self.arena.residency
-        pending = [eviction.cells for _, eviction in allocator.accounting._pending]
+        pending = [freed.numbers[: int(freed.count)] for _, freed in residency.free._pending]
         mapped = residency.table[:, 1:]
-        everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
+        everything = torch.cat([mapped[mapped >= 0], residency.free.numbers, *pending])
         once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
         assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
         assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from vlcache_sgl.api.budget import water_fill
+from vlcache_sgl.streams import to_device
 
 
 class Span(NamedTuple):
@@ -116,6 +117,10 @@ class Prompt:
     def owned_vision(self) -> int:
         """Owned tokens that came from an image or a video."""
         return sum(max(end - self.start, 0) - max(begin - self.start, 0) for begin, end in self.vision)
+
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, made on the CPU, on `device`: a GPU is not waited for, as ``values.to(device)`` would."""
+        return to_device(values, self.device)
 
     def is_vision(self) -> torch.Tensor:
         """`[m]` bool: owned tokens that came from an image or a video."""

@@ -27,8 +27,8 @@ from vlcache_sgl.attention.base import HeadShape, Observe
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
-from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.scales import FP8
+from vlcache_sgl.streams import passed_event
 
 WORKSPACE_BYTES = 384 << 20
 """For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""

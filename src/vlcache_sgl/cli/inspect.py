@@ -94,6 +94,7 @@ def inspect(
         "budget": budget,
         "model": Path(str(server.server_info()["model_path"])).name,
         "attention": full.report.get("attention", {}).get("attention_mass", ()),
+        "numbers": state["layers"],
     }
 
 

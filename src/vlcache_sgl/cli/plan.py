@@ -111,19 +111,30 @@ def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int, state
         raise PlanError("numbers of tokens must not be negative, and an image has at least one")
     rows = [_row("none", Pool(stock_tokens, stock_tokens), None, arguments, shape, state_slots)]
     for budget in arguments.budget:
-        flags = {"kv_budget": budget, "kv_overcommit": arguments.overcommit, "kv_host_memory": arguments.host_memory}
+        flags = {
+            "kv_budget": budget,
+            "kv_overcommit": arguments.overcommit,
+            "kv_host_memory": arguments.host_memory,
+            "kv_recall": arguments.recall,
+        }
         config = config_from({"kv_policy": "vlcache", **flags})
         assert isinstance(config, KVConfig)
         host = _host_tokens(config, shape, stock_tokens)
         graphs = arguments.device == "cuda"
-        pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=graphs, host_tokens=host)
+        pool = compressed_pool(
+            stock_tokens,
+            shape,
+            config.overcommit_factor,
+            graph_lists=graphs,
+            host_tokens=host,
+            sketches=config.recall > 0,
+        )
         if pool.physical_tokens * shape.planes > MAX_CELLS:
             raise PlanError(f"{pool.physical_tokens * shape.planes} cells are more than 32-bit numbers can name")
         # Shorter prompts are left alone.
         compressed = prompt >= config.min_tokens
-        rows.append(
-            _row(str(config.budget), pool, config.budget if compressed else None, arguments, shape, state_slots, host)
-        )
+        kept = config.budget if compressed else None
+        rows.append(_row(str(config.budget), pool, kept, arguments, shape, state_slots, host, config.recall))
     for row in rows:
         if row.requests == 0:
             raise PlanError(
@@ -148,9 +159,11 @@ def _row(
     shape: KVShape,
     state_slots: int | None,
     host_tokens: int = 0,
+    recall: int = 0,
 ) -> Row:
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
     resident = resident_tokens(prompt, shape.layers, budget)
+    resident += min(recall, prompt - resident)
     limits = {
         "memory": requests_in_flight(Pool(pool.physical_tokens, MAX_CELLS), prompt, resident, new),
         "slots": pool.slots // (prompt + new),
@@ -246,10 +259,10 @@ def read_model(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from vlcache_sgl.sglang_hooks.compat import unsupported_model
+    from vlcache_sgl.sglang_hooks.compat import unsupported_configuration
 
     config = _stored_config(name)
-    if problem := next(unsupported_model(config), None):
+    if problem := next(unsupported_configuration(config), None):
         raise PlanError(problem)
     try:
         # Configurations leave out what is the family's default.
@@ -468,6 +481,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="decode graphs cost memory on cuda")
     parser.add_argument("--overcommit", default="auto", help="as --kv-overcommit; default: auto")
     parser.add_argument("--host-memory", default="auto", help="as --kv-host-memory; default: auto, twice the KV cache")
+    parser.add_argument("--recall", default="off", help="as --kv-recall; default: off")
     parser.add_argument("--head-cells", action="store_true", help="as --kv-head-cells")
     parser.add_argument(
         "--max-running-requests", type=_positive, default=MAX_RUNNING, help=f"as SGLang's; default: {MAX_RUNNING}"

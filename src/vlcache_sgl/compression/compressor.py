@@ -25,12 +25,12 @@ from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
-from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.scoring import KeysValues, Scoring, divide_prefix
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
+from vlcache_sgl.streams import passed_event, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -268,15 +268,16 @@ class Compressor:
         Of a request that shares without loss, what is not in the arena is read from host memory.
         """
         arena = self._arena
-        away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
+        numbers = torch.arange(slots.numel(), device=slots.device)
 
         def keys_values(layer: int) -> torch.Tensor:
             where = arena.layer(arena.layer_ids[layer])
             planes = where.planes
             cells = arena.residency.cells_of(planes, slots)
             both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
-            if memory is not None and away is not None and away.numel():
-                both[:, away] = memory.host.load(planes, slots[away])
+            if memory is not None:
+                away = torch.where(cells == EVICTED, numbers, EVICTED)
+                memory.host.copy(planes, slots, both, away, (away >= 0).sum())
             return arena.join(where, both, arena.wide_dtype)
 
         return keys_values
@@ -301,7 +302,7 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        if job.host is None or job.host.own is not None:
+        if job.host is None or job.host.settled:
             return
         assert self.host is not None
         started = time.perf_counter()
@@ -315,20 +316,21 @@ class Compressor:
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
         """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and job.host.own is None:
-            keep = torch.ones((self._arena.counted_planes, job.asked.length), dtype=torch.bool, device=row.device)
-            self._take_own(job, row, self._with_window(keep, job))
+        if job.host is not None and not job.host.settled:
+            shape = (self._arena.counted_planes, job.asked.length)
+            keep = torch.ones(shape, dtype=torch.bool, device=row.device)
+            self._take_own(job, row, *self._with_window(keep, keep.numel(), job))
 
-    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
-        """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
+    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int) -> None:
+        """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all."""
         assert self.host is not None
         assert job.host is not None
         try:
             slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
             if tokens and self.host.recall is not None:
-                job.host.own, job.area = self.host.settle_with_area(slots, keep, tokens)
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, kept, tokens)
             else:
-                job.host.own = self.host.settle(slots, keep)
+                job.host.own = self.host.settle(slots, keep, kept)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
             job.host.abort(f"the KV cache is full: {error}")
@@ -340,55 +342,51 @@ class Compressor:
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.counted_planes, -1)
-        vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
+        vision_kept = to_host((keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1))
+        # From the plan, not from the device: the host need not wait to know them.
+        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         if job.host is not None:
-            whole = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
-            self._take_own(job, row, self._with_window(whole, job))
+            everything = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
+            kept = prompt.start * arena.counted_planes + int(counts.sum())
+            self._take_own(job, row, *self._with_window(everything, kept, job))
             done = passed_event(slots.device)
         else:
-            eviction = arena.residency.evict(slots, self._with_window(keep, job))
-            done = passed_event(slots.device)
-            self.accounting.retire(eviction, done)
+            done = self.accounting.evict(slots, self._with_window(keep, 0, job)[0])
         if job.report.counted:  # it was retracted: what was done before is what counts
             return
         job.report.counted = True
-        # From the plan, not from the device: the host need not wait to know them.
         front = prompt.start - job.first_kept
-        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
 
-    def _with_window(self, keep: torch.Tensor, job: CompressionJob) -> torch.Tensor:
+    def _with_window(self, keep: torch.Tensor, kept: int, job: CompressionJob) -> tuple[torch.Tensor, int]:
         """What all planes keep of the last tokens of a prompt.
 
         Layers with a window give back what no later token sees; all of it stays where other requests may find the
         prompt, because theirs may go on from any point of it.
 
         Args:
-            keep: `[counted planes, tokens]` bool.
+            keep: `[counted planes, tokens]` bool, `kept` in all.
 
         Returns:
-            `[planes, tokens]` bool.
+            `[planes, tokens]` bool, and how many are kept in all.
         """
         window = self._arena.window
         if window is None:
-            return keep
+            return keep, kept
         tokens = keep.shape[1]
-        seen = keep.new_ones(tokens)
-        if not job.publishes_cells:
-            seen[: max(0, tokens - window.tokens)] = False
-        return torch.cat([keep, seen.expand(window.planes, -1)])
+        seen = tokens if job.publishes_cells else min(tokens, window.tokens)
+        last = torch.arange(tokens, device=keep.device) >= tokens - seen
+        return torch.cat([keep, last.expand(window.planes, -1)]), kept + window.planes * seen
 
     def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
         """Share of `slots` that each layer has; see `Report.shared_kept`.  Nobody waits for it here."""
         arena = self._arena
         resident = arena.residency.table[: arena.counted_planes, slots.to(torch.int64)] != EVICTED
-        shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
-        if shares.device.type != "cpu":
-            shares = torch.empty(shares.shape, pin_memory=True).copy_(shares, non_blocking=True)
+        shares = to_host(resident.view(-1, arena.groups * slots.numel()).float().mean(1))
         return shares, passed_event(slots.device)
 
     def report_shared(self, job: CompressionJob) -> None:

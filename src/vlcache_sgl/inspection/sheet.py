@@ -45,7 +45,7 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
             axis = grid[line * len(seen.looks) + place][column]
             _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer)))
             name = f", {look.title}" if len(seen.looks) > 1 else ""
-            axis.set_title(f"layer {layer}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
+            axis.set_title(f"layer {seen.number(layer)}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -112,6 +112,8 @@ def _top(figure: Any, seen: Inspection) -> None:
             )
     bars.invert_yaxis()
     bars.yaxis.get_major_locator().set_params(integer=True)
+    if seen.numbers:
+        bars.set_yticks(layers, labels=[str(number) for number in seen.numbers], fontsize=8)
     bars.set_title("layer budgets", fontsize=10)
     bars.spines[["top", "right"]].set_visible(False)
     bars.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

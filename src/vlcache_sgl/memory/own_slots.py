@@ -30,10 +30,17 @@ class HostShare:
     abort: Callable[[str], None]
     """Ends the request with an error."""
     own: OwnSlots | None = None
-    """Set when the prompt has been prefilled."""
+    """Set from the end of the prefill to the moment when the prompt is published."""
+    detached: bool = False
+    """Whether the prompt has been published: its request relies on its own slots only, as one that shares nothing."""
     unwritten: bool = False
     """Whether some of the prompt did not fit host memory: then nothing of it is published."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the request has slots of its own."""
+        return self.own is not None or self.detached
+
     def restart(self) -> None:
         """Begin anew after a retraction, which has taken everything back."""
-        self.own, self.unwritten = None, False
+        self.own, self.unwritten, self.detached = None, False, False

@@ -106,8 +106,8 @@ class Choices:
             self._known[key] = Choice(policy, budget, share, self._weights, recall)
         return self._known[key]
 
-    def select(self, params: RequestParams, length: int) -> Choice:
-        """What serves a request with a prompt of `length` tokens.
+    def select(self, params: RequestParams, length: int | None) -> Choice:
+        """What serves a request with a prompt of `length` tokens; None: not known yet.
 
         Raises:
             ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
@@ -137,11 +137,11 @@ class Choices:
             names = ", ".join(dict.fromkeys((self._config.policy, *allowed)))
             raise ConfigError(f"kv_policy {spec!r} is not allowed on this server; choose one of: {names}")
 
-    def _check_bounds(self, budget: KVBudget, length: int) -> None:
-        if budget == self._config.budget:
+    def _check_bounds(self, budget: KVBudget, length: int | None) -> None:
+        if budget == self._config.budget or (budget.fraction is None and length is None):
             return
         low, high = self._config.budget_min, self._config.budget_max
-        share = budget.fraction if budget.fraction is not None else min(1.0, (budget.tokens or 1) / max(1, length))
+        share = budget.fraction if budget.fraction is not None else min(1.0, (budget.tokens or 1) / max(1, length or 1))
         if not low <= share <= high:
             meant = "" if budget.fraction is not None else f", {share:.3g} of this prompt,"
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")

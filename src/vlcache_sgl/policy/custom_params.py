@@ -75,7 +75,7 @@ def nearest(name: str) -> str:
     return f"{f': did you mean {PREFIX}{close[0]}?' if close else ';'} choose from: {', '.join(KEYS)}"
 
 
-def misplaced(body: object, request: object) -> str | None:
+def misplaced(body: object, request: object, reads: bool = False) -> str | None:
     """What is wrong with where the body of an HTTP request says something to us; None: nothing.
 
     SGLang ignores fields that it does not know, and some of its endpoints do not read `custom_params`.
@@ -83,21 +83,21 @@ def misplaced(body: object, request: object) -> str | None:
     Args:
         body: parsed JSON.
         request: what SGLang has made of it; its attributes are the fields that the endpoint reads.
+        reads: the endpoint reads `custom_params` although `request` does not have them.
     """
     if not isinstance(body, Mapping):
         return None
     where = "sampling_params.custom_params" if hasattr(request, "sampling_params") else "custom_params"
-    reads = hasattr(request, "sampling_params") or hasattr(request, "custom_params")
+    in_request = hasattr(request, "custom_params")
+    reads = reads or in_request or hasattr(request, "sampling_params")
     for name in ours(body):
         if not hasattr(request, name):
             place = f"{shown(name)} belongs into {where}" if reads else f"this endpoint does not read {shown(name)}"
             return place if name in KEYS else f"there is no {shown(name)}{nearest(name)} (in {where})"
     params = body.get("custom_params")
-    if hasattr(request, "custom_params") or not isinstance(params, Mapping) or not ours(params):
+    if in_request or not isinstance(params, Mapping) or not ours(params):
         return None
     names = shown(", ".join(ours(params)))
-    if reads:
+    if hasattr(request, "sampling_params"):
         return f"custom_params with {names} belongs into sampling_params"
-    return (
-        f"this endpoint does not read custom_params ({names}): /v1/chat/completions, /v1/completions and /generate do"
-    )
+    return None if reads else f"this endpoint does not read custom_params ({names}): those that generate text do"

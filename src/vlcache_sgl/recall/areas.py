@@ -89,12 +89,12 @@ class Recall:
             slots: `[tokens]` int64.
             cells: `[planes, tokens]` int, where they are in the arena.
         """
-        rows = self._host.rows[slots].to(torch.int64)
+        rows, groups = self._host.rows[slots].to(torch.int64), self._arena.groups
         for layer_id in self._arena.layer_ids:
             layer = self._arena.layer(layer_id)
-            for plane in range(layer.planes.start, layer.planes.stop):
-                keys = self._arena.read(layer, cells[plane][None].to(torch.int64), torch.float32)[:, 0]
-                self.codes[plane, rows] = self._sketch.encode(keys)
+            keys = self._arena.read(layer, cells[layer.planes].to(torch.int64), torch.float32)[:, 0]
+            codes = self._sketch.encode(keys).unflatten(1, (groups, -1))  # [tokens, G, K/G, bytes]
+            self.codes[layer.planes, rows] = codes.transpose(0, 1)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import embedding_bag
 
+from vlcache_sgl.capacity import code_bytes
+
 SEED = 0
 """Of the rotation: sketches of one head size are alike in every process and on every device."""
 SCALE_BYTES = 2
@@ -43,7 +45,7 @@ class KeySketch:
         if head_dim < 8 or head_dim % 8:
             raise ValueError(f"a sketch needs a head size that is a multiple of 8, got {head_dim}")
         self.head_dim = head_dim
-        self.bytes = head_dim // 8 + SCALE_BYTES
+        self.bytes = code_bytes(head_dim)
         generator = torch.Generator().manual_seed(seed)
         # Orthogonal, uniformly among all: the signs of the diagonal make QR unique.
         drawn = torch.randn(head_dim, head_dim, dtype=torch.float64, generator=generator)

@@ -13,9 +13,10 @@ import torch
 
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
-from vlcache_sgl.memory.device_index import copy_to, look_up
+from vlcache_sgl.memory.device_index import look_up
 from vlcache_sgl.memory.scales import FP8
 from vlcache_sgl.scoring.scoring import RowGroup, Scoring
+from vlcache_sgl.streams import to_device
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class BatchScoring:
         rows = torch.cat([v.positions - v.request.begin + v.request.tokens.start for v in voters])
         row_index = torch.cat([v.positions - v.scoring.prompt.start for v in voters])
         request_rows = [voter.request.row for voter in voters]
-        numbers = copy_to(torch.cat([rows, row_index, torch.tensor(request_rows), torch.tensor(lengths)]), device)
+        numbers = to_device(torch.cat([rows, row_index, torch.tensor(request_rows), torch.tensor(lengths)]), device)
         on_device = torch.split(numbers, [len(rows), len(rows), len(voters), len(voters)])
         return Poll(
             want=want,

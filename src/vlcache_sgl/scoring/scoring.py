@@ -10,6 +10,7 @@ import torch
 from vlcache_kernels.attention_stats import AttentionStats, StatsRequest, attention_stats
 from vlcache_sgl.api import LayerView, Needs, Prompt, Rows
 from vlcache_sgl.api.prompt import select_rows
+from vlcache_sgl.streams import to_device
 
 KeysValues = Callable[[int], torch.Tensor]
 """Layer -> `[owned, 2, kv_heads, head_dim]`, the cached keys and values of the owned tokens."""
@@ -26,6 +27,13 @@ class RowGroup:
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     kept_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Per layer, `[R_chunk, H, D]` of each chunk."""
+    _on_device: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """`positions` on `device`: copied once, because all layers show them to policies."""
+        if self._on_device is None or self._on_device.device != device:
+            self._on_device = to_device(self.positions, device)
+        return self._on_device
 
     def within(self, begin: int, end: int) -> torch.Tensor:
         """Those of `positions` that lie in ``[begin, end)``."""
@@ -160,7 +168,7 @@ class Scoring:
         view = LayerView(index=layer)
         group = self._groups.get(need.rows)
         if group is not None:
-            view.row_positions = group.positions.to(self.prompt.device)
+            view.row_positions = group.on(self.prompt.device)
             view = self._with_stats(view, group.stats.get(layer), need)
             if need.queries:
                 kept = group.kept_queries.get(layer, [])

@@ -36,7 +36,6 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         self.accounting.clear()
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        self.accounting.settle()
         if not self.accounting.has_room(need_size):
             return None
         slots: torch.Tensor | None = super().alloc(need_size)
@@ -60,16 +59,16 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return CellPrefillBudget(self, self.accounting, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool:
-        if not self.can_allocate(num_tokens):
-            # What compression is about to give back goes before what somebody may still use.
-            self.accounting.settle()
+        if self.can_allocate(num_tokens):  # where compression is about to give back enough, this waits for it
+            return True
         super().evict_to_free_tokens(tree_cache, num_tokens)
         residency = self.accounting.residency
         planes = residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
             # A compressed token gives back fewer cells than planes, so it may take several rounds.
             # Prefixes in host memory give back none, and stay.
-            while self.accounting.evictable_cells and (missing := num_tokens * planes - residency.free_cells) > 0:
+            while not self.accounting.has_room(num_tokens) and self.accounting.evictable_cells:
+                missing = num_tokens * planes - residency.free_cells
                 evicted = tree_cache.evict(EvictParams(num_tokens=-(-missing // planes)))
                 if evicted.num_tokens_evicted == 0:
                     break

@@ -89,6 +89,8 @@ class Req(Protocol):
     """The request's namespace in the radix tree, text or None."""
     cache_salt: str | None
     kv: RequestKV
+    lock: Any
+    """On what it relies of the prefix tree; None: on nothing."""
     multimodal_inputs: Any
     """`MultimodalInputs` or None."""
     sampling_params: SamplingParams
@@ -293,6 +295,7 @@ class AttentionLayer(Protocol):
     tp_k_head_num: int
     tp_v_head_num: int
     head_dim: int
+    v_head_dim: int
     scaling: float
     k_scale: Any
     v_scale: Any
@@ -300,6 +303,15 @@ class AttentionLayer(Protocol):
     k_scale_float: float | None
     v_scale_float: float | None
     """The same where they are tensors."""
+    is_cross_attention: bool
+    sliding_window_size: int | None
+    """How many tokens before its own a token sees; negative or None: all."""
+    use_irope: bool
+    """Chunked, in a model that has an attention chunk size."""
+    attn_type: Any
+    logit_cap: float
+    xai_temperature_len: int | None
+    pos_encoding_mode: str
 
 
 # -- the model and its pools ------------------------------------------------------------------------------------------
@@ -332,6 +344,17 @@ class ModelConfig(Protocol):
     num_attention_layers: int
     head_dim: int
     v_head_dim: int
+    context_len: int
+    hf_config: Any
+    hf_text_config: Any
+    attention_arch: Any
+    attention_chunk_size: int | None
+    is_encoder_decoder: bool
+    is_hybrid_swa: bool
+    has_attention_sinks: bool
+
+    @property
+    def has_asymmetric_kv(self) -> bool: ...
 
     def get_total_num_kv_heads(self) -> int: ...
 

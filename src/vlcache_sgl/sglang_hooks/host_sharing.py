@@ -66,7 +66,8 @@ class TreeRoom:
     def make_host_room(self, tokens: int) -> None:
         host = self._accounting.host
         assert host is not None
-        self._evict(lambda: tokens - host.free_tokens)
+        if not host.has_room(tokens):
+            self._evict(lambda: tokens - host.free_tokens)
 
     def make_cells(self, cells: int) -> None:
         accounting = self._accounting
@@ -159,7 +160,7 @@ class HostSharing:
             if room is None:
                 return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
         else:
-            charge = HostCharge.of(job, self.memory.layers)
+            charge = HostCharge.of(job, self.memory.layers, self.memory.staging.sets)
             room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(last=False)
             if room < 1:
                 return (

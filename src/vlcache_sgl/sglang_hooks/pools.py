@@ -55,6 +55,7 @@ class Pools:
             self._config.overcommit_factor,
             graph_lists=configurator.device == "cuda",
             host_tokens=self.host_tokens,
+            sketches=self._config.recall > 0,
         )
         self.physical_tokens = pool.physical_tokens
         config.max_total_num_tokens = pool.slots

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.staging import staged_layers
 from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.image_states import tokens_to_image_end
 from vlcache_sgl.sglang_hooks.jobs import job_of
@@ -26,18 +27,20 @@ class HostCharge:
     layers: int
     kept: int
     """Tokens that it keeps at most, averaged over layers."""
+    staged: int = 1
+    """Layers that are staged at a time."""
 
     @classmethod
-    def of(cls, job: CompressionJob, layers: int, prefix: int = 0) -> HostCharge:
-        """For a request with `job.host`."""
+    def of(cls, job: CompressionJob, layers: int, staged: int, prefix: int = 0) -> HostCharge:
+        """For a request with `job.host`; `staged`: layers that are staged at a time."""
         assert job.host is not None
-        return cls(job.asked.length, prefix, layers, math.ceil(job.host.ratio * job.asked.length))
+        return cls(job.asked.length, prefix, layers, math.ceil(job.host.ratio * job.asked.length), staged)
 
     def beside(self, *, last: bool) -> int:
-        """While a chunk runs, the tokens before it are staged for one layer after another; at the end of the `last`
+        """While a chunk runs, the tokens before it are staged for some layers at a time; at the end of the `last`
         one, what is kept of them takes cells."""
         earlier = self.prefix if last else max(self.prefix, self.length)
-        return max(math.ceil(earlier / self.layers), min(earlier, self.kept))
+        return max(math.ceil(self.staged * earlier / self.layers), min(earlier, self.kept))
 
 
 class CellPrefillBudget(PrefillBudget):
@@ -66,7 +69,9 @@ class CellPrefillBudget(PrefillBudget):
         self._charge = (
             None
             if job is None or job.host is None
-            else HostCharge.of(job, self._accounting.num_layers, int(req.prefix_len))
+            else HostCharge.of(
+                job, self._accounting.num_layers, staged_layers(self._accounting.arena.device), int(req.prefix_len)
+            )
         )
 
     def _available_and_evictable(self) -> int:

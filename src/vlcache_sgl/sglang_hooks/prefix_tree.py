@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from vlcache_sgl.compression.job import CompressionJob
+from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.image_states import drop_state, keep_state
 from vlcache_sgl.sglang_hooks.jobs import job_of
@@ -73,22 +74,46 @@ class CompressedPrefixTree(UnifiedRadixCache):
         """
         share, before = job.host, req.kv.cache_protected_len
         assert share is not None
-        up_to = min(up_to, job.asked.length)
-        if share.unwritten or up_to <= before:
+        if share.detached:
             self._decline(req)
             return
+        up_to = min(up_to, job.asked.length)
         row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         if share.own is not None:
             row[: job.asked.length] = share.own.shared.to(row.dtype)
-        self._publish(req, job, up_to, **kwargs)
-        self.token_to_kv_pool_allocator.accounting.adopt(row[before : req.kv.cache_protected_len].long())
-        if share.own is not None:
-            # Where another request published the same tokens first, the row now names that request's slots.
-            share.own.shared = row[: job.asked.length].to(torch.int64)
-            row[: job.asked.length] = share.own.private.to(row.dtype)
+        if share.unwritten or up_to <= before:
+            self._decline(req)
+        else:
+            self._publish(req, job, up_to, **kwargs)
+            self.token_to_kv_pool_allocator.accounting.adopt(row[before : req.kv.cache_protected_len].long())
+        if share.own is None:
+            return
+        named = row[: job.asked.length]
+        if job.area is None:
+            self._detach(req, share, named)
+            return
+        # What comes back while the answer is decoded is read in the tree's slots, which stay locked.  Where another
+        # request published the same tokens first, they are that request's.
+        share.own.shared = named.to(torch.int64)
+        named[:] = share.own.private.to(row.dtype)
+
+    def _detach(self, req: Req, share: HostShare, row: torch.Tensor) -> None:
+        """From now on `req` relies on its own slots only: host memory may need the room of its prompt while it decodes.
+
+        Args:
+            row: `[length]`, what names the prompt's slots.
+        """
+        own, share.own, share.detached = share.own, None, True
+        assert own is not None
+        if (left := row[req.kv.cache_protected_len :].long()).numel():
+            self.token_to_kv_pool_allocator.free(left)
+        row[:] = own.private.to(row.dtype)
+        self.unlock(req.lock)
+        req.lock, req.kv.cache_protected_len = None, 0
 
     def claim_kv_row(self, req: Req) -> bool:
-        """Before SGLang gives back what a request holds: its row names the slots again that it named at first."""
+        """Before SGLang gives back what a request holds that has not been detached: its row names the slots again that
+        it named at first."""
         job = job_of(req)
         if job is not None and job.host is not None and job.host.own is not None:
             own, job.host.own = job.host.own, None

@@ -85,7 +85,8 @@ class Requests:
         if choice.budget.keeps_all:
             reason = "budget"
         elif not vision and self._config.scope == "vision":
-            reason = "scope"
+            # Where images lie in a prompt of vectors nobody says.
+            reason = "scope" if req.input_embeds is None else "embeds"
         elif len(req.origin_input_ids) < self._config.min_tokens:
             reason = "short"
         if reason is not None:
