@@ -37,6 +37,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -155,6 +156,7 @@ def main() -> None:
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
+    copies(128, torch.uint8)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):

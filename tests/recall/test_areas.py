@@ -77,7 +77,7 @@ class World:
         assert recall is not None
         recall.step(self.area)
         for layer in range(LAYERS):
-            recall.refresh(self.area, self.arena.planes_at(layer), queries[layer], SCALE)
+            recall.refresh(self.area, self.arena.layer(layer), queries[layer], SCALE)
 
 
 def world(tokens: int, groups: int = 1, seed: int = 0, kept: float = 0.2, dtype: torch.dtype = torch.float32) -> World:
@@ -99,9 +99,9 @@ def world(tokens: int, groups: int = 1, seed: int = 0, kept: float = 0.2, dtype:
     slots = torch.arange(1, LENGTH + 1)
     arena.residency.attach(slots)
     for layer in range(LAYERS):
-        planes = arena.planes_at(layer)
+        planes = arena.planes_of(layer)
         cells = arena.residency.table[planes, slots].to(torch.int64)
-        arena.write(planes, cells, keys_values[layer, :, 0], keys_values[layer, :, 1])
+        arena.write(cells, keys_values[layer, :, 0], keys_values[layer, :, 1])
     assert memory.write_back(slots)
     keep = torch.rand(arena.num_planes, LENGTH, generator=generator) < kept
     _, area = memory.settle_with_area(slots, keep, tokens)

@@ -99,12 +99,8 @@ class Arena:
         """Which of the counted layers a layer of the model is: what policies, budgets and reports count by."""
         return self._layers[layer_id].number
 
-    def planes_at(self, number: int) -> slice:
-        """The planes of one of the counted layers, as a slice of `residency.table`."""
-        return slice(number * self.groups, (number + 1) * self.groups)
-
     def planes_of(self, layer_id: int) -> slice:
-        """The planes of a layer of the model."""
+        """The planes of a layer of the model, as a slice of `residency.table`."""
         return self._layers[layer_id].planes
 
     def scales_of(self, layer: LayerCells) -> Scales:

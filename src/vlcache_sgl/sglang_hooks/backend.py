@@ -242,6 +242,8 @@ class ResidencyBackend(AttentionBackend):
         def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
             assert job is not None
+            if k is None:  # another layer's keys, which its own rows have voted on
+                return
             part = request.tokens
             self.compressor.observe(
                 job, where.number, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
