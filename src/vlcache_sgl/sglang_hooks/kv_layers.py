@@ -1,7 +1,7 @@
 """Which layers of a model have a KV cache, and which of them attend to all tokens.
 
-Budgets, policies and reports count the latter only, in their order.  Of a hybrid the others keep a state per request, of
-constant size; layers with a window attend to the last tokens only.
+Budgets, policies and reports count the latter only, in their order.  Of a hybrid the others keep a state per request,
+of constant size; layers with a window attend to the last tokens only.
 """
 
 from __future__ import annotations
