@@ -22,7 +22,7 @@ from vlcache_sgl.evaluation.report import COLOURS, markdown_table
 from vlcache_sgl.evaluation.scores import score
 
 BUDGET = "0.1"
-PICTURES = 20
+IMAGES = 20
 AT_ONCE = 4
 SCORES = {
     "post-vision": "vlcache",
@@ -45,7 +45,7 @@ def policy(name: str) -> str:
 def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str, Any]]:
     """One record per image and score: `model`, `sample`, `scores`, `right`, `kept_tokens_per_layer`, and the report
     of `kv_report: attention`."""
-    samples = [TASKS["single"](number) for number in range(PICTURES)]
+    samples = [TASKS["single"](number) for number in range(IMAGES)]
     work = [(sample, name) for sample in samples for name in SCORES]
     with ServerProcess(model, flags, title=f"recall {Path(model).name}", console=console) as server:
         client = Client(server.openai_url)

@@ -50,9 +50,9 @@ def _cell(row: Row) -> str:
     return f"**{text}**" if near and row["score"] >= 0.95 * row["full_score"] else text
 
 
-def sketches_table(result: Result) -> str:
+def sketches_table(result: Result, policy: str, budget: float) -> str:
     """Sketches down, tokens that come back across."""
-    rows = result["summary"]
+    rows = [row for row in result["summary"] if (row["policy"], row["budget"]) == (policy, budget)]
     counts = list(dict.fromkeys(row["tokens"] for row in rows))
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -90,7 +90,8 @@ def hits_table(result: Result) -> str:
 
 Maker = Callable[[Result], str]
 BLOCKS: Mapping[str, tuple[Path, Maker]] = {
-    "recall-sketches": (SKETCHES, sketches_table),
+    "recall-sketches-keydiff": (SKETCHES, lambda result: sketches_table(result, "keydiff", 0.1)),
+    "recall-sketches-vlcache": (SKETCHES, lambda result: sketches_table(result, "vlcache", 0.1)),
     "recall-image": (ANSWERS, lambda result: answers_table(result, "image")),
     "recall-text": (ANSWERS, lambda result: answers_table(result, "text")),
     "recall-loyalty": (LOYALTY, loyalty_table),

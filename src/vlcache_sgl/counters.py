@@ -136,8 +136,23 @@ class Counters:
     second_reading_ms: float = time_ms(
         Figure("second_reading_seconds", "counter", "wall time of forwards that contained one of them")
     )
-    host_ms: float = time_ms()
-    """Host time spent on moving tokens to host memory and on mapping what is staged."""
+    staged_forwards: int = count(
+        Figure(
+            "staged_forwards",
+            "counter",
+            "prefill forwards, a chunk of one or more prompts each, that read a prefix from host memory",
+        )
+    )
+    staged_ms: float = time_ms(
+        Figure("staged_forward_seconds", "counter", "wall time of these forwards, copies included")
+    )
+    host_ms: float = time_ms(
+        Figure(
+            "host_memory_seconds",
+            "counter",
+            "host time spent on copies to host memory and on mapping what is staged, within prefill forwards",
+        )
+    )
     prefill_ms: float = time_ms(
         Figure("prefill_seconds", "counter", "wall time of forwards that contained a compressed prompt")
     )

@@ -58,8 +58,14 @@ class World:
             layers_per_cell=sliding.layers_per_cell(shape.width),
         )
         arena = Arena(
-            **{"num_cells": 400 * shape.planes, "num_slots": 400, "num_layers": len(COUNTED), "groups": 1},
-            **{"kv_heads": kv_heads, "head_dim": dim, "dtype": stored, "device": "cpu"},
+            num_cells=400 * shape.planes,
+            num_slots=400,
+            num_layers=len(COUNTED),
+            groups=1,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            dtype=stored,
+            device="cpu",
             layer_ids=COUNTED,
             window=window,
         )

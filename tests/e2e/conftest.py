@@ -1,6 +1,6 @@
 """Real servers for the tests of this folder, started when first needed, shared between files, two alive at most.
 
-A test asks for `stock`, `ours_full` or `ours_tenth`, or takes `servers` and describes one of its own.  Tests are
+A test asks for `stock`, `ours_tenth` or `small`, or takes `servers` and describes one of its own.  Tests are
 ordered by the servers they use, so that each of the shared ones starts once in a run.
 """
 
@@ -28,7 +28,7 @@ from rich.console import Console
 
 from vlcache_sgl.client.client import Answer, Client
 from vlcache_sgl.client.server import ServerError, ServerProcess
-from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Receipt, make_receipt
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/tinyvlm/grounded"
@@ -43,7 +43,6 @@ FLAGS = (
 )
 TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
 """What SGLang logs when a process dies or its idle check finds tokens missing; other tracebacks are harmless."""
-FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1", "--enable-metrics")
 """The server of most tests; the flag adds `/metrics`."""
 
@@ -204,15 +203,32 @@ def stock(servers: Servers) -> Server:
 
 
 @pytest.fixture
-def ours_full(servers: Servers) -> Server:
-    """`--kv-policy vlcache --kv-budget 1.0`."""
-    return servers.get(*FULL)
-
-
-@pytest.fixture
 def ours_tenth(servers: Servers) -> Server:
     """`--kv-policy vlcache --kv-budget 0.1`, with metrics."""
     return servers.get(*TENTH)
+
+
+SMALL = (
+    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--schedule-conservativeness", "0.1"),
+    *("--kv-recall", "24"),
+    *("--max-total-tokens", "900", "--chunked-prefill-size", "128"),
+)
+"""An arena for one image of the larger ones and little beside it, host memory for nine of them."""
+
+
+@pytest.fixture
+def small_flags() -> tuple[str, ...]:
+    """Of `small`."""
+    return SMALL
+
+
+@pytest.fixture
+def small(servers: Servers, broken_policies: dict[str, str]) -> Server:
+    """A server whose arena a few requests fill, with the policy that the bundled model was trained for; empty."""
+    server = servers.get(*SMALL, env=broken_policies)
+    server.flush()
+    return server
 
 
 LIMITS = (
@@ -225,29 +241,6 @@ LIMITS = (
 def limited(servers: Servers) -> Server:
     """A server that lets requests choose little, and compresses texts too."""
     return servers.get(*LIMITS)
-
-
-SMALL_POOL = 900
-"""Uncompressed tokens of the small server: one image of the larger ones, and little beside it."""
-SMALL = (
-    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
-    *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--kv-recall", "24"),
-    *("--max-total-tokens", str(SMALL_POOL), "--chunked-prefill-size", "128"),
-)
-
-
-@pytest.fixture
-def small_flags() -> tuple[str, ...]:
-    """Of `small`."""
-    return SMALL
-
-
-@pytest.fixture
-def small(servers: Servers) -> Server:
-    """Host memory, recall, chunks of 128 tokens, and an arena that holds a single image; nothing is cached."""
-    server = servers.get(*SMALL)
-    server.flush()
-    return server
 
 
 BY_HEAD = (*("--kv-policy", "snapkv:heads=split", "--kv-budget", "0.2", "--kv-head-cells", "--kv-scope", "all"),)
@@ -282,6 +275,12 @@ def _installer() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def broken_policies() -> dict[str, str]:
+    """The environment of processes for which the policies of `plugins/broken_policies` are installed."""
+    return with_paths(PLUGINS / "broken_policies")
+
+
+@pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of processes for which the package of `examples/third_party_policy` is installed, and the broken
     policies of `plugins/` too.  Built and installed as users would; nothing is fetched, nothing stays."""
@@ -304,15 +303,15 @@ def foreign(servers: Servers, installed: dict[str, str]) -> Server:
 
 
 @functools.cache
-def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Picture:
-    return make_picture(seed, rows, cols, num_questions=num_questions)
+def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Receipt:
+    return make_receipt(seed, rows, cols, num_questions=num_questions)
 
 
 @pytest.fixture(scope="session")
 def picture() -> Any:
     """`picture(seed, rows=16, cols=16, num_questions=4)`: a held-out receipt, drawn once."""
 
-    def draw(seed: int, rows: int = 16, cols: int = 16, num_questions: int = 4) -> Picture:
+    def draw(seed: int, rows: int = 16, cols: int = 16, num_questions: int = 4) -> Receipt:
         return _picture(seed, rows, cols, num_questions)
 
     return draw
@@ -324,7 +323,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "small", "limited", "ours_full", "stock", "by_head", "foreign", "servers", "forked_servers")
+_ORDER = ("small", "ours_tenth", "stock", "by_head", "limited", "foreign", "servers", "forked_servers")
 """Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
 them: with another order servers would start twice."""
 

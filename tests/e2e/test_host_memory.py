@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from benchmarks.models.make_model import make_model
@@ -97,9 +98,34 @@ def test_a_prompt_larger_than_the_arena(small: Any, ours_tenth: Any, an_ask: Any
     for question in picture(60_303, 24, 24).questions[:2]:
         ((answer),) = both(small, ours_tenth, an_ask, [(question.text, images, {"kv_budget": 0.05})])
         assert answer.prompt_tokens > 2.5 * POOL
+        staged = answer.report["staged"]
+        assert staged["chunks"] >= (answer.prompt_tokens - answer.cached_tokens) // 128 - 1
+        assert staged["tokens"] >= answer.cached_tokens
+        assert 0 < staged["seconds"] < 60
     state = small.settled()
     assert state["host_bytes_written"] > answer.prompt_tokens * state["host_bytes_per_token"]
     assert state["staged_tokens"] > 0
+    assert state["staged_forwards"] >= staged["chunks"]
+    assert state["staged_ms"] > 1e3 * staged["seconds"] - 1
+    small.assert_nothing_held()
+
+
+def test_a_failing_policy_keeps_what_fits_and_refuses_what_does_not(small: Any, picture: Any) -> None:
+    """Kept whole where the arena holds the prompt, a 400 where only the policy would have made it fit."""
+    drawn = [picture(60_350 + i, 24, 24) for i in range(3)]
+    question = drawn[0].questions[0]
+    fits, too_large = (drawn[0].image,), tuple(d.image for d in drawn)
+    for policy, complaint in (("raises", "broken on purpose"), ("nan", "NaN")):
+        failing = options(kv_policy=f"scorer={policy},allocator=uniform")
+        answer = small.ask(question.text, *fits, **failing)
+        assert answer.text.strip() == question.answer
+        assert complaint in answer.report["failed"]
+        with pytest.raises(openai.BadRequestError, match=f"scorer={policy}.*{complaint}.*tokens does not fit"):
+            small.ask(question.text, *too_large, **failing)
+    # What the failing ones have left in host memory serves those that work.
+    answer = small.ask(question.text, *too_large, **options())
+    assert answer.cached_tokens > POOL
+    assert "failed" not in answer.report
     small.assert_nothing_held()
 
 

@@ -15,21 +15,20 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
-from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.mem_cache.allocation import alloc_token_slots
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
+from world_checks import check, marks
+from world_parts import Batch, Event, LaggingHostMemory
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.capacity import longest_answer
-from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.config import config_from
 from vlcache_sgl.memory.host_pool import HostPool
-from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
@@ -43,46 +42,6 @@ from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 PLANES = 3
 SLOTS = 500
 MIN_TOKENS = 8
-
-
-class Event:
-    """Of a device that is behind: passes when somebody waits for it, or when time goes on."""
-
-    def __init__(self) -> None:
-        self.passed = False
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        self.passed = True
-
-
-class LaggingHostMemory(HostMemory):
-    """Of a device that may be behind with what it frees."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world.allocator.accounting, world.room)
-        self._world = world
-
-    def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
-        self._world.retire(slots, keep)
-
-
-class Batch:
-    """The running requests, as admission sees SGLang's batch."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.reqs: list[Req] = []
-        self.batch_is_full = False
-
-    def batch_size(self) -> int:
-        return len(self.reqs)
-
-    def check_decode_mem(self) -> bool:
-        world = self._world
-        return bool(world.allocator.check_decode_capacity(num_tokens=len(self.reqs), tree_cache=world.tree))
 
 
 class World:
@@ -147,6 +106,8 @@ class World:
             model = Prompt(0, 0, (), PLANES, 1, 1, 1)
             self.host = HostSharing(LaggingHostMemory(self), self.room, physical, model)
             self.host.attach(self.tree)
+        self.unpublished: list[Req] = []
+        """Their prefill has ended, its result comes with the next step's: as under overlap scheduling."""
         self.aborted_for_memory = 0
         self.served = 0
         self.running = 12
@@ -256,6 +217,7 @@ class World:
             return self._prefill()
 
     def _prefill(self) -> bool:
+        self._publish()
         if not self.batch.reqs:
             self.batch.batch_is_full = False
         if (self.batch.batch_is_full or not self.waiting) and self.chunked_req is None:
@@ -339,7 +301,10 @@ class World:
             self._end_chunk(req)
         for req in reqs:
             # Published, and from now on resumed behind this chunk.
-            checkpoint_kv_cache(req, self.tree)
+            if req is not self.chunked_req and self.random.random() < self.late_share:
+                self.unpublished.append(req)
+            else:
+                checkpoint_kv_cache(req, self.tree)
             if req is not self.chunked_req:
                 req.output_ids.append(50 + len(req.output_ids))
                 self.batch.reqs.append(req)
@@ -357,8 +322,8 @@ class World:
             for req, slots in staged:
                 cells = self.arena.residency.table[plane, slots].long()
                 assert (cells > 0).all(), "a token of the prefix is neither in the arena nor in host memory"
-                marks = self._marks(req, 0, len(slots))[plane]
-                assert torch.equal(self.arena.cells[cells, 0, 0, 0], marks), f"{req.rid} is shown others' tokens"
+                written = marks(req, 0, len(slots), PLANES)[plane]
+                assert torch.equal(self.arena.cells[cells, 0, 0, 0], written), f"{req.rid} is shown others' tokens"
         memory.staging.end()
 
     def _end_chunk(self, req: Req) -> None:
@@ -427,9 +392,16 @@ class World:
         before = len(self.batch.reqs)
         admission.make_room(step, self, self.batch)
         self.new_token_ratio_tracker.decay_step()
+        self._publish()
         self._finish_those_at_their_end()
         if len(self.batch.reqs) < before:
             self.batch.batch_is_full = False
+
+    def _publish(self) -> None:
+        """The results of the last step are there."""
+        for req in self.unpublished:
+            checkpoint_kv_cache(req, self.tree)
+        self.unpublished.clear()
 
     def _finish_those_at_their_end(self) -> None:
         for req in list(self.batch.reqs):
@@ -440,9 +412,14 @@ class World:
         req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
         req.finished_len = len(req.output_ids)
         release_kv_cache(req, self.tree, checkpoint=True)
-        self.batch.reqs.remove(req)
+        self._leave(req)
         self.batch.batch_is_full = False
         self.served += 1
+
+    def _leave(self, req: Req) -> None:
+        self.batch.reqs.remove(req)
+        if req in self.unpublished:
+            self.unpublished.remove(req)
 
     def abort(self, req: Req) -> None:
         """The client is gone: in the queue, between two chunks, or while it runs."""
@@ -455,11 +432,11 @@ class World:
             self.chunked_req = None
         else:
             release_kv_cache(req, self.tree, checkpoint=True)
-            self.batch.reqs.remove(req)
+            self._leave(req)
             self.batch.batch_is_full = False
 
     def retract(self, req: Req) -> None:
-        self.batch.reqs.remove(req)
+        self._leave(req)
         release_req(
             req=req,
             remaing_req_count=len(self.batch.reqs),
@@ -505,97 +482,15 @@ class World:
     def owners(self) -> list[Req]:
         return [*self.batch.reqs, *([self.chunked_req] if self.chunked_req is not None else [])]
 
-    def _tokens(self, req: Req) -> list[int]:
-        return [*req.origin_input_ids, *req.output_ids]
-
-    def _marks(self, req: Req, begin: int, end: int) -> torch.Tensor:
-        """`[planes, tokens]` whole numbers that float32 holds exactly: token, its whole prefix, its key, the plane."""
-        tokens = self._tokens(req)
-        marks = [
-            [hash((req.extra_key, *tokens[: i + 1], plane)) % 2**24 for i in range(begin, end)]
-            for plane in range(PLANES)
-        ]
-        return torch.tensor(marks, dtype=torch.float32).view(PLANES, end - begin)
-
     def _write(self, req: Req, begin: int, end: int) -> None:
         slots = self.rows.req_to_token[req.kv.req_pool_idx, begin:end].long()
         cells = self.arena.write_cells(slots)
         assert (cells > 0).all(), "a new token has no cell in some plane"
-        marks = self._marks(req, begin, end)
+        written = marks(req, begin, end, PLANES)
         for plane in range(PLANES):
-            keys = marks[plane].view(-1, 1, 1)
+            keys = written[plane].view(-1, 1, 1)
             self.arena.write(cells[plane : plane + 1], keys, -keys)
 
     def check(self) -> None:
-        self._check_slots()
-        self._check_cells()
-        self._check_reads()
-
-    def _check_slots(self) -> None:
-        allocator, tree = self.allocator, self.tree
-        private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
-        private += sum(len(own.private) for own in map(self._own, self.owners()) if own is not None)
-        assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
-        assert int(allocator.accounting._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
-        unlocked = int((allocator.accounting._in_tree & (allocator.accounting._locks == 0)).sum())
-        assert unlocked == tree.evictable_size(), "locks are not counted as the tree counts them"
-        assert int(allocator.accounting._locks.min()) >= 0
-        assert not (allocator.accounting._in_tree[allocator.free_pages]).any()
-
-    def _check_cells(self) -> None:
-        allocator, residency = self.allocator, self.arena.residency
-        pending = [freed.numbers[: int(freed.count)] for _, freed in residency.free._pending]
-        mapped = residency.table[:, 1:]
-        everything = torch.cat([mapped[mapped >= 0], residency.free.numbers, *pending])
-        once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
-        assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
-        assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"
-        for event, cells in self.evictions:
-            assert event.passed or not torch.isin(cells, mapped).any(), "cells were handed out under a running forward"
-        in_tree = allocator.accounting._in_tree.nonzero().flatten()
-        waiting = sum(len(cells) for cells in pending)
-        assert int((residency.table[:, in_tree] >= 0).sum()) <= allocator.accounting.tree_cells
-        assert allocator.accounting.tree_cells + allocator.accounting.request_cells == residency.used_cells
-        assert residency.free_cells + int((mapped >= 0).sum()) + waiting == residency.num_cells
-        if not pending:
-            assert allocator.verify_byte_accounting() == []
-
-        if allocator.accounting.host is not None:
-            assert allocator.accounting.host.check_integrity() == []
-            free = allocator.accounting.host.rows[allocator.free_pages]
-            assert (free < 0).all(), "a free slot has a row of host memory"
-
-    @staticmethod
-    def _own(req: Req) -> OwnSlots | None:
-        job = job_of(req)
-        return None if job is None or job.host is None else job.host.own
-
-    def _check_reads(self) -> None:
-        self._check_host()
-        table = self.arena.residency.table
-        for req in self.owners():
-            end = req.kv.kv_allocated_len
-            slots = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
-            cells = table[:, slots].long()
-            marks = self._marks(req, 0, end)
-            kept = cells >= 0
-            assert torch.equal(self.arena.cells[cells.clamp(min=0), 0, 0, 0][kept], marks[kept]), (
-                f"{req.rid} reads others"
-            )
-            job = job_of(req)
-            if job is None or (not job.progress.done and job.host is None):
-                own = kept[:, req.kv.cache_protected_len :]
-                assert own.all(), "evicted before the decision"
-            assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"
-
-    def _check_host(self) -> None:
-        """Everything of a prompt is in host memory, whatever its request keeps."""
-        host = self.allocator.accounting.host
-        for req in self.owners():
-            job, own = job_of(req), self._own(req)
-            if host is None or own is None or job is None or job.host is None or job.host.unwritten:
-                continue
-            rows = host.rows[own.shared].long()
-            assert (rows >= 0).all(), f"{req.rid} has lost a token"
-            assert torch.equal(host.cells[:, rows, 0, 0, 0], self._marks(req, 0, len(rows)))
-            assert (self.arena.residency.table[:, own.shared] < 0).all(), "what the tree shares is not in the arena"
+        """Everything that must hold between two steps."""
+        check(self)

@@ -51,7 +51,7 @@ def attention_stats(
     once per tile of rows; extra memory is one tile of logits.
 
     Args:
-        queries: `[R, H, D]` float, post-RoPE rows that vote.
+        queries: `[R, H, D]` float, post-RoPE query rows.
         keys: `[m, K, D]` float, post-RoPE owned keys in sequence order; `H` is a multiple of `K`.
         row_index: `[R]` int64; row r sees owned key j if and only if ``j <= row_index[r]``.  In ``[0, m)``.
         scale: factor of the logits, usually ``D ** -0.5``.
@@ -95,10 +95,10 @@ def batch_attention_stats(
     Nothing of size rows x keys is written unless `probabilities` are wanted.
 
     Args:
-        queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE rows that vote, request after request.
+        queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE query rows, request after request.
         row_index: `[T]` int; row r sees the whole prefix and owned key j if and only if ``j <= row_index[r]``.
-        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries`, or 8-bit floats, whose scale is
-            to be in `scale`.
+        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries` or 8-bit floats, whose
+            scale is to be in `scale`.
         index: one layer's list from `residency_index(..., group=G)` *before* eviction: `indptr` `[G * B + 1]`,
             `indices` `[*]`, int32.  Of each (plane, request) the last ``batch.owned[b]`` cells are the owned keys,
             what precedes them is the prefix, whose size may differ between planes.

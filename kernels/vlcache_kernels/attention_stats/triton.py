@@ -234,7 +234,7 @@ def column_kernel(
 
     Keys are the rows of the product, so that the reduction over queries stays within a warp.  Without DENSITY the
     prefix is left out.  With SKIP, row blocks before the first row that sees a key of the block are left out: half of
-    the work when all rows vote.  The loop has no branch, so that loads of queries run ahead.
+    the work when all rows are query rows.  The loop has no branch, so that loads of queries run ahead.
     """
     kv_head = tl.program_id(1)
     b = tl.program_id(2)

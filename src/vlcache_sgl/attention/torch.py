@@ -7,6 +7,7 @@ import torch
 from vlcache_sgl.attention import window
 from vlcache_sgl.attention.base import Observe
 from vlcache_sgl.attention.gather import Gather, attend
+from vlcache_sgl.memory.arena import merge_groups
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.decode_index import DecodeIndex, RowCells, collect
 from vlcache_sgl.memory.layers import LayerCells
@@ -62,7 +63,7 @@ class TorchProvider:
                 output[part], lse[part] = extend_with_lse(*arguments)
             else:
                 output[part] = extend(*arguments)
-            if request.votes:
+            if request.observed:
                 observe(number, prefix, valid)
         return output, lse
 
@@ -122,13 +123,12 @@ def prefix_keys_values(
     """
     counts = prefix.counts[planes]
     width = int(counts.max())
-    both = gather(prefix.cells[planes, :width], scales)  # [G, P, 2, K/G, D]
-    groups, _, two, heads, dim = both.shape
-    merged = both.permute(1, 2, 0, 3, 4).reshape(width, two, groups * heads, dim)
-    if groups == 1:
+    both = gather(prefix.cells[planes, :width], scales)
+    merged = merge_groups(both)
+    if len(both) == 1:
         merged = merged.clone()
     ragged = int(counts.min()) != width
-    return merged, counts.repeat_interleave(heads) if ragged else None
+    return merged, counts.repeat_interleave(both.shape[3]) if ragged else None
 
 
 def extend(

@@ -20,7 +20,7 @@ from rich.console import Console
 from vlcache_sgl.client.client import Client, said
 from vlcache_sgl.client.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.client.target import add_target_arguments, target
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 from vlcache_sgl.inspection.layout import read_report
 from vlcache_sgl.inspection.page import percents, write_page
 from vlcache_sgl.inspection.sheet import draw_sheet
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console()
     try:
-        images, question = pictures_of(arguments)
+        images, question = images_of(arguments)
         flags = ("--kv-policy", arguments.policy or "vlcache", "--kv-budget", arguments.budget or "0.1")
         with interruptible(), target(arguments, flags, console) as server:
             seen = read_report(images=images, **inspect(server, images, question, arguments))
@@ -98,10 +98,10 @@ def inspect(
     }
 
 
-def pictures_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
+def images_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
     """The images and the question; the demo's first when no image is given."""
     if not arguments.image:
-        drawn = make_picture(_SEED, _SIDE, _SIDE)
+        drawn = make_receipt(_SEED, _SIDE, _SIDE)
         return [drawn.image], arguments.question or drawn.questions[0].text
     return [Image.open(path).convert("RGB") for path in arguments.image], arguments.question or "What is in this image?"
 

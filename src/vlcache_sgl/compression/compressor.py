@@ -14,11 +14,13 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import torch
 
 from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.measured import Measured
@@ -149,7 +151,7 @@ class Compressor:
         valid: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Let the chunk's rows vote in one layer.
+        """Add the statistics of the chunk's query rows in one layer.
 
         Args:
             begin: position of the chunk's first token.
@@ -187,14 +189,14 @@ class Compressor:
             return None
 
     def observe_batch(
-        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+        self, batch: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
     ) -> None:
-        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        """Add the statistics of the query rows of a batch in one layer; see `BatchScoring.observe`."""
         started = time.perf_counter()
         try:
-            voting.observe(planes, queries, scale, lse)
+            batch.observe(planes, queries, scale, lse)
         except Exception as error:
-            _give_up(voting.scorings, error)
+            _give_up(batch.scorings, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     # -- at its end -------------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class Compressor:
             where = arena.layer(arena.layer_ids[layer])
             planes = where.planes
             cells = arena.residency.cells_of(planes, slots)
-            both = arena.raw[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
+            both = arena.raw[cells.clamp(min=0).to(torch.int64)]
             if memory is not None:
                 away = torch.where(cells == EVICTED, numbers, EVICTED)
                 memory.host.copy(planes, slots, both, away, (away >= 0).sum())
@@ -315,11 +317,15 @@ class Compressor:
         self.counters.host_ms += (time.perf_counter() - started) * 1e3
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
-        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and not job.host.settled:
-            shape = (self._arena.counted_planes, job.asked.length)
-            keep = torch.ones(shape, dtype=torch.bool, device=row.device)
-            self._take_own(job, row, *self._with_window(keep, keep.numel(), job))
+        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back.
+
+        A prompt whose policy has failed was admitted for what the policy was to keep: it may not fit.
+        """
+        if job.host is None or job.host.settled:
+            return
+        keep = torch.ones((self._arena.counted_planes, job.asked.length), dtype=torch.bool, device=row.device)
+        job.host.ratio = 1.0
+        self._take_own(job, row, *self._with_window(keep, keep.numel(), job))
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int) -> None:
         """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all."""
@@ -333,9 +339,22 @@ class Compressor:
                 job.host.own = self.host.settle(slots, keep, kept)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
-            job.host.abort(f"the KV cache is full: {error}")
+            job.host.abort(*self._why_lost(job, error))
             return
         row[: job.asked.length] = job.host.own.private.to(row.dtype)
+
+    def _why_lost(self, job: CompressionJob, error: OutOfMemory) -> tuple[str, HTTPStatus]:
+        """What the client of a prompt is told that does not fit when its prefill has ended."""
+        if "failed" not in job.report.fields:
+            return f"the KV cache is full: {error}", HTTPStatus.INTERNAL_SERVER_ERROR
+        held = self.accounting.physical_tokens
+        why = (
+            f"the policy {job.report.fields['policy']} failed ({job.report.fields['failed']}), and the prompt of "
+            f"{job.asked.length} tokens does not fit the KV cache without it: it holds {held} uncompressed"
+        )
+        if longest_answer(job.asked.length, 1, held):
+            return f"{why}, and others use it now", HTTPStatus.SERVICE_UNAVAILABLE
+        return why, HTTPStatus.BAD_REQUEST
 
     def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         arena = self._arena

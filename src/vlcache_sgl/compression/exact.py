@@ -2,8 +2,9 @@
 
 Every token of a prompt is copied to host memory before the arena gives it up.  The prefix tree owns slots of tokens
 that are in host memory and have no cells; a request that finds them attends to them through `Staging` while it is
-prefilled, its rows vote on them, and what its policy keeps is brought back into cells of *private slots*, which its row
-of `req_to_token` names from then on.  Nobody else reads private slots: an answer does not depend on who asked before.
+prefilled, its query rows score them, and what its policy keeps is brought back into cells of *private slots*, which its
+row of `req_to_token` names from then on.  Nobody else reads private slots: an answer does not depend on who asked
+before.
 
 The order at the end of a forward is: copy the chunk to host memory; when the prompt is complete decide, give the kept
 tokens private slots, and free everything else; otherwise free the chunk's cells, because the next chunk is served from
@@ -162,7 +163,7 @@ class HostMemory:
         candidates = self.recall.candidates(slots, keep)
         places = self.recall.places(candidates, tokens)
         own = self.settle(slots, keep | places, kept + tokens * len(keep))
-        return own, self.recall.begin(own, candidates, places)
+        return own, self.recall.begin(own, candidates, places, tokens)
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
         self._accounting.evict(slots, keep)

@@ -39,6 +39,25 @@ class Progress:
 
 
 @dataclass
+class Staged:
+    """Chunks of a prefill that read what comes before them from host memory."""
+
+    chunks: int = 0
+    tokens: int = 0
+    """That were read, once per chunk."""
+    ms: float = 0.0
+    """Wall time of the forwards that computed the chunks, of other requests too."""
+
+    def add(self, tokens: int, ms: float) -> None:
+        """One more chunk."""
+        self.chunks, self.tokens, self.ms = self.chunks + 1, self.tokens + tokens, self.ms + ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"chunks": self.chunks, "tokens": self.tokens, "seconds": round(self.ms / 1e3, 4)}
+
+
+@dataclass
 class Report:
     """What the response and the totals say of a request."""
 
@@ -53,6 +72,7 @@ class Report:
     shared_kept: tuple[torch.Tensor, Any | None] | None = None
     """`[L]` float32 on the host, shares that each layer has of the tokens from the prefix cache, and the event after
     which it may be read."""
+    staged: Staged = field(default_factory=Staged)
     measured: Measured | None = None
     """Set when the decision has fallen; only with `Asked.measures_attention`."""
 

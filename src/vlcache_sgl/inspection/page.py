@@ -105,7 +105,7 @@ _PAGE = Template("""<!doctype html>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>
 
-<h2>What a layer keeps of the picture</h2>
+<h2>What a layer keeps of the image</h2>
 <p>
   <label><input type="checkbox" id="all"> how many layers keep a patch</label>
   <label>layer <input type="range" id="layer" min="0" max="$last_layer" value="$last_layer"> <b id="number"></b></label>

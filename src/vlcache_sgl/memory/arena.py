@@ -11,6 +11,12 @@ from vlcache_sgl.memory.residency import Residency
 from vlcache_sgl.memory.scales import FP8, UNSCALED, Scales, as_bytes
 
 
+def merge_groups(cells: torch.Tensor) -> torch.Tensor:
+    """One layer's cells by head group, `[G, tokens, 2, K/G, D]`, -> by token with all heads, `[tokens, 2, K, D]`."""
+    groups, tokens, two, heads, dim = cells.shape
+    return cells.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+
+
 class Arena:
     """``cells[cell] = (K, V)`` for all layers; `residency` says which cell holds a token in a layer.
 
@@ -135,7 +141,7 @@ class Arena:
         Returns:
             `[tokens, 2, kv_heads, head_dim]`.
         """
-        by_token = both.view(self.cells.dtype).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        by_token = merge_groups(both.view(self.cells.dtype))
         return self.scales_of(layer).load(by_token, dtype)
 
     def write_cells(self, slots: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class ExtendRequest:
     """Its rows in the batch."""
     begin: int
     """Position of its first new token."""
-    votes: bool = False
+    observed: bool = False
     """Whether `observe` is to be called for it."""
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import torch
 
@@ -23,12 +24,11 @@ class HostShare:
     """How far a request that shares without loss has come."""
 
     first_row: int
-    """Position of the first query row that votes: a prefix hit ends there, because rows in front of it are not
-    computed."""
+    """Position of the policy's first query row: a prefix hit ends there, because rows of a hit are not computed."""
     ratio: float
     """Share of the prompt that has cells at most, in (0, 1], what is recalled included: what admission counts on."""
-    abort: Callable[[str], None]
-    """Ends the request with an error."""
+    abort: Callable[[str, HTTPStatus], None]
+    """Ends the request with a message and a status."""
     own: OwnSlots | None = None
     """Set from the end of the prefill to the moment when the prompt is published."""
     detached: bool = False

@@ -19,7 +19,7 @@ class Run:
     modality: str
     """``image`` or ``video``."""
     item: int
-    """Which picture or video of the prompt, from 0; a video may have one run per frame."""
+    """Which image or video of the prompt, from 0; a video may have one run per frame."""
     grids: tuple[Grid, ...] = ()
     """In the order of the tokens: one per frame, or LLaVA's overview and its tiles; empty where it is not known."""
 
@@ -54,8 +54,8 @@ class Asked:
         return tuple(run.grids for run in self.runs)
 
     @property
-    def pictures_end(self) -> int:
-        """Position behind the last picture."""
+    def images_end(self) -> int:
+        """Position behind the last image."""
         return self.vision[-1].end if self.vision else 0
 
     @property

@@ -27,6 +27,7 @@ from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
 from vlcache_sgl.sglang_hooks.arena import arena_of, scales_of
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
+from vlcache_sgl.streams import to_device
 
 
 class ResidencyBackend(AttentionBackend):
@@ -34,7 +35,7 @@ class ResidencyBackend(AttentionBackend):
 
     Args:
         model_runner: SGLang's.
-        compressor: is shown the queries of rows that vote.
+        compressor: is shown the queries of the rows that policies ask for.
         provider: the kernels to use, by the name of the backend of SGLang whose place this one takes.
         num_heads: query heads of this rank.
     """
@@ -64,10 +65,11 @@ class ResidencyBackend(AttentionBackend):
         self._graph_cells = self._graph_numbers = torch.empty(0)
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
-        self._voting: BatchScoring | None = None
+        self._batch_scoring: BatchScoring | None = None
         self._watched: list[tuple[int, Measured, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
+        self._area_rows = torch.empty(0, dtype=torch.int64)
         self.areas: list[tuple[int, RecallArea]] = []
         """Of requests of the forward that runs now which decode and get evicted tokens back, with the rows of their
         tokens in it."""
@@ -104,10 +106,11 @@ class ResidencyBackend(AttentionBackend):
         if self.provider.on_device:
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
-        self._voting = None
+        self._batch_scoring = None
         self._watched = []
-        for _, area in self.areas:
-            self._recall.step(area)
+        if self.areas:
+            self._recall.step([area for _, area in self.areas])
+            self._area_rows = to_device(torch.tensor([row for row, _ in self.areas]), self.arena.device)
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
             self._plan_watched(forward_batch)
@@ -142,17 +145,17 @@ class ResidencyBackend(AttentionBackend):
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
         ):
-            votes = (
+            observed = (
                 job is not None
                 and job.progress.scoring is not None
                 and job.progress.scoring.rows_in(begin, begin + count)
             )
-            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
-            self._observed.append(job if votes else None)
+            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), observed))
+            self._observed.append(job if observed else None)
             first += count
         self._requests = tuple(requests)
-        if self.provider.on_device and any(request.votes for request in requests):
-            self._voting = self.compressor.plan_batch(
+        if self.provider.on_device and any(request.observed for request in requests):
+            self._batch_scoring = self.compressor.plan_batch(
                 self._memory, self._requests, [None if job is None else job.progress.scoring for job in self._observed]
             )
         self.provider.plan_extend(
@@ -161,7 +164,7 @@ class ResidencyBackend(AttentionBackend):
                 forward_batch.req_pool_indices,
                 forward_batch.extend_prefix_lens,
                 forward_batch.seq_lens,
-                want_lse=self._voting is not None and self._voting.takes_lse,
+                want_lse=self._batch_scoring is not None and self._batch_scoring.takes_lse,
             )
         )
 
@@ -181,8 +184,8 @@ class ResidencyBackend(AttentionBackend):
 
     def _refresh_areas(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> None:
         """Bring back what one layer needs for `queries` `[rows, H, D]`."""
-        for row, area in self.areas:
-            self._recall.refresh(area, layer, queries[row], scale)
+        if self.areas:
+            self._recall.refresh(layer.planes, queries.index_select(0, self._area_rows), scale)
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -256,8 +259,8 @@ class ResidencyBackend(AttentionBackend):
             return output.view(q.shape[0], -1)
         self._refresh_areas(where, queries, layer.scaling)
         output, lse = self.provider.extend(where.planes, queries, keys, values, layer.scaling, observe)
-        if self._voting is not None:
-            self.compressor.observe_batch(self._voting, where.planes, queries, layer.scaling, lse)
+        if self._batch_scoring is not None:
+            self.compressor.observe_batch(self._batch_scoring, where.planes, queries, layer.scaling, lse)
         return output.view(q.shape[0], -1)
 
     def forward_decode(

@@ -100,7 +100,12 @@ class Forwards:
             ]
         )
         compressor = served.compressor
-        compressor.stage([row[: job.progress.chunk.begin] for job, row in computing if job.host is not None])
+        staged = [
+            (job, row[: job.progress.chunk.begin])
+            for job, row in computing
+            if job.host is not None and not job.host.settled and job.progress.chunk.begin
+        ]
+        compressor.stage([prefix for _, prefix in staged])
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
@@ -117,6 +122,12 @@ class Forwards:
         elapsed = (time.perf_counter() - started) * 1e3
         if scored:
             self._counters.prefill_ms += elapsed
+        if staged:
+            self._counters.staged_forwards += 1
+            self._counters.staged_ms += elapsed
+        for job, prefix in staged:
+            job.report.staged.add(prefix.numel(), elapsed)
+            job.report.fields["staged"] = job.report.staged.as_dict()
         if any(job is not None and job.asked.repeated for job in jobs):
             self._counters.second_reading_ms += elapsed
         for job, row in complete:

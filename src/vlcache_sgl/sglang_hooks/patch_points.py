@@ -80,7 +80,7 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
             "after",
             session.requests.limit_hit,
-            "computing all rows that vote, whatever the prefix cache has",
+            "computing all query rows, whatever the prefix cache has",
         ),
         *(
             PatchPoint(

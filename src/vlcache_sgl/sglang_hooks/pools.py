@@ -63,11 +63,11 @@ class Pools:
 
     def refuse_model(self, configurator: Configurator) -> None:
         """Raise for models whose KV cache is not plain keys and values of all tokens in layers of attention."""
+        windows = has_windows(configurator.model_config)
         kinds = {
             "multi-head latent attention (MLA)": configurator.use_mla_backend,
             "sliding-window attention": configurator.is_hybrid_swa,
-            "sliding-window attention on a GPU": configurator.device == "cuda"
-            and has_windows(configurator.model_config),
+            "sliding-window attention on a GPU": windows and configurator.device == "cuda",
             "models without layers of attention": not kv_layers(configurator.model_config),
         }
         for kind, present in kinds.items():

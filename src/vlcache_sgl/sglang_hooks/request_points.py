@@ -21,7 +21,7 @@ _ENTRYPOINTS = "sglang.srt.entrypoints"
 _PROCESSORS = "sglang.srt.multimodal.processors"
 
 UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
-"""What opening a client's picture may raise besides SGLang's own list: no such file, cut off, absurdly large."""
+"""What opening a client's image may raise besides SGLang's own list: no such file, cut off, absurdly large."""
 
 
 def _client_errors(known: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
@@ -34,7 +34,7 @@ MEDIA_POINTS = (
             f"{_PROCESSORS}.{module}:CLIENT_MEDIA_EXCEPTIONS",
             "replace",
             _client_errors,
-            "answering unreadable pictures with a 400 instead of a 500",
+            "answering unreadable images with a 400 instead of a 500",
         )
         for module in ("base_processor", "llava")
     ),
