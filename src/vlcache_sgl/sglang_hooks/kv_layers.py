@@ -12,7 +12,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 
 from vlcache_sgl.sglang_hooks.facades import ModelConfig
 
-_WINDOWS = {"gemma3_text": -1, "gemma4_text": -1}
+_WINDOWS = {"gemma3_text": -1}
 """Language models whose layers with a window are served; what SGLang adds to `sliding_window` to have the number of
 tokens before its own that a token sees."""
 
