@@ -162,6 +162,7 @@ def main() -> None:
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
+    copies(128, torch.uint8)
     sketches(128)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
