@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pretend_gpu import CUDA, DEFAULT, LOG, STREAMS, Tensor, pretend_gpu
-from provider_bench import use_flashinfer_stand_in
+from provider_bench import StandIn, use_flashinfer_stand_in
 
 pytest.importorskip("sglang")
 
@@ -36,7 +36,7 @@ from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 
 LAYERS, HEADS, KV_HEADS, DIM = 3, 8, 2, 16
-PROVIDERS = ("triton",)
+PROVIDERS = ("triton", "flashinfer")
 
 
 class Rotary:
@@ -57,12 +57,31 @@ def use_attention_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "attention_kernels", lambda: AttentionKernels(kernel, kernel))
 
 
+class QuietFlashInfer(StandIn):
+    """FlashInfer that plans and computes nothing."""
+
+    def plan(self, *arguments: Any) -> list[int]:
+        LOG.operations["flashinfer plan"] += 1
+        return super().plan(*arguments)
+
+    def paged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        assert not [value for value in arguments if type(value) is torch.Tensor], "a tensor of the host"
+        if arguments[11] is not None:
+            arguments[11].zero_()
+
+    def ragged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        if arguments[9] is not None:
+            arguments[9].zero_()
+
+
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "triton":
         use_attention_without_values(monkeypatch)
     else:
-        use_flashinfer_stand_in(monkeypatch)
+        use_flashinfer_stand_in(monkeypatch, QuietFlashInfer())
     return str(request.param)
 
 
@@ -233,9 +252,14 @@ def test_no_decode_step_waits(provider: str, head_cells: bool, graph: int) -> No
     server.prefill([1, 2], [300, 200], jobs)
     assert all(job.progress.compressed for job in jobs)
     LOG.clear()
-    for _ in range(3):
+    server.decode([1, 2], graph=graph)
+    assert not LOG.waits, f"first step\n{LOG}"
+    LOG.clear()
+    for _ in range(2):
         server.decode([1, 2], graph=graph)
     assert not LOG.waits, f"continuing\n{LOG}"
+    assert not LOG.copies, "host and device exchange nothing"
+    assert not LOG.operations["flashinfer plan"], "a batch size is planned once"
     server.prefill([3], [150], [server.job("vlcache", 150)])
     LOG.clear()
     server.decode([1, 2, 3], graph=graph)

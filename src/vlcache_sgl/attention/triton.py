@@ -58,7 +58,7 @@ class TritonProvider:
         self._kv_splits = kv_splits
         device = memory.arena.device
         self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._index = DeviceIndex(memory, torch.int64, exact=False)
+        self._index = DeviceIndex(memory, torch.int64)
         self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
         self._decode: DecodePlan | None = None
         self._partial = self._new_partial(0)
