@@ -69,6 +69,10 @@ class CaseMaker:
         first, *others = (self._ask(document, question) for question in document.questions[:2])
         return Case(first, others[0] if others else None)
 
+    def ask(self, case: CaseId, question: Question) -> Asked:
+        """Another question about the case's text."""
+        return self._ask(make_document(case.task, case.tokens, case.seed), question)
+
     def _ask(self, document: Document, question: Question) -> Asked:
         tokens, lines = [*self._tokens(self._before)], []
         for line in split_text(document.text, self._tokenizer):

@@ -143,10 +143,10 @@ def _judged(waiting: Sequence[Item], arguments: argparse.Namespace) -> Iterator[
 
 def _model(arguments: argparse.Namespace) -> tuple[Path, int, ModelWeights | None]:
     """What a process is begun with."""
-    return arguments.model, arguments.threads, _model_weights(arguments)
+    return arguments.model, arguments.threads, model_weights(arguments)
 
 
-def _model_weights(arguments: argparse.Namespace) -> ModelWeights | None:
+def model_weights(arguments: argparse.Namespace) -> ModelWeights | None:
     """
     Raises:
         ArgumentError: not readable, or those of another model.
@@ -241,7 +241,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     seeds = read_seeds(arguments.seeds)
     cases = [CaseId(*read_task(task), seed) for seed in seeds for task in arguments.tasks]
     started, checksum = host_block(), digest(arguments.model)
-    known = _model_weights(arguments)
+    known = model_weights(arguments)
     ending = "" if known is None else f"~{known.digest}"
     prints = {text: f"{policy.fingerprint}{ending}{JUDGED[reads_twice(policy)]}" for text, policy in policies.items()}
     records = Records(arguments.answers, checksum, prints)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
@@ -40,6 +40,18 @@ class Past(NamedTuple):
     states: States
     keep: torch.Tensor
     """`[L, C, K, n]` bool."""
+
+
+class Recall(Protocol):
+    """Which evicted tokens come back for which row."""
+
+    def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """`[K, C, t, n]` bool, beside the kept ones.
+
+        Args:
+            layer: index.
+            rows: `[K, C, g, t, D]`, queries times the scale of attention.
+        """
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,12 @@ class Network:
         return self._normed(x, self._norm), States(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     @torch.inference_mode()
-    def follow(self, tokens: Sequence[int], past: Past) -> torch.Tensor:
-        """Hidden states `[C, t, hidden]` of `tokens`, which follow `past`, once per condition."""
+    def follow(self, tokens: Sequence[int], past: Past, recall: Recall | None = None) -> torch.Tensor:
+        """Hidden states `[C, t, hidden]` of `tokens`, which follow `past`, once per condition.
+
+        A row attends to what its condition kept of `past`, to what `recall` brings back for it, and to the tokens up to
+        its own.
+        """
         layers, heads, kv_heads, dim = (self.shape.layers, self.shape.heads, self.shape.kv_heads, self.shape.head_dim)
         conditions, count, length = past.keep.shape[1], len(tokens), past.states.length
         group = heads // kv_heads
@@ -118,7 +134,11 @@ class Network:
             rows = rows.reshape(kv_heads, -1, dim)  # [K, C g t, D]
             own_k, own_v = (part.view(conditions, count, kv_heads, dim).permute(2, 0, 1, 3) for part in (k, v))
             old = torch.bmm(rows, past.states.keys[index].transpose(1, 2)).view(kv_heads, conditions, -1, length)
-            old.masked_fill_(~past.keep[index].transpose(0, 1)[:, :, None], -torch.inf)
+            seen = past.keep[index].transpose(0, 1)[:, :, None]  # [K, C, 1, n]
+            if recall is not None:
+                seen = seen | recall(index, rows.view(kv_heads, conditions, group, count, dim))
+            split = old.view(kv_heads, conditions, group, count, length)
+            split.masked_fill_(~seen[:, :, None], -torch.inf)
             new = rows.view(kv_heads, conditions, -1, dim) @ own_k.transpose(2, 3)
             new.view(kv_heads, conditions, group, count, count).masked_fill_(future, -torch.inf)
             # A token sees itself at least, so the greatest logit is finite.

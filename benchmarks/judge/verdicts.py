@@ -43,7 +43,7 @@ class Judge:
     def __init__(self, folder: Path, weights: ModelWeights | None = None) -> None:
         self.network = Network(folder)
         self.cases = CaseMaker(folder)
-        self._weights = weights
+        self.weights = weights
 
     def verdicts(
         self, name: CaseId, conditions: Sequence[Condition], policies: Mapping[str, Policy]
@@ -74,7 +74,7 @@ class Judge:
         everything = torch.ones(*states.keys.shape[:3], dtype=torch.bool)
         media = {
             medium: Decisions(
-                self.network, asked.prompt, states, asked.lines, medium, self.cases.instruction, self._weights
+                self.network, asked.prompt, states, asked.lines, medium, self.cases.instruction, self.weights
             )
             for medium in {condition.medium for condition in conditions}
         }

@@ -30,12 +30,12 @@ from vlcache_sgl.api import (
 PAPER = "2503.23956"
 
 
-def elite_votes(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
+def elite_attention(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
     """`[m]` float32, mean over heads: for vision tokens the attention of the elite rows, for text that of the last row.
 
     The candidates are the text rows after the last image: the paper allows all text, but text before the image cannot
     see it.  A candidate is elite if the last row attends to it with at least `elite` times its strongest attention to
-    a candidate; this softmax is over text.  The elite then vote with a softmax over vision tokens and elite tokens.
+    a candidate; this softmax is over text.  The elite is then read with a softmax over vision tokens and elite tokens.
     """
     rows = declared(layer.row_positions) - prompt.start
     keys, queries = declared(layer.keys).float(), declared(layer.queries).float()
@@ -50,8 +50,8 @@ def elite_votes(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
     is_elite = torch.zeros_like(vision)
     is_elite[rows] = chosen
     earlier = torch.arange(prompt.owned, device=rows.device) <= rows[:, None]
-    votes = _softmax(logits, (vision | is_elite) & earlier).mean(0)
-    seen = (votes * chosen[:, None]).sum(0) / chosen.sum()
+    received = _softmax(logits, (vision | is_elite) & earlier).mean(0)
+    seen = (received * chosen[:, None]).sum(0) / chosen.sum()
     return torch.where(vision, seen, asking)
 
 
@@ -90,7 +90,7 @@ class EliteWindow(Scorer):
         _check(self.elite)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        return elite_votes(layer, prompt, self.elite).expand(prompt.num_kv_heads, -1)
+        return elite_attention(layer, prompt, self.elite).expand(prompt.num_kv_heads, -1)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,10 @@ class StrengthAndSkewness(Allocator):
         text = min(prompt.owned - images, budget.total // budget.num_layers)
         if images == 0:
             return budget.distribute(torch.ones(budget.num_layers))
-        votes = torch.stack([_of_vision(elite_votes(layer, prompt, self.elite), prompt) for layer in layers]).double()
-        strength, skewness = votes.sum(1), skew(votes).clamp(min=0)
+        received = torch.stack(
+            [_of_vision(elite_attention(layer, prompt, self.elite), prompt) for layer in layers]
+        ).double()
+        strength, skewness = received.sum(1), skew(received).clamp(min=0)
         weight = strength / strength.mean().clamp(min=1e-30) + skewness / skewness.mean().clamp(min=1e-30)
         rest = budget.total - text * budget.num_layers
         share = Budget(rest, budget.num_layers, min(max(0, budget.lo - text), images), budget.hi - text)

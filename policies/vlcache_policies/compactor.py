@@ -131,7 +131,7 @@ class Compactor(Scorer):
     """Latest tokens that stay and enter no statistics."""
     scaled: bool = False
     """Divide the logits of the look-ahead attention by sqrt(D), as the model's own attention does.  The authors' code
-    does not, which lets each row vote for fewer tokens."""
+    does not, which lets each row point at fewer tokens."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.memory.batches import DecodeBatch, Memory
 from vlcache_sgl.memory.residency import Residency
+from vlcache_sgl.memory.scales import Scales, as_bytes
 from vlcache_sgl.sglang_hooks import triton_kernels
 
 CUDA = torch.cuda.is_available()
@@ -154,7 +155,7 @@ class StandIn:
         for number, (begin, end) in enumerate(itertools.pairwise(indptr.tolist())):
             rows = slice(int(starts[number]), int(starts[number + 1]))
             picked = cells[begin:end].long()
-            self._attend(q, keys[picked, 0], values[picked, 0], rows, rest[10], bool(mask), out, lse)
+            self._attend(q, keys[picked, 0].double(), values[picked, 0].double(), rows, rest[10], bool(mask), out, lse)
 
     def ragged_run(self, *arguments: Any) -> None:
         _, _, _, q, keys, values, starts, key_starts, out, lse, mask, layout, window, _, *rest = arguments
@@ -263,12 +264,19 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 class Requests:
     """Request rows with slots, of which layers 0 and 1 keep equally many and layer 2 others."""
 
-    def __init__(self, groups: int, tokens: int = 800, context: int = 300) -> None:
+    def __init__(
+        self,
+        groups: int,
+        tokens: int = 800,
+        context: int = 300,
+        stored: torch.dtype = DTYPE,
+        scales: Sequence[Scales] = (),
+    ) -> None:
         torch.manual_seed(7)
         self.residency = Residency(LAYERS * groups, tokens, LAYERS * groups * tokens, DEVICE)
         shape = (self.residency.num_cells + 1, 2, KV_HEADS // groups, DIM)
         table = torch.zeros(8, context, dtype=torch.int32, device=DEVICE)
-        self.memory = Memory(torch.zeros(shape, dtype=DTYPE, device=DEVICE), self.residency, table, groups)
+        self.memory = Memory(torch.zeros(shape, dtype=stored, device=DEVICE), self.residency, table, groups, scales)
         self.lengths: dict[int, int] = {}
         self._slots = itertools.count(1)
 
@@ -281,7 +289,7 @@ class Requests:
         self.residency.attach(slots)
         cells = self.residency.table[:, slots].long()
         values = torch.randn(*cells.shape, *self.memory.arena.shape[1:], device=DEVICE)
-        self.memory.arena[cells] = values.to(DTYPE)
+        as_bytes(self.memory.arena)[cells] = as_bytes(values.to(self.memory.arena.dtype))
         begin = self.lengths.get(row, 0)
         self.memory.req_to_token[row, begin : begin + tokens] = slots.int()
         self.lengths[row] = begin + tokens
@@ -313,7 +321,11 @@ class Requests:
         """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""
         slots = self.memory.req_to_token[row, : self.lengths[row]].long()
         cells = self.residency.table[self.planes(layer)][:, slots].long()
-        both = self.memory.arena[cells.clamp(min=0)].permute(1, 2, 0, 3, 4).flatten(2, 3)
+        both = as_bytes(self.memory.arena)[cells.clamp(min=0)].view(self.memory.arena.dtype)
+        both = both.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        if self.memory.scales:
+            scales = self.memory.scales[layer]
+            both = both.double() * torch.tensor([scales.key, scales.value], device=DEVICE)[:, None, None]
         return both[:, 0], both[:, 1], (cells >= 0).repeat_interleave(KV_HEADS // self.memory.groups, 0)
 
     def step(self, rows: list[int], *, padding: int = 0, recorded: bool = False) -> DecodeBatch:
@@ -332,12 +344,14 @@ class Requests:
             recorded=recorded,
         )
 
-    def check(self, got: torch.Tensor, q: torch.Tensor, layer: int, rows: list[int]) -> None:
+    def check(
+        self, got: torch.Tensor, q: torch.Tensor, layer: int, rows: list[int], tolerance: float = TOLERANCE
+    ) -> None:
         """Decode outputs `[B, H, D]` against the formula."""
         for number, row in enumerate(rows):
             k, v, there = self.dense(layer, row)
             want = reference(q[number : number + 1], k, v, SCALE, there[:, None])
-            assert (got[number : number + 1].double() - want).abs().max() < TOLERANCE
+            assert (got[number : number + 1].double() - want).abs().max() < tolerance
 
 
 def capture_only(count: int, planes: int) -> DecodeBatch:

@@ -1,6 +1,6 @@
 """The values that scorers and allocators read; shapes are documented here once.
 
-Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
+Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` query rows, `n` tokens of the prompt,
 `m = n - start` *owned* tokens: those this request computed itself and may evict.  With tensor parallelism heads are
 those of all ranks for scores and of the own rank for keys and values.
 """
@@ -157,7 +157,7 @@ class LayerView:
     index: int
     """Layer number, 0-based."""
     row_positions: torch.Tensor | None = None
-    """`[R]` int64, absolute positions of the voting rows, ascending."""
+    """`[R]` int64, absolute positions of the query rows, ascending."""
     column_sum: torch.Tensor | None = None
     """`[K, m]` float32: sum over rows of the probability of each owned key."""
     column_square_sum: torch.Tensor | None = None
@@ -182,7 +182,7 @@ class LayerView:
 
     @property
     def num_rows(self) -> int:
-        """`R`, rows that vote."""
+        """`R`, query rows."""
         return 0 if self.row_positions is None else int(self.row_positions.numel())
 
 

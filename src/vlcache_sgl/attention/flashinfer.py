@@ -25,6 +25,7 @@ from vlcache_sgl.attention.flashinfer_kernels import FlashInferKernels, Plan, na
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
+from vlcache_sgl.memory.scales import FP8
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class FlashInferProvider:
         kv_heads, dim = memory.arena.shape[2:]
         self._kernels = FlashInferKernels(shape.num_heads // memory.groups, kv_heads, dim, shape.dtype, memory.arena)
         self._kernels.check_schedules()
+        # What is attended to is what is stored: of 8-bit floats that is not what the new keys are.
+        self._narrow = memory.arena.dtype in FP8
         self._index = DeviceIndex(memory, torch.int32)
         self._decode_plans: dict[int, Plan] = {}
         self._recorded: torch.Tensor | None = None
@@ -72,7 +75,7 @@ class FlashInferProvider:
         for request in batch.requests:
             self._index.invalidate(request.row)
         counts = [request.count for request in batch.requests] * self._memory.groups
-        if not any(request.begin for request in batch.requests):
+        if not any(request.begin for request in batch.requests) and not self._narrow:
             self._extend = (batch, Planned(self._kernels.plan_own(counts), None, None))
             return
         rows = [request.row for request in batch.requests]
@@ -105,7 +108,8 @@ class FlashInferProvider:
         else:
             layer = self._memory.layer_of(planes)
             lists = planned.index.at(layer)
-            out = self._kernels.run(planned.plan, planned.schedule(layer), q, *lists, scale, causal=True, lse=lse)
+            schedule, scales = planned.schedule(layer), self._memory.scales_of(planes)
+            out = self._kernels.run(planned.plan, schedule, q, *lists, scale, scales, causal=True, lse=lse)
         lse = None if lse is None else join_lse(natural(lse), groups)
         return with_rows(join_groups(out, groups), queries.shape[0]), lse
 
@@ -122,7 +126,8 @@ class FlashInferProvider:
         layer = self._memory.layer_of(planes)
         q = split_groups(queries, self._memory.groups).contiguous()
         lists = self._decode.index.at(layer)
-        out = self._kernels.run(self._decode.plan, self._decode.schedule(layer), q, *lists, scale, causal=False)
+        schedule, scales = self._decode.schedule(layer), self._memory.scales_of(planes)
+        out = self._kernels.run(self._decode.plan, schedule, q, *lists, scale, scales, causal=False)
         return join_groups(out, self._memory.groups)
 
     def init_graphs(self, max_batch: int) -> None:

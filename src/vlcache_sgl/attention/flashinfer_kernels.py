@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlcache_kernels.attention_schedule import ScheduleLayout, write_schedules
+from vlcache_sgl.memory.scales import Scales
 from vlcache_sgl.streams import passed_event, to_device
 
 WORKSPACE_BYTES = 128 << 20
@@ -151,6 +152,7 @@ class FlashInferKernels:
         indptr: torch.Tensor,
         cells: torch.Tensor,
         scale: float,
+        scales: Scales,
         *,
         causal: bool,
         lse: torch.Tensor | None = None,
@@ -162,6 +164,7 @@ class FlashInferKernels:
             indptr: `[Q + 1]` int32, cells of each sequence.
             cells: `[*]` int32.
             scale: factor of the logits.
+            scales: what stored keys and values are multiplied by.
             causal: the last query row of a sequence sees all keys, each earlier one a key less.
             lse: out, `[R, heads]` float32, base 2: `natural` makes it natural.
         """
@@ -185,7 +188,7 @@ class FlashInferKernels:
             self._pdl,
             *_UNUSED,
             0.0,  # no soft cap
-            scale,
+            scale * scales.key,
             None,
             None,
             None,
@@ -193,7 +196,7 @@ class FlashInferKernels:
             0,
             WORKSPACE_BYTES,
         )
-        return out
+        return out if scales.value == 1.0 else out.mul_(scales.value)
 
     def run_own(
         self,

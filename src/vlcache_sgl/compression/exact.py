@@ -2,8 +2,9 @@
 
 Every token of a prompt is copied to host memory before the arena gives it up.  The prefix tree owns slots of tokens
 that are in host memory and have no cells; a request that finds them attends to them through `Staging` while it is
-prefilled, its rows vote on them, and what its policy keeps is brought back into cells of *private slots*, which its row
-of `req_to_token` names from then on.  Nobody else reads private slots: an answer does not depend on who asked before.
+prefilled, its query rows score them, and what its policy keeps is brought back into cells of *private slots*, which its
+row of `req_to_token` names from then on.  Nobody else reads private slots: an answer does not depend on who asked
+before.
 
 The order at the end of a forward is: copy the chunk to host memory; when the prompt is complete decide, give the kept
 tokens private slots, and free everything else; otherwise free the chunk's cells, because the next chunk is served from
@@ -22,6 +23,7 @@ from vlcache_sgl.memory.host_pool import HostFull
 from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.memory.residency import EVICTED, OutOfCells
 from vlcache_sgl.memory.staging import Staging
+from vlcache_sgl.recall.areas import Recall, RecallArea
 from vlcache_sgl.streams import passed_event
 
 
@@ -51,16 +53,19 @@ class HostMemory:
     Args:
         accounting: of the arena; with host memory.
         room: is asked before memory is taken.
+        recall: whether evicted tokens are to be found again while answers are decoded.
     """
 
-    def __init__(self, accounting: CellAccounting, room: Room) -> None:
+    def __init__(self, accounting: CellAccounting, room: Room, *, recall: bool = False) -> None:
         assert accounting.host is not None
         self.host = accounting.host
         self._accounting = accounting
         self._residency = accounting.residency
         self._room = room
-        self._arena = accounting.arena.cells
+        self._arena = accounting.arena.raw
         self.staging = Staging(accounting.arena, self.host)
+        self.recall = Recall(accounting.arena, self.host) if recall else None
+        """Brings evicted tokens back while an answer is decoded; None: nothing is brought back."""
         self._staged_tokens = torch.zeros((), dtype=torch.int64, device=self._arena.device)
 
     @property
@@ -91,9 +96,12 @@ class HostMemory:
         """
         self._room.make_host_room(slots.numel())
         try:
-            self.host.store(slots, self._arena, self._residency.table[:, slots])
+            cells = self._residency.table[:, slots]
+            self.host.store(slots, self._arena, cells)
         except HostFull:
             return False
+        if self.recall is not None:
+            self.recall.sketch(slots, cells)
         return True
 
     def release_chunk(self, slots: torch.Tensor) -> None:
@@ -133,6 +141,16 @@ class HostMemory:
         self.host.copy(slice(0, len(fresh)), slots, arena, fresh, away.sum())
         self._accounting.retire(freed, passed_event(slots.device))
         return OwnSlots(slots, private)
+
+    def settle_with_area(
+        self, slots: torch.Tensor, keep: torch.Tensor, kept: int, tokens: int
+    ) -> tuple[OwnSlots, RecallArea]:
+        """`settle`, with a recall area of `tokens` tokens per plane."""
+        assert self.recall is not None
+        candidates = self.recall.candidates(slots, keep)
+        places = self.recall.places(candidates, tokens)
+        own = self.settle(slots, keep | places, kept + tokens * len(keep))
+        return own, self.recall.begin(own, candidates, places)
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
         self._accounting.evict(slots, keep)

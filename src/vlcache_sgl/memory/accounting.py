@@ -149,6 +149,14 @@ class CellAccounting:
             self._evictable_cells = int((self.residency.slot_cells * evictable).sum())
         return self._evictable_cells
 
+    def tokens_to_evict(self, cells: int) -> int:
+        """Uncompressed tokens that the tree must give back until `cells` are free; 0 when it has no cell to give.
+
+        Prefixes in host memory have none, and stay.
+        """
+        missing = cells - self.residency.free_cells
+        return -(-missing // self.residency.num_planes) if missing > 0 and self.evictable_cells else 0
+
     def free_physical_tokens(self) -> int:
         """Uncompressed tokens that fit without evicting anything."""
         self.settle()

@@ -32,7 +32,8 @@ class HostPool:
         num_planes: layers times head groups, as of the arena.
         num_slots: virtual slots, the padding slot 0 not counted.
         num_tokens: rows.
-        arena: `[cells + 1, 2, heads_per_cell, head_dim]`, whose cells are stored; gives shape, dtype and device.
+        arena: `[cells + 1, 2, heads_per_cell, head_dim]`, `Arena.raw`, whose cells are stored; gives shape, dtype and
+            device.
 
     Raises:
         MemoryError: the memory cannot be had, or not be pinned; the message is one line.

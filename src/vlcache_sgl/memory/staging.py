@@ -126,7 +126,7 @@ class Staging:
         staged, groups = self._staged, self._arena.groups
         assert staged is not None
         planes = slice(layer * groups, (layer + 1) * groups)
-        arena = self._arena.cells
+        arena = self._arena.raw
         target = (arena.expand(groups, *arena.shape), staged.cells[layer % self.sets], staged.count * groups)
         if self._stream is None:
             self._host.copy(planes, staged.slots, *target)

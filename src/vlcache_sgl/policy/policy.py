@@ -61,7 +61,7 @@ class Policy:
 
     @property
     def reads_twice(self) -> bool:
-        """Whether rows of a second reading of the prompt vote."""
+        """Whether query rows are those of a second reading of the prompt."""
         return any(need.rows.kind == "repeat" for need in self.needs)
 
     @property

@@ -104,7 +104,7 @@ class Scoring:
         return replace(self.prompt, positions=own[..., : self.prompt.owned])
 
     def rows_in(self, begin: int, end: int) -> bool:
-        """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
+        """Whether any query row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
         return self.failure is None and any(group.within(begin, end).numel() for group in self._groups.values())
 
     @property
@@ -151,7 +151,7 @@ class Scoring:
             group.add(layer, rows, stats, owned_keys.shape[0])
 
     def count_rows(self, need: Needs) -> int:
-        """Rows that vote for a scorer or allocator with these needs."""
+        """Query rows of a scorer or allocator with these needs."""
         group = self._groups.get(need.rows)
         return 0 if group is None else group.positions.numel()
 
