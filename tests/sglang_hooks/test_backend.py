@@ -117,7 +117,7 @@ def test_evicted_cells_come_back_behind_their_event() -> None:
     assert waits == [], "there are enough"
     assert allocator.accounting.has_room(2)
     assert waits == ["waited"]
-    assert arena.residency.free_cells == 5 * LAYERS
+    assert arena.residency.free_cells == 7 * LAYERS
     assert allocator.verify_byte_accounting() == []
     assert waits == ["waited"], "once"
     assert passed_event(torch.device("cpu")) is None

@@ -36,7 +36,8 @@ BLOCK = 128
         "at_chunk",
         "at_total_rows",
         "at_mask",
-    ]
+    ],
+    do_not_specialize_on_alignment=["kv_indptr", "qo_indptr"],
 )
 def schedule_kernel(
     kv_indptr,  # [lists, Q + 1] int32, row stride stride_kv

@@ -51,6 +51,7 @@ class FlashInferProvider:
     """
 
     on_device = True
+    lists = torch.int32
 
     def __init__(self, memory: Memory, shape: HeadShape) -> None:
         self._memory = memory
@@ -59,7 +60,7 @@ class FlashInferProvider:
         self._kernels.check_schedules()
         # What is attended to is what is stored: of 8-bit floats that is not what the new keys are.
         self._narrow = memory.arena.dtype in FP8
-        self._index = DeviceIndex(memory, torch.int32)
+        self._index = DeviceIndex(memory, self.lists)
         self._decode_plans: dict[int, Plan] = {}
         self._recorded: torch.Tensor | None = None
         self._spare = self._new_schedules(0)

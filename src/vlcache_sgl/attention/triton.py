@@ -50,6 +50,7 @@ class TritonProvider:
     """
 
     on_device = True
+    lists = torch.int64
 
     def __init__(self, memory: Memory, shape: HeadShape, kernels: AttentionKernels, *, kv_splits: int = 8) -> None:
         self._memory = memory
@@ -58,7 +59,7 @@ class TritonProvider:
         self._kv_splits = kv_splits
         device = memory.arena.device
         self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._index = DeviceIndex(memory, torch.int64)
+        self._index = DeviceIndex(memory, self.lists)
         self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
         self._decode: DecodePlan | None = None
         self._partial = self._new_partial(0)
