@@ -161,3 +161,45 @@ def test_default_on_a_cuda_machine(
     problems = list(compat.unsupported_arguments(SimpleNamespace(attention_backend="triton")))
     assert len(problems) == 1
     assert "torch_native" in problems[0]
+
+
+def test_code_that_indexes_by_slot_is_refused() -> None:
+    """SGLang's lists of buffers would hand out cells, whose numbers are not slots."""
+    pool = make_pool(1)
+    for read in (
+        lambda: pool.get_key_buffer(0),
+        lambda: pool.get_value_buffer(0),
+        lambda: pool.get_kv_buffer(0),
+        lambda: list(pool.k_buffer),
+        lambda: pool.v_buffer[1],
+    ):
+        with pytest.raises(RuntimeError, match="slots do not number"):
+            read()
+
+
+@pytest.mark.parametrize("flag", ["enable_deterministic_inference", "enable_memory_saver"])
+def test_flags_that_would_be_broken_silently_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlcache_sgl.sglang_hooks.compat import unsupported_arguments
+
+    (problem,) = unsupported_arguments(SimpleNamespace(**{flag: True}))
+    assert problem.startswith(f"--kv-policy cannot be combined with --{flag.replace('_', '-')}: ")
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    (problem,) = unsupported_arguments(SimpleNamespace())
+    assert "SGLANG_ENABLE_METADATA_GLUE_GRAPH" in problem
+
+
+def test_a_small_batch_is_cut_into_enough_parts() -> None:
+    """One request of Qwen2.5-VL-7B's shape on an H100: two programs per multiprocessor, not 32 in all."""
+    from vlcache_sgl.attention.base import AttentionKernels, HeadShape
+    from vlcache_sgl.attention.triton import PROGRAMS_PER_CORE, TritonProvider
+
+    world = bench.Requests(1)
+    provider = TritonProvider(world.memory, HeadShape(28, DTYPE), AttentionKernels(print, print))
+    provider._cores, provider._tiles = 132, 4
+    for batch in (1, 2, 8, 64):
+        parts = provider._most_parts(batch)
+        assert parts == 8 or batch * 4 * parts >= min(PROGRAMS_PER_CORE * 132, batch * 4 * 64)
+        outputs, sums = provider._partials(provider._new_room(batch), batch)
+        assert outputs.shape[:3] == sums.shape == (batch, 28, parts)
+    assert provider._most_parts(1) == 64
+    assert provider._most_parts(64) == 8
