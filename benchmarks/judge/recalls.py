@@ -32,7 +32,7 @@ from .conditions import MEDIA
 from .decisions import Decisions, Medium
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
 from .network import Past, States
-from .recalling import DEFAULT, Recalling, Rule, Sketch, SketchName, layer_sketches
+from .recalling import DEFAULT, Among, Beside, Rank, Recalling, Rule, Sketch, SketchName, layer_sketches
 from .records import digest
 from .verdicts import Judge
 
@@ -184,9 +184,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument("--weights", metavar="FILE", default=str(WEIGHTS), help="as for `python -m benchmarks.judge`")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="recalled per layer and step")
-    parser.add_argument("--among", nargs="+", choices=("layer", "head"), default=("layer",))
-    parser.add_argument("--ranks", nargs="+", choices=("mass", "peak", "logit"), default=("mass",))
-    parser.add_argument("--beside", nargs="+", choices=("prompt", "kept", "evicted"), default=("prompt",))
+    parser.add_argument("--among", nargs="+", choices=get_args(Among), default=(DEFAULT.among,))
+    parser.add_argument("--ranks", nargs="+", choices=get_args(Rank), default=(DEFAULT.rank,))
+    parser.add_argument("--beside", nargs="+", choices=get_args(Beside), default=(DEFAULT.beside,))
     parser.add_argument("--thresholds", nargs="+", type=float, default=(0.0,))
     parser.add_argument("--sketches", nargs="+", choices=get_args(SketchName), default=(DEFAULT.sketch,))
     parser.add_argument("--rest", action="store_true", help="count what does not come back by the sketch")
