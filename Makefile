@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all test-models lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ test: setup ## Run the tests that fit a few minutes on two cores
 
 test-all: setup ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
+
+test-models: setup ## Serve every architecture of docs/models.md with tiny weights: stock's tokens, memory, sharing
+	$(BIN)/python -m models.matrix
+	$(BIN)/python -m pytest tests/e2e/test_matrix.py tests/e2e/test_models.py tests/sglang_hooks/test_attention_kinds.py $(ARGS)
 
 lint: setup ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ TASKS = {
     "fidelity": "benchmarks.fidelity.main",
     "policies": "benchmarks.fidelity.policies",
     "questions": "benchmarks.sharing.questions",
+    "identity": "benchmarks.sharing.identity",
 }
 """Modules by name of the task, each with `add_arguments(parser)` and `main(arguments, console)`; 0 is success."""
 

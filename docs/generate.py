@@ -2,8 +2,8 @@
 
 The tables of docs/policies.md come from the registry (only what this distribution provides is listed, whatever else is
 installed), docs/reference-policy.md from the classes of `vlcache_sgl.api` and the texts below their fields, README's
-table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics, the tables of
-docs/architecture.md from the source.
+table of flags from the flags' records, the table of docs/metrics.md from the declarations of statistics, that of
+docs/models.md from models/matrix.toml, the tables of docs/architecture.md from the source.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from vlcache_sgl.sglang_hooks.metrics import FIGURES, PREFIX
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.common.pages import with_block, with_blocks  # noqa: E402
+from models import matrix  # noqa: E402
 
 PAGE = Path(__file__).with_name("policies.md")
 README = ROOT / "README.md"
 METRICS = Path(__file__).with_name("metrics.md")
+MODELS = Path(__file__).with_name("models.md")
 ARCHITECTURE = Path(__file__).with_name("architecture.md")
 SOURCES = tuple(ROOT / folder for folder in ("src/vlcache_sgl", "policies/vlcache_policies", "kernels/vlcache_kernels"))
 OWN = "vlcache-sgl"
@@ -93,6 +95,18 @@ def rendered_metrics(page: str) -> str:
         (code(published(figure)), figure.kind, ", ".join(map(code, figure.labels)), figure.text) for figure in FIGURES
     ]
     return with_block(page, "figures", table(("metric", "type", "further labels", "meaning"), rows))
+
+
+def rendered_models(page: str) -> str:
+    """`page` with its table of architectures made anew.
+
+    Raises:
+        ValueError: a row claims what no test shows.
+    """
+    rows = matrix.read_rows()
+    if found := list(matrix.problems(rows)):
+        raise ValueError("; ".join(found))
+    return with_blocks(page, {"matrix": table(matrix.HEAD, [*map(matrix.cells, rows)]), "notes": matrix.notes(rows)})
 
 
 def published(figure: Figure) -> str:
@@ -250,5 +264,6 @@ if __name__ == "__main__":
     ARCHITECTURE.write_text(rendered_architecture(ARCHITECTURE.read_text()))
     PAGE.write_text(rendered(PAGE.read_text()))
     METRICS.write_text(rendered_metrics(METRICS.read_text()))
+    MODELS.write_text(rendered_models(MODELS.read_text()))
     README.write_text(rendered_readme(README.read_text()))
     REFERENCE.write_text(reference())

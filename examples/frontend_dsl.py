@@ -32,23 +32,23 @@ class PolicyEndpoint(RuntimeEndpoint):
 
 
 @sgl.function
-def read(s: Any, picture: Image.Image, question: str) -> None:
+def read(s: Any, image: Image.Image, question: str) -> None:
     """One question."""
-    s += sgl.user(sgl.image(picture) + question)
+    s += sgl.user(sgl.image(image) + question)
     s += sgl.assistant(sgl.gen("code", max_tokens=8, temperature=0.0))
 
 
 @sgl.function
-def choose(s: Any, picture: Image.Image, question: str, codes: list[str]) -> None:
+def choose(s: Any, image: Image.Image, question: str, codes: list[str]) -> None:
     """One question with given answers: they are compared on one compressed image."""
-    s += sgl.user(sgl.image(picture) + question)
+    s += sgl.user(sgl.image(image) + question)
     s += sgl.assistant(sgl.select("code", codes))
 
 
 @sgl.function
-def read_all(s: Any, picture: Image.Image, questions: list[str]) -> None:
+def read_all(s: Any, image: Image.Image, questions: list[str]) -> None:
     """Questions side by side: `fork` prefills the image alone, all branches share it."""
-    s += sgl.user_begin() + sgl.image(picture)
+    s += sgl.user_begin() + sgl.image(image)
     s.sync()  # A program runs in a thread of its own; `fork` prefills what it has got when asked.
     branches = s.fork(len(questions))
     for branch, question in zip(branches, questions, strict=True):

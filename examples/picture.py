@@ -8,12 +8,12 @@ import io
 
 from PIL import Image
 
-from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Receipt, make_receipt
 
 
-def draw(seed: int = 7) -> Picture:
+def draw(seed: int = 7) -> Receipt:
     """An image of 24 x 24 cells, which the bundled model sees as 576 tokens; put yours in its place."""
-    return make_picture(seed, 24, 24)
+    return make_receipt(seed, 24, 24)
 
 
 def data_url(image: Image.Image) -> str:

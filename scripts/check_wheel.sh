@@ -49,4 +49,7 @@ vlcache policies | tail -n 4
 vlcache plan --model "$model" --gpu-memory 24GB
 vlcache inspect --output page
 ls -l page.png page.html
+vlcache eval --samples 4 --output answers
+ls -l answers
+vlcache demo
 echo "the wheel works"

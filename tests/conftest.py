@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 # Asserts of shared helpers say what they compared, as those of a test module do.
-pytest.register_assert_rewrite("scheduler_world", "provider_bench")
+pytest.register_assert_rewrite("scheduler_world", "world_checks", "world_parts", "provider_bench")
 
 
 @pytest.fixture(scope="session", autouse=True)

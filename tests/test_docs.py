@@ -130,6 +130,11 @@ def test_the_table_of_metrics_is_up_to_date(generate):
     assert generate.METRICS.read_text() == generate.rendered_metrics(generate.METRICS.read_text())
 
 
+def test_the_table_of_models_is_up_to_date(generate):
+    """Run ``python docs/generate.py`` after changing models/matrix.toml."""
+    assert generate.MODELS.read_text() == generate.rendered_models(generate.MODELS.read_text())
+
+
 def test_the_reference_of_what_a_policy_sees_is_up_to_date(generate):
     """Run ``python docs/generate.py`` after changing a class of the api."""
     assert generate.REFERENCE.read_text() == generate.reference()

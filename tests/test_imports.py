@@ -142,7 +142,7 @@ def test_kernels_know_no_product(path):
 @pytest.mark.parametrize("path", files(SGL / "api", SGL / "policy"), ids=name)
 def test_the_pure_part_stays_pure(path):
     # Settings are read by what a request may ask for, and know nothing themselves.
-    inside = ("api", "policy", "config", "weights", "spelling", "_version")
+    inside = ("api", "policy", "config", "weights", "spelling", "streams", "_version")
     # Selection is the one kernel among them: it decides alike on every device.
     kernels = ("vlcache_kernels.select",) if path.name == "plan.py" else ()
     assert not foreign(path, *(f"vlcache_sgl.{part}" for part in inside), *kernels, "torch", "pluggy")

@@ -22,7 +22,7 @@ from typing import Any
 import openai
 
 from vlcache_sgl.client.client import Message, model_says, user_says
-from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Receipt, make_receipt
 
 SIDE = 32
 TIMEOUT_S = 900.0
@@ -39,7 +39,7 @@ class Ask:
     max_tokens: int = 8
     ignore_eos: bool = False
     custom_params: dict[str, Any] | None = None
-    kind: str = "picture"
+    kind: str = "image"
 
 
 @dataclass
@@ -113,20 +113,20 @@ class Sender:
 
 
 @cache
-def picture(number: int, num_questions: int) -> Picture:
+def receipt(number: int, num_questions: int) -> Receipt:
     """An image of 1024 image tokens, drawn once."""
-    return make_picture(FIRST_SEED + number, SIDE, SIDE, num_questions=num_questions)
+    return make_receipt(FIRST_SEED + number, SIDE, SIDE, num_questions=num_questions)
 
 
 @cache
 def _first_turn(number: int, num_questions: int, question: int) -> Message:
-    drawn = picture(number, num_questions)
+    drawn = receipt(number, num_questions)
     return user_says(drawn.questions[question].text, drawn.image)
 
 
 def about(number: int, question: int = 0, num_questions: int = 1, **fields: Any) -> Ask:
     """A question about an image."""
-    expected = picture(number, num_questions).questions[question].answer
+    expected = receipt(number, num_questions).questions[question].answer
     return Ask((_first_turn(number, num_questions, question),), expected=expected, **fields)
 
 
@@ -203,7 +203,7 @@ def _chats(count: int) -> list[int]:
 
 async def _all_chats(send: Send, numbers: list[int]) -> list[Outcome]:
     async def chat(number: int) -> list[Outcome]:
-        drawn = picture(number, TURNS)
+        drawn = receipt(number, TURNS)
         turns = [_first_turn(number, TURNS, 0)]
         outcomes = []
         for turn, question in enumerate(drawn.questions):
@@ -231,10 +231,10 @@ def _mixed(count: int) -> list[Ask]:
             asks.append(about(number, max_tokens=32, ignore_eos=True))
         elif kind < 0.85:
             params = {"kv_policy": "snapkv", "kv_budget": 0.2}
-            asks.append(about(number, max_tokens=32, ignore_eos=True, custom_params=params, kind="picture, snapkv 0.2"))
+            asks.append(about(number, max_tokens=32, ignore_eos=True, custom_params=params, kind="image, snapkv 0.2"))
         else:
             params = {"kv_budget": 1.0}
-            asks.append(about(number, max_tokens=32, ignore_eos=True, custom_params=params, kind="picture, in full"))
+            asks.append(about(number, max_tokens=32, ignore_eos=True, custom_params=params, kind="image, in full"))
     return asks
 
 
@@ -245,7 +245,7 @@ async def _mixed_users(send: Send, asks: list[Ask]) -> list[Outcome]:
 LOADS = (
     Load(
         "in-flight",
-        "{} requests at once, each about its own picture, 32 tokens each",
+        "{} requests at once, each about its own image, 32 tokens each",
         64,
         16,
         _in_flight,
@@ -253,7 +253,7 @@ LOADS = (
     ),
     Load(
         "working-set",
-        f"{{}} questions about {WORKING_SET} pictures, Zipf {ZIPF:g}, 8 users; each was asked about once before",
+        f"{{}} questions about {WORKING_SET} images, Zipf {ZIPF:g}, 8 users; each was asked about once before",
         120,
         WORKING_SET,
         _working_set,
@@ -262,7 +262,7 @@ LOADS = (
     ),
     Load(
         "multi-turn",
-        f"{{}} chats at once, {TURNS} turns each, a picture in the first",
+        f"{{}} chats at once, {TURNS} turns each, an image in the first",
         20,
         6,
         _chats,
@@ -270,7 +270,7 @@ LOADS = (
     ),
     Load(
         "mixed",
-        "{} texts and pictures under several policies, 32 users",
+        "{} texts and images under several policies, 32 users",
         100,
         20,
         _mixed,

@@ -174,7 +174,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     environment = ENVIRONMENT | (ONE_CORE_EACH if arguments.tp == 2 else {})
     host = host_block()
     model = MODELS[arguments.model]()
-    with console.status("drawing pictures"):
+    with console.status("drawing images"):
         prepared = {load.name: load.prepare(counts[load.name]) for load in loads}
     rows: dict[str, list[dict[str, Any]]] = {load.name: [] for load in loads}
     with interruptible():

@@ -36,7 +36,7 @@ from benchmarks.common.load import PLACE, Prompt, make_prompt
 from benchmarks.common.results import folder, save
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerProcess, interruptible
-from vlcache_sgl.evaluation.tasks.receipts import CELL, Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import CELL, Receipt, make_receipt
 
 POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 FLAGS = (
@@ -93,7 +93,7 @@ def known_questions(seed: int) -> list[dict[str, Any]]:
             text, images = f"Number {number}?", []
         else:
             rows, cols = GRIDS[number % len(GRIDS)]
-            drawn = make_picture(70_000 + 1000 * seed + number, rows, cols, num_questions=1)
+            drawn = make_receipt(70_000 + 1000 * seed + number, rows, cols, num_questions=1)
             text, images = drawn.questions[0].text, [data_url(drawn.image)]
         bodies.append(
             {
@@ -106,9 +106,9 @@ def known_questions(seed: int) -> list[dict[str, Any]]:
 
 
 @cache
-def sheet(seed: int, rows: int, cols: int) -> Picture:
+def sheet(seed: int, rows: int, cols: int) -> Receipt:
     """Drawn once; what must be new is shifted by whole cells, because drawing takes longer than answering."""
-    return make_picture(seed, rows, cols, num_questions=6)
+    return make_receipt(seed, rows, cols, num_questions=6)
 
 
 @cache

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from vlcache_sgl.client.client import data_url
-from vlcache_sgl.evaluation.tasks.receipts import CELL, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import CELL, make_receipt
 
 SIDE = 16
-"""Pictures are 16 x 16 cells: 256 image tokens and two that delimit them."""
-PICTURE_TOKENS = SIDE * SIDE + 2
+"""Images are 16 x 16 cells: 256 image tokens and two that delimit them."""
+IMAGE_TOKENS = SIDE * SIDE + 2
 TEXT_TOKENS = 48
 """About what question and chat template need."""
 WORDS = (" red", " green", " cyan", " purple", " pink", " orange", " blue", " brown")
@@ -66,8 +66,8 @@ def make_prompt(tokens: int, seed: int) -> Prompt:
 
     An image is drawn once and then shifted by whole cells, around its edges: drawing 31 would take seconds.
     """
-    count = max(1, (tokens - TEXT_TOKENS) // PICTURE_TOKENS)
-    drawn = make_picture(seed, SIDE, SIDE, num_questions=1)
+    count = max(1, (tokens - TEXT_TOKENS) // IMAGE_TOKENS)
+    drawn = make_receipt(seed, SIDE, SIDE, num_questions=1)
     pixels = np.asarray(drawn.image)
     shifts = [(CELL * (i // SIDE), CELL * (i % SIDE)) for i in range(count)]
     images = [data_url(Image.fromarray(np.roll(pixels, shift, axis=(0, 1)))) for shift in shifts]
@@ -82,7 +82,7 @@ def make_long_prompt(tokens: int, seed: int) -> Prompt:
     """
     one = make_prompt(0, seed)
     rng = np.random.default_rng(seed)
-    words = rng.choice(WORDS, max(0, tokens - PICTURE_TOKENS - TEXT_TOKENS))
+    words = rng.choice(WORDS, max(0, tokens - IMAGE_TOKENS - TEXT_TOKENS))
     return Prompt(one.text.replace(PLACE, "".join(words) + PLACE), one.image_data)
 
 

@@ -170,7 +170,7 @@ def run_recall(console: Console) -> None:
 def run_inspect(console: Console) -> None:
     """One image, as `vlcache inspect` sees it."""
     flags, started = [*BUNDLED_FLAGS, *evaluation.FLAGS], host_block()
-    images, question = inspection.pictures_of(INSPECTED)
+    images, question = inspection.images_of(INSPECTED)
     with ServerProcess(GROUNDED, flags, title=INSPECT, console=console) as server:
         seen = inspection.inspect(server, images, question, INSPECTED)
     head = {"task": "fidelity", "command": f"{COMMAND} {INSPECT}", "server_flags": flags}
@@ -341,7 +341,7 @@ def draw_plots(results: Mapping[str, Mapping[str, Any]]) -> None:
         recall.draw(results[RECALL], FIGURES / "fidelity-recall.png")
     if INSPECT in results:
         path = FIGURES / "inspect.png"
-        images, _ = inspection.pictures_of(INSPECTED)
+        images, _ = inspection.images_of(INSPECTED)
         draw_sheet(read_report(images=images, **results[INSPECT]["inspection"]), path)
         # Half the size, and nobody sees it.
         Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

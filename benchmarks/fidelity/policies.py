@@ -27,7 +27,7 @@ from benchmarks.common.results import RESULTS, folder, save
 from vlcache_sgl.client.client import Client
 from vlcache_sgl.client.server import ServerProcess, interruptible
 from vlcache_sgl.evaluation import stats
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 from vlcache_sgl.policy import registry
 from vlcache_sgl.policy.describe import describe
 
@@ -42,8 +42,8 @@ FULL = "budget 1.0"
 SIDE = 24
 FIRST_SEED = 31_000
 WARM_UP_SEED = 30_999
-PICTURES = 20
-QUICK_PICTURES = 5
+IMAGES = 20
+QUICK_IMAGES = 5
 FLAGS = (
     *("--kv-policy", "vlcache", "--kv-budget", str(BUDGET)),
     *("--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "4"),
@@ -83,7 +83,7 @@ def contenders() -> list[Contender]:
 
 def measure(server: ServerProcess, client: Client, contender: Contender, seed: int) -> dict[str, Any]:
     """One question with one policy; figures are differences of the server's running totals."""
-    drawn = make_picture(seed, SIDE, SIDE, num_questions=1)
+    drawn = make_receipt(seed, SIDE, SIDE, num_questions=1)
     question = drawn.questions[0]
     before = server.kv_policy()
     started = time.perf_counter()
@@ -96,7 +96,7 @@ def measure(server: ServerProcess, client: Client, contender: Contender, seed: i
 
     return {
         "policy": contender.policy,
-        "picture": seed,
+        "image": seed,
         "question": question.text,
         "expected": question.answer,
         "answer": answer.text.strip(),
@@ -220,8 +220,8 @@ def rendered(page: str, result: Mapping[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options, also those of `run.py policies`."""
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PICTURES} pictures; writes to out/")
-    parser.add_argument("--pictures", type=int, help=f"default {PICTURES}, quick {QUICK_PICTURES}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_IMAGES} images; writes to out/")
+    parser.add_argument("--images", type=int, help=f"default {IMAGES}, quick {QUICK_IMAGES}")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="some policies; writes to out/")
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/, out/ for less than all")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the table into docs/ again")
@@ -237,22 +237,22 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         console.print(f"not among the built-in policies: {', '.join(sorted(unknown))}", style="red")
         return 2
     chosen = [c for c in listed if not arguments.only or c.policy in arguments.only]
-    pictures = arguments.pictures or (QUICK_PICTURES if arguments.quick else PICTURES)
+    images = arguments.images or (QUICK_IMAGES if arguments.quick else IMAGES)
     host = host_block()
     samples: list[dict[str, Any]] = []
     process = ServerProcess(ROOT / MODEL, FLAGS, title="policies", env=ENVIRONMENT, console=console)
     with interruptible(), process as server:
         client = Client(server.openai_url)
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("warming up", total=len(chosen) * (pictures + 1))
+            task = progress.add_task("warming up", total=len(chosen) * (images + 1))
             for contender in chosen:  # the first request of a policy pays for lazy imports and first allocations
                 measure(server, client, contender, WARM_UP_SEED)
                 progress.advance(task)
-            for number in range(pictures):
+            for number in range(images):
                 server.flush_cache()
                 for i in range(len(chosen)):
                     contender = chosen[(number + i) % len(chosen)]
-                    progress.update(task, description=f"picture {number + 1}: {contender.policy}")
+                    progress.update(task, description=f"image {number + 1}: {contender.policy}")
                     samples.append({"place": i, **measure(server, client, contender, FIRST_SEED + number)})
                     progress.advance(task)
     rows = summarise(samples, chosen)

@@ -1,6 +1,6 @@
 """Of a full cache's attention while it answers, how much falls on what each score would have kept?
 
-One question per image, asked with `kv_report: recall`, so answers are those of the full cache.  Part of
+One question per image, asked with `kv_report: attention`, so answers are those of the full cache.  Part of
 `fidelity.py`, which writes the result down and puts table and figure into docs/fidelity.md.
 """
 
@@ -22,7 +22,7 @@ from vlcache_sgl.evaluation.report import COLOURS, markdown_table
 from vlcache_sgl.evaluation.scores import score
 
 BUDGET = "0.1"
-PICTURES = 20
+IMAGES = 20
 AT_ONCE = 4
 SCORES = {
     "post-vision": "vlcache",
@@ -44,8 +44,8 @@ def policy(name: str) -> str:
 
 def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str, Any]]:
     """One record per image and score: `model`, `sample`, `scores`, `right`, `kept_tokens_per_layer`, and the report
-    of `kv_report: recall`."""
-    samples = [TASKS["single"](number) for number in range(PICTURES)]
+    of `kv_report: attention`."""
+    samples = [TASKS["single"](number) for number in range(IMAGES)]
     work = [(sample, name) for sample in samples for name in SCORES]
     with ServerProcess(model, flags, title=f"recall {Path(model).name}", console=console) as server:
         client = Client(server.openai_url)
@@ -57,7 +57,7 @@ def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str
                 question.text,
                 *sample.open_images(),
                 max_tokens=question.max_tokens,
-                custom_params={"kv_policy": policy(name), "kv_budget": BUDGET, "kv_report": "recall"},
+                custom_params={"kv_policy": policy(name), "kv_budget": BUDGET, "kv_report": "attention"},
                 return_meta_info=True,
             )
             return {
@@ -66,7 +66,7 @@ def measure(model: str, flags: Sequence[str], console: Console) -> list[dict[str
                 "scores": name,
                 "right": score(question.metric, answer.text, question.answers),
                 "kept_tokens_per_layer": answer.report["kept_tokens_per_layer"],
-                **answer.report["recall"],
+                **answer.report["attention"],
             }
 
         with ThreadPoolExecutor(AT_ONCE) as pool:

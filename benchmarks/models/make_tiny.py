@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,69 @@ def qwen3_vl(folder: Path) -> None:
     _processor(folder, "Qwen3VLProcessor", patch=16)
 
 
+def qwen3_5(folder: Path, *, moe: bool = False) -> None:
+    """`Qwen3_5ForConditionalGeneration`: Gated Delta Networks in layers 0 and 2, full attention in 1 and 3.
+
+    With a multi-token prediction head beside it, as published checkpoints have one.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import (
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+    )
+
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 16,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": [],
+    }
+    text = {
+        **TEXT,
+        "head_dim": HEAD_DIM,
+        "rope_parameters": rope,
+        "partial_rotary_factor": 0.5,
+        "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+    }
+    if moe:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        text |= {"shared_expert_intermediate_size": 64}
+        _save(
+            Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config=text, vision_config=vision, **IDS)), folder
+        )
+    else:
+        _save(Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision, **IDS)), folder)
+    weights = load_file(folder / "model.safetensors")
+    norms = {f"mtp.{name}.weight": torch.ones(HIDDEN) for name in ("norm", "pre_fc_norm_embedding")}
+    save_file(
+        {**weights, **norms, "mtp.fc.weight": torch.randn(HIDDEN, 2 * HIDDEN)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    _copy(folder)
+    _processor(folder, "Qwen3VLProcessor", patch=16)
+
+
 def llava(folder: Path) -> None:
     """`LlavaQwenForCausalLM` with tiles of any resolution (``anyres``, unpadded)."""
     import torch
@@ -125,7 +189,13 @@ def llava(folder: Path) -> None:
     )
 
 
-MODELS: dict[str, Callable[[Path], None]] = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl, "llava": llava}
+MODELS: dict[str, Callable[[Path], None]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": partial(qwen3_5, moe=True),
+    "llava": llava,
+}
 
 
 def make_tiny(name: str, folder: Path) -> Path:

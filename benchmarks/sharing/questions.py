@@ -25,7 +25,7 @@ from benchmarks.common.pages import with_block
 from benchmarks.common.results import RESULTS, folder, save
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerProcess, interruptible
-from vlcache_sgl.evaluation.tasks.receipts import Picture, Question, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
 
 PAGE = ROOT / "docs/sharing.md"
 FULL, EXACT, OFF, POLICY = "full cache", "exact", "off", "policy"
@@ -98,7 +98,7 @@ def measure(name: str, images: int, questions: int, console: Console) -> dict[st
         asked: list[Asked] = []
         cells: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for number in range(images):
-            drawn = make_picture(FIRST_SEED + number, side, side, num_questions=questions)
+            drawn = make_receipt(FIRST_SEED + number, side, side, num_questions=questions)
             asked += ask_image(server, number, drawn)
             for arm, share in held(server, number, drawn).items():
                 cells[arm].append(share)
@@ -120,14 +120,14 @@ def measure(name: str, images: int, questions: int, console: Console) -> dict[st
 
 def warm_up(server: ServerProcess, side: int) -> None:
     """Every arm once, on an image that is not counted."""
-    drawn = make_picture(FIRST_SEED - 1, side, side)
+    drawn = make_receipt(FIRST_SEED - 1, side, side)
     for arm in ARMS:
         for question in drawn.questions[:2]:
             ask(server, -1, 0, arm, drawn, question, data_url(drawn.image))
     server.flush_cache()
 
 
-def ask_image(server: ServerProcess, number: int, drawn: Picture) -> Iterator[Asked]:
+def ask_image(server: ServerProcess, number: int, drawn: Receipt) -> Iterator[Asked]:
     """All questions about one image, each in all arms."""
     url = data_url(drawn.image)
     names = list(ARMS)
@@ -138,7 +138,7 @@ def ask_image(server: ServerProcess, number: int, drawn: Picture) -> Iterator[As
 
 
 def ask(
-    server: ServerProcess, number: int, place: int, arm: str, drawn: Picture, question: Question, url: str
+    server: ServerProcess, number: int, place: int, arm: str, drawn: Receipt, question: Question, url: str
 ) -> Asked:
     """One streamed answer."""
     body = {
@@ -177,7 +177,7 @@ def ask(
     return Asked(number, place, arm, text, right, round(first_ms, 2), cached, int(usage["prompt_tokens"]))
 
 
-def held(server: ServerProcess, number: int, drawn: Picture) -> dict[str, float]:
+def held(server: ServerProcess, number: int, drawn: Receipt) -> dict[str, float]:
     """Cells that the prefix tree holds after all questions about one image, each arm alone, as a share of the image's
     full cache; every fifth image, because the cache is flushed between the arms."""
     if number % 5:

@@ -27,9 +27,9 @@ from rich.table import Table
 from vlcache_sgl.client.bundled import bundled_model
 from vlcache_sgl.client.client import data_url, user_says
 from vlcache_sgl.client.server import BUNDLED_FLAGS, LOOPBACK, ServerProcess, free_port, interruptible
-from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Receipt, make_receipt
 
-PICTURES = 12
+IMAGES = 12
 AT_ONCE = 4
 SEED = 90
 MOSTLY = 0.8
@@ -71,7 +71,7 @@ class Reply:
         return self.cached_tokens > MOSTLY * self.prompt_tokens
 
 
-def ask(router: Router, drawn: Picture, question: int) -> Reply:
+def ask(router: Router, drawn: Receipt, question: int) -> Reply:
     """One question about an image, as any client would send it, with the key."""
     client = openai.OpenAI(base_url=router.openai_url, api_key="none", timeout=120, max_retries=0)
     url = data_url(drawn.image)
@@ -90,10 +90,10 @@ def ask(router: Router, drawn: Picture, question: int) -> Reply:
     return Reply(reply.usage.prompt_tokens, (details.cached_tokens if details else None) or 0)
 
 
-def ask_all(router: Router, drawn: Sequence[Picture], question: int) -> list[Reply]:
+def ask_all(router: Router, drawn: Sequence[Receipt], question: int) -> list[Reply]:
     """The same question about all images."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda picture: ask(router, picture, question), drawn))
+        return list(pool.map(lambda receipt: ask(router, receipt, question), drawn))
 
 
 def compressed(server: ServerProcess) -> int:
@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args()
     console = Console()
-    drawn = [make_picture(SEED + number, 16, 16, num_questions=3) for number in range(PICTURES)]
+    drawn = [make_receipt(SEED + number, 16, 16, num_questions=3) for number in range(IMAGES)]
     flags = [*BUNDLED_FLAGS, "--kv-policy", "vlcache", "--kv-budget", "0.1"]
     rows: list[dict[str, object]] = []
     with interruptible(), ExitStack() as stack:
@@ -136,8 +136,8 @@ def main() -> int:
                 second = ask_all(router, drawn, 1)
                 row: dict[str, object] = {
                     "policy": policy,
-                    "pictures": PICTURES,
-                    "pictures_per_server": spread,
+                    "images": IMAGES,
+                    "images_per_server": spread,
                     "second_question_hits": sum(reply.hit for reply in second),
                     "errors": [reply.error for reply in (*first, *second) if reply.error],
                 }
@@ -148,19 +148,19 @@ def main() -> int:
                     row["after_a_death_answered"] = sum(not reply.error for reply in third)
                     row["after_a_death_hits"] = sum(reply.hit for reply in again)
                     row["errors"] = [reply.error for reply in (*first, *second, *third, *again) if reply.error]
-    table = Table(title=f"{PICTURES} pictures, three questions each, two servers", title_justify="left")
-    for name in ("router policy", "pictures per server", "second question hits", "errors"):
+    table = Table(title=f"{IMAGES} images, three questions each, two servers", title_justify="left")
+    for name in ("router policy", "images per server", "second question hits", "errors"):
         table.add_column(name)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("policy", "pictures_per_server", "second_question_hits", "errors")))
+        table.add_row(*(str(row[key]) for key in ("policy", "images_per_server", "second_question_hits", "errors")))
     console.print(table)
     keyed = rows[-1]
-    spread = keyed["pictures_per_server"]  # type: ignore[assignment]
+    spread = keyed["images_per_server"]  # type: ignore[assignment]
     checks = {
-        "every second question found its picture": keyed["second_question_hits"] == PICTURES,
-        "both servers hold pictures, each one once": min(spread) > 0 and sum(spread) == PICTURES,
-        "with one server dead everybody was answered": keyed["after_a_death_answered"] == PICTURES,
-        "and found all pictures on the other one next": keyed["after_a_death_hits"] == PICTURES,
+        "every second question found its image": keyed["second_question_hits"] == IMAGES,
+        "both servers hold images, each one once": min(spread) > 0 and sum(spread) == IMAGES,
+        "with one server dead everybody was answered": keyed["after_a_death_answered"] == IMAGES,
+        "and found all images on the other one next": keyed["after_a_death_hits"] == IMAGES,
         "no request failed": not any(row["errors"] for row in rows),
     }
     for name, passed in checks.items():

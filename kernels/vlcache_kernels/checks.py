@@ -10,6 +10,7 @@ import torch
 Backend = Literal["auto", "naive", "triton"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INDEXES = (torch.int32, torch.int64)
 
 
@@ -24,15 +25,16 @@ def check_shape(name: str, tensor: torch.Tensor, shape: Sequence[int | None]) ->
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what the kernels would read wrongly, 8-bit floats above all."""
-    if tensor.dtype in FLOATS:
-        return
-    if "float8" in str(tensor.dtype):
-        raise TypeError(
-            f"{name} is {tensor.dtype}: 8-bit keys and values carry a scale that the kernels do not read; "
-            "convert them to bfloat16, float16 or float32 first"
-        )
-    raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+    """Refuse what is no number as a model computes it."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+
+
+def check_cells(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what cells do not hold; they also hold 8-bit floats, whose scales are arguments of their own."""
+    if tensor.dtype not in (*FLOATS, *FP8):
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in (*FLOATS[:3], *FP8))
+        raise TypeError(f"{name} is {tensor.dtype}, expected one of: {kinds}")
 
 
 def check_index(name: str, tensor: torch.Tensor) -> None:

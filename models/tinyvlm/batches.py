@@ -1,4 +1,4 @@
-"""Training batches: a bank of drawn cells, and pictures with several questions each."""
+"""Training batches: a bank of drawn cells, and images with several questions each."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of one size with K questions each, all in one template."""
+    """B images of one size with K questions each, all in one template."""
 
     rows: int
     cols: int
@@ -87,16 +87,16 @@ def draw_batch(
     rng: np.random.Generator,
     vocabulary: Vocabulary,
     *,
-    pictures: int,
+    images: int,
     shape: tuple[int, int],
     questions: int,
     template: int,
     fill: tuple[float, float],
 ) -> Batch:
-    """Draw a batch; a picture with fewer than `questions` records is asked about some of them again."""
+    """Draw a batch; an image with fewer than `questions` records is asked about some of them again."""
     rows, cols = shape
     glyphs, labels, codes, first = [], [], [], []
-    for _ in range(pictures):
+    for _ in range(images):
         grid, records = receipts.sample_grid(rng, rows, cols, rng.uniform(*fill))
         chosen = [records[i] for i in np.resize(rng.permutation(len(records)), questions)]
         glyphs.append(grid)
@@ -105,7 +105,7 @@ def draw_batch(
         first.append([r.row * cols + r.col for r in chosen])
     answers = vocabulary.characters[torch.tensor(codes)]
     tails = vocabulary.tails[template][torch.tensor(labels)]
-    ends = torch.full((pictures, questions, 1), vocabulary.end)
+    ends = torch.full((images, questions, 1), vocabulary.end)
     return Batch(
         rows,
         cols,

@@ -86,7 +86,7 @@ def _compressed_table(entry: Json) -> str:
     caption = (
         f"{entry['grid']}, prompts of {entry['prompt_tokens']:.0f} tokens, n = {entry['full']['n']}; "
         f"all text and the record alone: {entry['record_and_text']['share']:.2f}, "
-        f"all text and no picture: {entry['text_only']['share']:.2f}."
+        f"all text and no image: {entry['text_only']['share']:.2f}."
     )
     return f"{caption}\n\n{_table(['policy', 'text', *(f'budget {b:g}' for b in budgets)], rows)}"
 

@@ -1,6 +1,6 @@
 """Measure a checkpoint with transformers: `python -m models.tinyvlm.evaluate grounded` from the root of the repository.
 
-Held-out pictures: exact match at full cache by grid, then answers from compressed caches, cache hit rates, densities.
+Held-out images: exact match at full cache by grid, then answers from compressed caches, cache hit rates, densities.
 The results file names the command; the model card's tables are generated from it (`python -m models.tinyvlm.card`).
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 
 from . import caches, checkpoint
 from .probe import Probe
@@ -32,32 +32,32 @@ BUDGETS = (0.05, 0.1, 0.2)
 HIT_BUDGET = 0.1
 """The paper's figure 3."""
 FIRST_SEED = 1000
-"""Held-out pictures are numbered from here."""
-QUESTIONS_PER_PICTURE = 4
+"""Held-out images are numbered from here."""
+QUESTIONS_PER_IMAGE = 4
 
 Json = dict[str, Any]
 
 
-def exact_match(probe: Probe, grid: str, pictures: int, first_seed: int = FIRST_SEED) -> Json:
+def exact_match(probe: Probe, grid: str, receipts: int, first_seed: int = FIRST_SEED) -> Json:
     """Right answers at full cache, with the 95 % interval of their share."""
     answers = []
-    for seed in range(first_seed, first_seed + pictures):
-        picture = make_picture(seed, *shape(grid), num_questions=QUESTIONS_PER_PICTURE)
-        answers += [probe.right(picture, question) for question in picture.questions]
+    for seed in range(first_seed, first_seed + receipts):
+        receipt = make_receipt(seed, *shape(grid), num_questions=QUESTIONS_PER_IMAGE)
+        answers += [probe.right(receipt, question) for question in receipt.questions]
     return {"grid": grid, **share(answers)}
 
 
-def compressed(probe: Probe, grid: str, pictures: int, first_seed: int = FIRST_SEED) -> Json:
+def compressed(probe: Probe, grid: str, receipts: int, first_seed: int = FIRST_SEED) -> Json:
     """Answers that equal the full cache's, per policy and budget; hit rates and densities on the same questions."""
     generator = torch.Generator().manual_seed(first_seed)
     same: dict[tuple[str, bool, float], list[bool]] = {}
     record, text, full, tokens = [], [], [], []
     hits: dict[str, list[caches.HitRate]] = {name: [] for name in caches.SCORERS}
     densities: list[list[float]] = []
-    for seed in range(first_seed, first_seed + pictures):
-        picture = make_picture(seed, *shape(grid), num_questions=QUESTIONS_PER_PICTURE)
-        for question in picture.questions:
-            prompt = probe.prefill(picture, question)
+    for seed in range(first_seed, first_seed + receipts):
+        receipt = make_receipt(seed, *shape(grid), num_questions=QUESTIONS_PER_IMAGE)
+        for question in receipt.questions:
+            prompt = probe.prefill(receipt, question)
             full.append(prompt.right)
             tokens.append(prompt.tokens)
             densities.append([layer.density for layer in prompt.layers])
@@ -118,8 +118,8 @@ def digest(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="name of a bundled checkpoint, or a folder")
-    parser.add_argument("--pictures", type=int, default=100, help="per grid at full cache, 4 questions each")
-    parser.add_argument("--compressed-pictures", type=int, default=50, help="per grid with compressed caches")
+    parser.add_argument("--images", type=int, default=100, help="per grid at full cache, 4 questions each")
+    parser.add_argument("--compressed-images", type=int, default=50, help="per grid with compressed caches")
     parser.add_argument("--full-grids", nargs="*", default=FULL_GRIDS)
     parser.add_argument("--compressed-grids", nargs="*", default=COMPRESSED_GRIDS)
     parser.add_argument(
@@ -148,9 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "weights_sha256": digest(folder),
         "first_seed": FIRST_SEED,
-        "exact_match": [progress(exact_match(probe, grid, options.pictures)) for grid in options.full_grids],
+        "exact_match": [progress(exact_match(probe, grid, options.images)) for grid in options.full_grids],
         "compressed": [
-            progress(compressed(probe, grid, options.compressed_pictures)) for grid in options.compressed_grids
+            progress(compressed(probe, grid, options.compressed_images)) for grid in options.compressed_grids
         ],
     }
     output = options.output or checkpoint.HERE / "results" / f"{folder.name}.json"

@@ -1,6 +1,6 @@
 """What the grounded model is trained for besides its answers, all read from the attention of the question's rows.
 
-Post-vision rows are the tokens after the picture up to the end of the prompt.  `B` pictures, `K` observed questions of
+Post-vision rows are the tokens after the image up to the end of the prompt.  `B` images, `K` observed questions of
 each, `keys` = prefix + image + question: one row of the batch is one prompt.
 """
 
@@ -24,7 +24,7 @@ RANK_SHARE, RANK_LEAST = 0.03, 16
 MIN_KEPT = 12
 """Tokens that a simulated cache keeps in every layer; below it even the question is gone."""
 RANK_MARGIN = 0.5
-"""By how much, in logarithms: a record that just makes it in training fails on the next picture."""
+"""By how much, in logarithms: a record that just makes it in training fails on the next image."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ class CacheSimulator:
             self.densities = densities
         self.densities = [0.95 * old + 0.05 * new for old, new in zip(self.densities, densities, strict=True)]
 
-    def draw(self, pictures: int, questions: int) -> CacheDraw:
+    def draw(self, images: int, questions: int) -> CacheDraw:
         low, high = (math.log(b) for b in self.budgets)
-        budgets = torch.exp(low + (high - low) * torch.rand(pictures, questions))
-        protected = torch.rand(pictures, questions) < 0.5
+        budgets = torch.exp(low + (high - low) * torch.rand(images, questions))
+        protected = torch.rand(images, questions) < 0.5
         factors = [1.0] * self.layers
         if self.densities and torch.rand(()) < 0.5:
             total = sum(self.densities)

@@ -1,6 +1,6 @@
-"""The stock model's weights behind a faster forward for training: bf16, many questions per picture, attention in reach.
+"""The stock model's weights behind a faster forward for training: bf16, many questions per image, attention in reach.
 
-Questions about one picture cannot see each other, so they share its keys and values: the sequence is the prefix, the
+Questions about one image cannot see each other, so they share its keys and values: the sequence is the prefix, the
 image tokens, then K branches, each a question with its answer.  `tests/models/test_tinyvlm.py` compares the result with
 the stock forward.
 """
@@ -22,9 +22,9 @@ from .batches import ANSWER_TOKENS, PATCHES_PER_CELL, Batch, Vocabulary
 from .schedule import BOOTSTRAP
 
 TEXT_LAYERS = 2
-"""Layers below this find the label in the question; the others find the record in the picture."""
+"""Layers below this find the label in the question; the others find the record in the image."""
 MAX_SIDE = 32
-"""Of a picture, in cells."""
+"""Of an image, in cells."""
 BF16 = torch.bfloat16
 
 
@@ -35,7 +35,7 @@ class Layout:
     prompt: int
     """Tokens before the branches: prefix and image."""
     tail: int
-    """Tokens of a question, from the end of the picture to the end of the prompt."""
+    """Tokens of a question, from the end of the image to the end of the prompt."""
     branch: int
     """Tokens of a branch: tail and code."""
     cos: Tensor
@@ -74,7 +74,7 @@ class TrainableVLM:
         self._before = compiler(_before_attention, dynamic=True)
         self._after = compiler(_after_attention, dynamic=True)
 
-    # -- pictures ----------------------------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------------------------
 
     def embed_glyphs(self, bank: Tensor, variants: int) -> Tensor:
         """Image embeddings of `variants` random drawings of every glyph: `[NUM_GLYPHS * variants, hidden]`.
@@ -85,7 +85,7 @@ class TrainableVLM:
         pixels = bank[torch.arange(NUM_GLYPHS)[:, None], pick].reshape(NUM_GLYPHS * variants, PATCHES_PER_CELL, -1)
         return self._embed_cells(pixels, torch.randint(0, MAX_SIDE, (len(pixels), 2)))
 
-    def embed_pictures(self, batch: Batch, bank: Tensor, variants: int) -> Tensor:
+    def embed_images(self, batch: Batch, bank: Tensor, variants: int) -> Tensor:
         """`[B, image tokens, hidden]`."""
         glyphs = self.embed_glyphs(bank, variants)
         return F.embedding(batch.glyphs * variants + torch.randint(0, variants, batch.glyphs.shape), glyphs)
@@ -94,7 +94,7 @@ class TrainableVLM:
         """Vision tower and merger on `[N, 4, values]` patches of cells at `[N, 2]` (row, col)."""
         tower = self.model.model.visual
         heads = self.model.config.vision_config.num_heads
-        # A picture is a film of two equal frames to the patch embedding: add up its two frames' weights.
+        # An image is a film of two equal frames to the patch embedding: add up its two frames' weights.
         weight = tower.patch_embed.proj.weight.sum(2).flatten(1)
         x = F.linear(pixels.to(BF16), weight.to(BF16))
         dim = x.shape[-1] // heads
@@ -122,17 +122,17 @@ class TrainableVLM:
     def forward(
         self, batch: Batch, cells: Tensor, observe: int = 0, cache: losses.CacheDraw | None = None
     ) -> tuple[Tensor, Observed]:
-        """Logits `[B, K, ANSWER_TOKENS, vocabulary]` float32 for `cells` from `embed_pictures`.
+        """Logits `[B, K, ANSWER_TOKENS, vocabulary]` float32 for `cells` from `embed_images`.
 
         The attention of the first `observe` questions is looked at; with `cache`, their answers after the first
         character are decoded from what `cache` keeps.
         """
-        pictures, questions, _ = batch.text.shape
+        images, questions, _ = batch.text.shape
         layout = self._layout(batch)
         language = self.model.model.language_model
         table = language.embed_tokens.weight
         observed = Observed()
-        prefix = F.embedding(self.vocabulary.prefix, table).to(BF16).expand(pictures, -1, -1)
+        prefix = F.embedding(self.vocabulary.prefix, table).to(BF16).expand(images, -1, -1)
         text = F.embedding(batch.text.flatten(1), table).to(BF16)
         x = torch.cat([prefix, cells.to(BF16), text], 1)
         for index, layer in enumerate(language.layers):
@@ -164,7 +164,7 @@ class TrainableVLM:
             )
         x = _rms_norm(x[:, layout.answer_rows], language.norm.weight)
         logits = F.linear(x, self.model.lm_head.weight.to(BF16)).float()
-        return logits.view(pictures, questions, ANSWER_TOKENS, -1), observed
+        return logits.view(images, questions, ANSWER_TOKENS, -1), observed
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         group = self.heads // self.kv_heads
@@ -219,13 +219,13 @@ class TrainableVLM:
     def _compressed_mask(layout: Layout, kept: Tensor, batch: Batch) -> Tensor:
         """The layout's mask, `[B, 1, K * branch, sequence]`, with the answer rows of the observed questions looking at
         `kept` `[B, observe, prompt + tail]` only."""
-        pictures, questions, _ = batch.text.shape
+        images, questions, _ = batch.text.shape
         n, tail, branch = layout.prompt, layout.tail, layout.branch
-        mask = layout.mask.view(1, questions, branch, -1).repeat(pictures, 1, 1, 1)
+        mask = layout.mask.view(1, questions, branch, -1).repeat(images, 1, 1, 1)
         for j in range(kept.shape[1]):
             mask[:, j, tail:, :n] &= kept[:, j, None, :n]
             mask[:, j, tail:, n + j * branch : n + j * branch + tail] &= kept[:, j, None, n:]
-        return mask.view(pictures, 1, questions * branch, -1)
+        return mask.view(images, 1, questions * branch, -1)
 
     def _layout(self, batch: Batch) -> Layout:
         questions, branch = batch.text.shape[1:]
@@ -237,7 +237,7 @@ class TrainableVLM:
             row = torch.arange(batch.rows).repeat_interleave(batch.cols)
             col = torch.arange(batch.cols).repeat(batch.rows)
             image = first + torch.stack([torch.zeros_like(row), row, col])
-            # Text goes on after the larger side of the picture; every branch as if it were the only one.
+            # Text goes on after the larger side of the image; every branch as if it were the only one.
             text = (first + max(batch.rows, batch.cols) + torch.arange(branch)).repeat(questions).repeat(3, 1)
             cos, sin = self._rope(torch.cat([position, image, text], 1))
             own = torch.ones(branch, branch, dtype=torch.bool).tril()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlcache_sgl.evaluation.tasks.receipts import Picture, Question
+from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt
 
 THRESHOLD = 0.01
 """VL-Cache, equation 1: an entry counts as attended from this share of its row's maximum."""
@@ -27,7 +27,7 @@ class LayerAttention:
     """What one layer attended to in prefill; sums over rows, means over heads, float32 `[prompt]`."""
 
     post_vision: Tensor
-    """Rows after the picture."""
+    """Rows after the image."""
     accumulated: Tensor
     """All rows."""
     last: Tensor
@@ -76,9 +76,9 @@ class Probe:
         """`[sets, layers, prompt]` bool, one row of the batch per set."""
 
     @torch.no_grad()
-    def right(self, picture: Picture, question: Question) -> bool:
+    def right(self, receipt: Receipt, question: Question) -> bool:
         """Whether the full cache gives exactly the answer: one stock forward over prompt and answer."""
-        inputs, expected = self._inputs(picture, question)
+        inputs, expected = self._inputs(receipt, question)
         # Greedy decoding is right exactly if, given the right answer, every token of it was the first choice.
         answer = torch.tensor([expected[:-1]])
         for key, tail in (("input_ids", answer), *((k, v) for k, v in _alike(inputs, answer) if k in inputs)):
@@ -87,9 +87,9 @@ class Probe:
         return bool(logits.argmax(-1).tolist() == expected)
 
     @torch.no_grad()
-    def prefill(self, picture: Picture, question: Question) -> Prompt:
+    def prefill(self, receipt: Receipt, question: Question) -> Prompt:
         """Run the prompt, record its attention, and decode the answer from the full cache."""
-        inputs, expected = self._inputs(picture, question)
+        inputs, expected = self._inputs(receipt, question)
         ids = inputs["input_ids"][0]
         image = (ids == self.model.config.image_token_id).nonzero().flatten()
         span = slice(int(image[0]), int(image[-1]) + 1)
@@ -143,11 +143,11 @@ class Probe:
             self._keep = None
         return out.logits.argmax(-1)
 
-    def _inputs(self, picture: Picture, question: Question) -> tuple[dict[str, Any], list[int]]:
+    def _inputs(self, receipt: Receipt, question: Question) -> tuple[dict[str, Any], list[int]]:
         content = [{"type": "image"}, {"type": "text", "text": question.text}]
         turn = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(text=[text], images=[picture.image], return_tensors="pt")
+        inputs = self.processor(text=[text], images=[receipt.image], return_tensors="pt")
         return dict(inputs), [*self.processor.tokenizer(question.answer)["input_ids"], self.end]
 
     @contextmanager

@@ -11,14 +11,14 @@ BOOTSTRAP = 4
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps on pictures of some sizes; only the answers count unless a weight below is set."""
+    """Some steps on images of some sizes; only the answers count unless a weight below is set."""
 
     grids: str
     """Sizes, `ROWSxCOLS` separated by commas; each step draws one.  Repeat a size to draw it more often."""
     batch: int
-    """Pictures per step."""
+    """Images per step."""
     questions: int
-    """Questions per picture and step; they share the picture's keys and values."""
+    """Questions per image and step; they share the image's keys and values."""
     steps: int
     target: float = 1.0
     """Exact match, on training batches and in two reports in a row, that ends the stage early (unless `anneal`)."""
@@ -38,7 +38,7 @@ class Stage:
     compressed: float = 0.0
     """Probability of a step in which answers are decoded from a compressed cache (for the observed questions)."""
     observed: int = 4
-    """Questions per picture whose attention the four settings above look at; all would cost as much as the model."""
+    """Questions per image whose attention the four settings above look at; all would cost as much as the model."""
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -57,7 +57,7 @@ class Schedule:
     first_character: float = 1.0
     """Loss weight of the first answer character, which needs the look-up; the others follow it."""
     fill: tuple[float, float] = (0.5, 1.0)
-    """Range of the share of each picture's room that records take."""
+    """Range of the share of each image's room that records take."""
 
 
 SCHEDULES: dict[str, Schedule] = {

@@ -25,7 +25,7 @@ from .network import Observed, TrainableVLM, can_observe
 from .schedule import SCHEDULES, Schedule, Stage
 
 BANK_VARIANTS = 96
-"""Drawings of each glyph that training chooses from; held-out pictures are drawn afresh."""
+"""Drawings of each glyph that training chooses from; held-out images are drawn afresh."""
 STEP_VARIANTS = 2
 """Of these, per step."""
 REPORT_EVERY = 25
@@ -109,7 +109,7 @@ class Run:
         batch = draw_batch(
             self.rng,
             self.vocabulary,
-            pictures=stage.batch,
+            images=stage.batch,
             shape=shape,
             questions=stage.questions,
             template=template,
@@ -118,7 +118,7 @@ class Run:
         grounded = (stage.grounding or stage.ranking or stage.density or stage.compressed) and can_observe(template)
         observe = stage.observed if grounded else 0
         cache = self.simulator.draw(stage.batch, observe) if self.rng.random() < stage.compressed and observe else None
-        cells = self.network.embed_pictures(batch, self.bank, STEP_VARIANTS)
+        cells = self.network.embed_images(batch, self.bank, STEP_VARIANTS)
         logits, observed = self.network.forward(batch, cells, observe, cache)
         losses = F.cross_entropy(logits.flatten(0, 2), batch.targets.flatten(), reduction="none")
         answer = (losses.view(-1, ANSWER_TOKENS).mean(0) * self.token_weights).sum()

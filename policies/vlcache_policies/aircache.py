@@ -30,12 +30,12 @@ from vlcache_sgl.api import (
 PAPER = "2503.23956"
 
 
-def elite_votes(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
+def elite_attention(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
     """`[m]` float32, mean over heads: for vision tokens the attention of the elite rows, for text that of the last row.
 
     The candidates are the text rows after the last image: the paper allows all text, but text before the image cannot
     see it.  A candidate is elite if the last row attends to it with at least `elite` times its strongest attention to
-    a candidate; this softmax is over text.  The elite then vote with a softmax over vision tokens and elite tokens.
+    a candidate; this softmax is over text.  The elite is then read with a softmax over vision tokens and elite tokens.
     """
     rows = declared(layer.row_positions) - prompt.start
     keys, queries = declared(layer.keys).float(), declared(layer.queries).float()
@@ -43,15 +43,15 @@ def elite_votes(layer: LayerView, prompt: Prompt, elite: float) -> torch.Tensor:
     logits = torch.einsum("kgrd,kmd->kgrm", grouped, keys).flatten(0, 1) / keys.shape[-1] ** 0.5
     vision = prompt.is_vision()
     is_row = torch.zeros_like(vision)
-    is_row[rows] = True
+    is_row.index_fill_(0, rows, True)
     asking = _softmax(logits[:, -1], ~vision | is_row).mean(0)
     candidates = asking[rows]
     chosen = candidates >= elite * candidates.max()
     is_elite = torch.zeros_like(vision)
     is_elite[rows] = chosen
     earlier = torch.arange(prompt.owned, device=rows.device) <= rows[:, None]
-    votes = _softmax(logits, (vision | is_elite) & earlier).mean(0)
-    seen = (votes * chosen[:, None]).sum(0) / chosen.sum()
+    received = _softmax(logits, (vision | is_elite) & earlier).mean(0)
+    seen = (received * chosen[:, None]).sum(0) / chosen.sum()
     return torch.where(vision, seen, asking)
 
 
@@ -59,6 +59,12 @@ def _softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Over the allowed entries; a row without any is 0 everywhere."""
     masked = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     return masked.softmax(-1) * allowed
+
+
+def _of_vision(values: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Those of `values` `[m]` that belong to vision tokens; by ranges, because a GPU is waited for to apply a mask."""
+    owned = values[: prompt.owned]
+    return torch.cat([owned[max(0, begin - prompt.start) : max(0, end - prompt.start)] for begin, end in prompt.vision])
 
 
 def _check(elite: float) -> None:
@@ -84,7 +90,7 @@ class EliteWindow(Scorer):
         _check(self.elite)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        return elite_votes(layer, prompt, self.elite).expand(prompt.num_kv_heads, -1)
+        return elite_attention(layer, prompt, self.elite).expand(prompt.num_kv_heads, -1)
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,14 @@ class StrengthAndSkewness(Allocator):
         _check(self.elite)
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
-        vision = prompt.is_vision()
         images = prompt.owned_vision
         text = min(prompt.owned - images, budget.total // budget.num_layers)
         if images == 0:
             return budget.distribute(torch.ones(budget.num_layers))
-        votes = torch.stack([elite_votes(layer, prompt, self.elite)[vision] for layer in layers]).double()
-        strength, skewness = votes.sum(1), skew(votes).clamp(min=0)
+        received = torch.stack(
+            [_of_vision(elite_attention(layer, prompt, self.elite), prompt) for layer in layers]
+        ).double()
+        strength, skewness = received.sum(1), skew(received).clamp(min=0)
         weight = strength / strength.mean().clamp(min=1e-30) + skewness / skewness.mean().clamp(min=1e-30)
         rest = budget.total - text * budget.num_layers
         share = Budget(rest, budget.num_layers, min(max(0, budget.lo - text), images), budget.hi - text)

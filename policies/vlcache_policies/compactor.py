@@ -5,6 +5,7 @@ Vivek Chari, Benjamin Van Durme, https://arxiv.org/abs/2507.08143
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,9 +45,11 @@ def leverage_scores(keys: torch.Tensor, sketch: int, seed: int) -> torch.Tensor:
     dim = keys.shape[-1]
     centred = (keys - keys.mean(1, keepdim=True)).double()
     if sketch < dim:
-        centred = centred @ gaussian_sketch(dim, sketch, seed).to(centred)
+        centred = centred @ _sketch_on(keys.device, dim, sketch, seed)
     gram = centred.transpose(1, 2) @ centred
-    factor = torch.linalg.cholesky(gram + RIDGE * torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype))
+    ridge = RIDGE * torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    # The ridge makes it succeed; `cholesky` would wait for a GPU to find that out.
+    factor = torch.linalg.cholesky_ex(gram + ridge).L
     solved = torch.cholesky_solve(centred.transpose(1, 2), factor).transpose(1, 2)
     scores: torch.Tensor = (centred * solved).sum(-1)
     return scores.clamp(min=0).float()
@@ -56,6 +59,12 @@ def gaussian_sketch(dim: int, sketch: int, seed: int) -> torch.Tensor:
     """`[dim, sketch]` float32 with variance ``1 / sketch``; one for all heads, so that ranks draw the same."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(dim, sketch, generator=generator).div(sketch**0.5)
+
+
+@functools.lru_cache(maxsize=4)  # copied to a GPU once
+def _sketch_on(device: torch.device, dim: int, sketch: int, seed: int) -> torch.Tensor:
+    """`gaussian_sketch` in float64."""
+    return gaussian_sketch(dim, sketch, seed).to(device, torch.float64)
 
 
 def look_ahead(queries: torch.Tensor, keys: torch.Tensor, chunk: int, scale: float) -> torch.Tensor:
@@ -122,7 +131,7 @@ class Compactor(Scorer):
     """Latest tokens that stay and enter no statistics."""
     scaled: bool = False
     """Divide the logits of the look-ahead attention by sqrt(D), as the model's own attention does.  The authors' code
-    does not, which lets each row vote for fewer tokens."""
+    does not, which lets each row point at fewer tokens."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -90,16 +90,16 @@ class ExpectedAttention(Scorer):
         mean = (queries * weight).sum(1, keepdim=True)
         centred = (queries - mean) * counted[:, None]
         covariance = centred.transpose(1, 2) @ centred / counted.sum()
-        turn = _mean_rotation(rotary, int(positions.max()) + 1, self.future, queries.shape[-1], queries.device)
+        turn = _mean_rotation(rotary, positions, self.future, queries.shape[-1])
         return mean[:, 0] @ turn, turn.T @ covariance @ turn
 
 
-@functools.lru_cache(maxsize=4)  # the layers of a request share it
-def _mean_rotation(rotary: Rotary, begin: int, count: int, dim: int, device: torch.device) -> torch.Tensor:
-    """`[D, D]`: a row vector times it is the vector's mean over the positions ``begin ... begin + count - 1``."""
-    positions = torch.arange(begin, begin + count, device=device)
-    unit = torch.eye(dim, device=device)[:, None].expand(-1, count, -1)
-    return rotary.rotate(unit, positions).mean(1)
+@functools.lru_cache(maxsize=4)  # the layers of a request share it: they are shown the same tensor of positions
+def _mean_rotation(rotary: Rotary, positions: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    """`[D, D]`: a row vector times it is its mean over the `count` positions behind the last of `positions`."""
+    future = positions.max() + torch.arange(1, count + 1, device=positions.device)  # never read: that would wait
+    unit = torch.eye(dim, device=positions.device)[:, None].expand(-1, count, -1)
+    return rotary.rotate(unit, future).mean(1)
 
 
 @hookimpl

@@ -40,7 +40,9 @@ class Global(Allocator):
         curves[..., : budget.lo] = torch.inf
         sets = curves.shape[:2].numel()
         winners = curves.flatten().sort(descending=True, stable=True).indices[: budget.total * curves.shape[1]]
-        counts = torch.bincount(winners // max(1, prompt.owned), minlength=sets).view(curves.shape[:2])
+        owner = winners // max(1, prompt.owned)
+        # Not `bincount`, for which the host waits to learn the largest.
+        counts = owner.new_zeros(sets).index_add_(0, owner, torch.ones_like(owner)).view(curves.shape[:2])
         return counts if counts.shape[1] > 1 else counts[:, 0]
 
 

@@ -38,16 +38,16 @@ class HeavyHitters(Scorer):
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
     query_aware: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
-    prefix_hit: ClassVar[str] = "only the request's own new rows vote"
+    prefix_hit: ClassVar[str] = "only the request's own new rows count"
 
     mean: bool = False
     """Divide by the number of rows that could see the token, which takes the advantage of early tokens away."""
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        votes = declared(layer.column_sum)
+        received = declared(layer.column_sum)
         if not self.mean:
-            return votes
-        return votes / torch.arange(prompt.owned, 0, -1, device=votes.device)
+            return received
+        return received / torch.arange(prompt.owned, 0, -1, device=received.device)
 
 
 @hookimpl

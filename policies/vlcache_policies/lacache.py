@@ -51,7 +51,7 @@ class Ladder(Scorer):
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         self.check(prompt)
         order = self.order(prompt.length, layer.index, prompt)[prompt.start :]
-        return order.to(prompt.device, torch.float32).expand(prompt.num_kv_heads, -1)
+        return prompt.upload(order.to(torch.float32)).expand(prompt.num_kv_heads, -1)
 
     def order(self, length: int, layer: int, model: Prompt) -> torch.Tensor:
         """`[length]` int64: the group in which a token is cut; survivors have the highest numbers, by recency."""

@@ -38,13 +38,13 @@ class TextPrior(Scorer):
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
     query_aware: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
-    prefix_hit: ClassVar[str] = "only the request's own new rows vote"
+    prefix_hit: ClassVar[str] = "only the request's own new rows count"
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        votes = declared(layer.column_sum)
-        on_text = votes.masked_fill(prompt.is_vision(), 0.0)
-        raised = votes + on_text.amax(-1, keepdim=True) if prompt.owned else votes
-        return torch.where(prompt.is_vision(), votes, raised)
+        received = declared(layer.column_sum)
+        on_text = received.masked_fill(prompt.is_vision(), 0.0)
+        raised = received + on_text.amax(-1, keepdim=True) if prompt.owned else received
+        return torch.where(prompt.is_vision(), received, raised)
 
 
 @hookimpl

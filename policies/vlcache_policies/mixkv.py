@@ -56,10 +56,10 @@ class Mixed(Scorer):
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
         before = prompt.owned - layer.num_rows
-        votes = declared(layer.column_sum) / layer.num_rows
+        received = declared(layer.column_sum) / layer.num_rows
         if before == 0:
-            return keep_last(votes, layer.num_rows)
-        attention = pool(votes[:, :before], self.kernel)
+            return keep_last(received, layer.num_rows)
+        attention = pool(received[:, :before], self.kernel)
         level = attention.mean(-1, keepdim=True)
         direction = torch.nn.functional.normalize(declared(layer.keys).float(), dim=-1)
         centre = direction.mean(1, keepdim=True)

@@ -38,7 +38,7 @@ class EqualMass(Allocator):
     """
 
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
-    prefix_hit: ClassVar[str] = "only the request's own new rows vote, only its own tokens hold mass"
+    prefix_hit: ClassVar[str] = "only the request's own new rows count, only its own tokens hold mass"
 
     def allocate(self, layers: Sequence[LayerView], prompt: Prompt, budget: Budget) -> torch.Tensor:
         mass = torch.stack([declared(layer.column_sum).mean(0) for layer in layers]).double()

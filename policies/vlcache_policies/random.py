@@ -25,7 +25,7 @@ class Random(Scorer):
         # Drawn on the CPU for the whole prompt: neither the device nor a prefix hit changes a token's number.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer.index)
         noise = torch.rand(prompt.length, generator=generator)[prompt.start :]
-        return noise.to(prompt.device).expand(prompt.num_kv_heads, -1)
+        return prompt.upload(noise).expand(prompt.num_kv_heads, -1)
 
 
 @hookimpl

@@ -55,10 +55,10 @@ class ObservationWindow(Scorer):
         return Needs(rows=Rows.last(self.window), column_sum=True)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        votes = declared(layer.column_sum) / layer.num_rows
+        received = declared(layer.column_sum) / layer.num_rows
         # Columns of the window are not pooled with the rest: half of them are masked.
-        seen_by_all = votes[:, : prompt.owned - layer.num_rows]
-        smooth = torch.zeros_like(votes)
+        seen_by_all = received[:, : prompt.owned - layer.num_rows]
+        smooth = torch.zeros_like(received)
         smooth[:, : seen_by_all.shape[1]] = pool(seen_by_all, self.kernel, self.pool)
         return keep_last(smooth, layer.num_rows)
 

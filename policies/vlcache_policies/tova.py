@@ -39,8 +39,8 @@ class LastRow(Scorer):
     comparable: ClassVar[bool] = True
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        votes = declared(layer.column_sum)
-        return keep_last(votes.mean(0, keepdim=True), 1).expand_as(votes)
+        received = declared(layer.column_sum)
+        return keep_last(received.mean(0, keepdim=True), 1).expand_as(received)
 
 
 @hookimpl

@@ -3,9 +3,9 @@
 Dezhan Tu, Danylo Vashchilenko, Yuzhe Lu, Panpan Xu, https://arxiv.org/abs/2410.23317
 
 The paper also reads each layer's budget from its attention (`Density`).  On pretrained language models that starves the
-few layers that find things, so the recipe takes budgets from the model (`vlcache_policies.model`), the strongest vote
-of a token instead of the sum, and smooths along the sequence, because an answer lies in a run of tokens.  What each of
-these is worth is in benchmarks/LOG.md; ``vlcache:paper`` is the letter of the paper.
+few layers that find things, so the recipe takes budgets from the model (`vlcache_policies.model`), the strongest
+attention to a token instead of the sum, and smooths along the sequence, because an answer lies in a run of tokens.
+What each of these is worth is in benchmarks/LOG.md; ``vlcache:paper`` is the letter of the paper.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class PostVision(Scorer):
         return Needs(rows=Rows.post_vision(self.rows), column_sum=not largest, column_max=largest)
 
     def score(self, layer: LayerView, prompt: Prompt) -> torch.Tensor:
-        votes = declared(layer.column_max if self.votes == "max" else layer.column_sum)
-        return pool(votes, self.smooth, "avg")
+        received = declared(layer.column_max if self.votes == "max" else layer.column_sum)
+        return pool(received, self.smooth, "avg")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Density(Allocator):
 
     threshold: float = 0.01
     rows: int = 0
-    """At most this many voters, the latest ones; 0 = all."""
+    """At most this many query rows, the latest ones; 0 = all."""
     paper: bool = False
     """To the letter: shares clipped to [0.01, 1] and not renormalised, so the sum may miss the budget."""
 
@@ -137,5 +137,5 @@ def vlcache_recipes() -> Iterator[RecipePlugin]:
             "density": {**_AS_PUBLISHED, "floor": 0.5},
         },
         paper=PAPER,
-        summary="strongest post-vision votes, smoothed; layer budgets from the model",
+        summary="strongest attention of post-vision rows, smoothed; layer budgets from the model",
     )

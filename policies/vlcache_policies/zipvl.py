@@ -37,7 +37,7 @@ class MassTarget(Allocator):
     """
 
     needs: ClassVar[Needs] = Needs(rows=Rows.all(), column_sum=True)
-    prefix_hit: ClassVar[str] = "only the request's own new rows vote, only its own tokens hold mass"
+    prefix_hit: ClassVar[str] = "only the request's own new rows count, only its own tokens hold mass"
 
     budget_sum: ClassVar[BudgetSum] = "at_most"
 

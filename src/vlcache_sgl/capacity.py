@@ -6,7 +6,9 @@ Pure numbers.  A *token* is K and V of one token in all planes; *physical* token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vlcache_sgl.config import KVBudget
 
@@ -40,6 +42,58 @@ class KVShape:
     def token_bytes(self) -> int:
         return self.planes * self.cell_bytes
 
+    @property
+    def sketch_bytes(self) -> int:
+        """What `--kv-recall` keeps on the device of a token in host memory."""
+        return self.layers * self.kv_heads * code_bytes(self.head_dim)
+
+
+def code_bytes(head_dim: int) -> int:
+    """Of the sketch of one key: a bit per dimension, and a factor of 16 bits."""
+    return head_dim // 8 + 2
+
+
+STATES_PER_REQUEST = 5
+"""Slots of the pool of states that SGLang sets aside for each running request of a hybrid: its own, two that prompts
+leave for the prefix cache, and two that are written meanwhile (strategy ``extra_buffer`` with overlap)."""
+
+
+def kv_layer_count(text: Mapping[str, Any]) -> int:
+    """Layers with a KV cache by a Hugging Face configuration of a language model: all, unless it names other kinds."""
+    layers = int(text.get("num_hidden_layers") or 0)
+    if kinds := text.get("layer_types"):
+        return sum(kind in ("full_attention", "attention") for kind in kinds)
+    return layers // int(text.get("full_attention_interval") or 1)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """What the Gated Delta Networks of a hybrid keep per request on one rank, however long it is."""
+
+    layers: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    convolution: int
+    """Tokens that a causal convolution sees."""
+    element_bytes: int
+    """Of the convolution's inputs; the states themselves are float32."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """One state of all layers."""
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        inputs = channels * (self.convolution - 1) * self.element_bytes
+        return self.layers * (inputs + self.value_heads * self.value_dim * self.key_dim * 4)
+
+    def slots_in(self, memory: float, ratio: float) -> int:
+        """States in `memory` bytes that KV cache and states share, `ratio` being the states' part over the cache's.
+
+        SGLang keeps one more, which nobody gets.
+        """
+        return max(0, int((memory * ratio / (1 + ratio) - self.slot_bytes) // self.slot_bytes))
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -50,11 +104,17 @@ class Pool:
 
 
 def compressed_pool(
-    stock_tokens: int, shape: KVShape, overcommit: float, *, graph_lists: bool, host_tokens: int = 0
+    stock_tokens: int,
+    shape: KVShape,
+    overcommit: float,
+    *,
+    graph_lists: bool,
+    host_tokens: int = 0,
+    sketches: bool = False,
 ) -> Pool:
     """The pool in the bytes of `stock_tokens` uncompressed tokens.
 
-    Tokens in host memory, `host_tokens` at most, have slots in addition.
+    Tokens in host memory, `host_tokens` at most, have slots in addition, and with `sketches` sketches of their keys.
 
     Out of the same memory come, per slot, its row of the residency table (4 bytes per plane), its counters and lists
     (17); per cell, its entry in the list of free cells (4); and, with `graph_lists`, the lists of cells that recorded
@@ -62,7 +122,7 @@ def compressed_pool(
     """
     slot_bytes = 4 * shape.planes + 17
     cell_overhead = (4 + (32 if graph_lists else 0)) * shape.planes
-    memory = stock_tokens * shape.token_bytes - host_tokens * slot_bytes
+    memory = stock_tokens * shape.token_bytes - host_tokens * (slot_bytes + shape.sketch_bytes * sketches)
     physical = max(1, memory // int(shape.token_bytes + overcommit * slot_bytes + cell_overhead))
     return Pool(physical, int(physical * overcommit) + host_tokens)
 

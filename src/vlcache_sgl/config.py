@@ -105,6 +105,9 @@ class KVConfig:
     """What other requests find of a compressed prefix: all of it, in host memory (``exact``), what the first one's
     policy kept (``policy``), or nothing (``off``)."""
 
+    recall: int = 0
+    """Evicted tokens that each layer gets back from host memory in each decode step; 0: none."""
+
     @property
     def wants_host_memory(self) -> bool:
         """Whether there is to be host memory: ``auto`` is for servers that share without loss."""
@@ -208,6 +211,10 @@ def _read_switch(value: object) -> bool:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+MAX_RECALL = 2**20
+"""Tokens; no prompt has more."""
+
+
 def _read_size(value: object) -> HostSize:
     if value in ("auto", "off"):
         return "auto" if value == "auto" else "off"
@@ -218,6 +225,17 @@ def _read_size(value: object) -> HostSize:
     return size
 
 
+def _read_recall(value: object) -> int:
+    if value == "off":
+        return 0
+    number = int(str(value))
+    if isinstance(value, bool) or not 0 <= number <= MAX_RECALL:
+        raise ValueError(value)
+    return number
+
+
+RECALL = Values("`off` or a whole number of tokens", _read_recall, "off|TOKENS")
+"""Of `--kv-recall`, and of a request's `kv_recall`."""
 SWITCH = Values("true or false", _read_switch, "")
 POLICY = Values("NAME[:key=value,...] or scorer=A,allocator=B[,key=value,...]", _read_text, "POLICY")
 NAMES = Values("names with commas between them, or `*` for all, or `none`", _read_names, "NAMES")
@@ -304,6 +322,14 @@ def _object_to_share(config: KVConfig) -> str | None:
     return "needs host memory" if config.share == "exact" and config.host_memory == "off" else None
 
 
+def _object_to_recall(config: KVConfig) -> str | None:
+    if not config.recall:
+        return None
+    if not config.wants_host_memory:
+        return "needs host memory"
+    return None if config.share == "exact" else f"needs --kv-share exact, and it is {config.share}"
+
+
 FLAGS: tuple[Flag, ...] = (
     Flag(
         "--kv-policy",
@@ -350,6 +376,14 @@ FLAGS: tuple[Flag, ...] = (
         "request's policy kept (`policy`), nothing (`off`)",
         "exact with host memory, off without",
         _object_to_share,
+    ),
+    Flag(
+        "--kv-recall",
+        RECALL,
+        "Evicted tokens that each layer gets back from host memory in each decode step, those that a sketch of their "
+        "keys says the step needs most",
+        "off",
+        _object_to_recall,
     ),
 )
 

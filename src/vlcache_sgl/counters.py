@@ -69,8 +69,9 @@ REQUESTS_SKIPPED = Figure(
     "requests_skipped",
     "counter",
     "prompts left alone: `short` (fewer new tokens than `--kv-min-tokens`, as in a follow-up question), `scope` (no "
-    "image), `budget` (1.0 was asked for), `recall` (only measured, see below), `second_reading` (not read twice, with "
-    "a policy that [asks for that](policies.md#a-second-reading))",
+    "image), `embeds` (`input_embeds`, in which nobody says where images lie), `budget` (1.0 was asked for), "
+    "`measured` (only measured, see below), `second_reading` (not read twice, with a policy that "
+    "[asks for that](policies.md#a-second-reading))",
     ("reason",),
 )
 TOKENS_SEEN = Figure(
@@ -135,8 +136,23 @@ class Counters:
     second_reading_ms: float = time_ms(
         Figure("second_reading_seconds", "counter", "wall time of forwards that contained one of them")
     )
-    host_ms: float = time_ms()
-    """Host time spent on moving tokens to host memory and on mapping what is staged."""
+    staged_forwards: int = count(
+        Figure(
+            "staged_forwards",
+            "counter",
+            "prefill forwards, a chunk of one or more prompts each, that read a prefix from host memory",
+        )
+    )
+    staged_ms: float = time_ms(
+        Figure("staged_forward_seconds", "counter", "wall time of these forwards, copies included")
+    )
+    host_ms: float = time_ms(
+        Figure(
+            "host_memory_seconds",
+            "counter",
+            "host time spent on copies to host memory and on mapping what is staged, within prefill forwards",
+        )
+    )
     prefill_ms: float = time_ms(
         Figure("prefill_seconds", "counter", "wall time of forwards that contained a compressed prompt")
     )

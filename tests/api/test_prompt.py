@@ -1,4 +1,4 @@
-"""Which rows vote."""
+"""Which rows are query rows."""
 
 from dataclasses import replace
 

@@ -31,7 +31,7 @@ Make = Callable[[Memory], Provider]
     ("want_lse", "emptied"), [(False, False), (True, False), (True, True)], ids=["", "lse", "lse-emptied"]
 )
 def test_extend(provider: Make, groups: int, want_lse: bool, emptied: bool) -> None:
-    """No prefix, a prefix that was compressed, a prefix of one token; the last two vote.
+    """No prefix, a prefix that was compressed, a prefix of one token; the last two have query rows.
 
     Emptied: of one prefix a plane of layer 0 and all of layer 1 keep nothing, of the other no plane does.
     """
@@ -48,7 +48,7 @@ def test_extend(provider: Make, groups: int, want_lse: bool, emptied: bool) -> N
     requests, first = [], 0
     for row, (begin, count) in plan.items():
         world.append(row, count)
-        requests.append(ExtendRequest(row, slice(first, first + count), begin, votes=begin > 0))
+        requests.append(ExtendRequest(row, slice(first, first + count), begin, observed=begin > 0))
         first += count
     ends = torch.tensor([world.lengths[row] for row in plan], device=DEVICE)
     rows = torch.tensor(list(plan), device=DEVICE)

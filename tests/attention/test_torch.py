@@ -23,7 +23,7 @@ class Arena:
         self.groups = groups
         self.residency = Residency(layers * groups, tokens, layers * groups * tokens)
         self.arena = torch.zeros(layers * groups * tokens + 1, 2, heads // groups, dim, dtype=dtype)
-        self.gather = Gather(self.arena)
+        self.gather = Gather(self.arena, dtype)
 
     def fill(self, slots: torch.Tensor) -> None:
         self.residency.attach(slots)

@@ -21,7 +21,7 @@ LOG = """
 
 
 def outcome(ms: float, cached: int, right: bool | None) -> Outcome:
-    return Outcome("picture", 0.0, ms, 10 * ms, 100, cached, 4, right)
+    return Outcome("image", 0.0, ms, 10 * ms, 100, cached, 4, right)
 
 
 def test_steps_are_read_from_the_log_of_decode() -> None:

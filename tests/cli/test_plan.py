@@ -112,8 +112,8 @@ def test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     ("changes", "reason"),
     [
         ({"kv_lora_rank": 512}, "MLA"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["linear_attention", "full_attention"]}, "linear-attention"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),
+        ({"layer_types": ["linear_attention"] * 28}, "needs layers of attention"),
     ],
     ids=["mla", "window", "linear"],
 )
@@ -188,3 +188,77 @@ def test_sizes_have_a_unit(capsys: pytest.CaptureFixture[str], memory: str) -> N
     with pytest.raises(SystemExit):
         main(["--model", str(BUNDLED), "--gpu-memory", memory])
     assert "expected a size" in capsys.readouterr().err
+
+
+QWEN_27B = {
+    # A dense hybrid of 27 B: 48 Gated Delta Networks and 16 layers of attention with 4 KV heads of 256.
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "full_attention_interval": 4,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "vocab_size": 248320,
+    },
+}
+
+
+def hybrid(folder: Path) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps(QWEN_27B))
+    return str(path)
+
+
+def test_a_hybrid_has_tokens_in_a_quarter_of_its_layers_and_states_beside_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("--model", hybrid(tmp_path), "--gpu-memory", "141GB", "--weights", "54GB")
+    result = planned(capsys, *arguments, "--image-tokens", "2000", "--text-tokens", "0", "--new-tokens", "100")
+    assert result["token_bytes"] == 16 * 2 * 4 * 256 * 2 == 64 * 1024
+    # Per linear layer 48 matrices of 128 x 128 float32, and 3 inputs of 2 x 16 x 128 + 48 x 128 channels, bfloat16.
+    assert result["state_bytes"] == 48 * (48 * 128 * 128 * 4 + 3 * 10_240 * 2) == 153_944_064
+    memory = 0.85 * 141e9 - 54e9
+    states, cache = (result["state_slots"] + 1) * 153_944_064, result["tokens_uncompressed"] * 65_536
+    assert states + cache == pytest.approx(memory, rel=1e-4)
+    assert states / cache == pytest.approx(0.9, rel=0.01)
+    stock, tenth = result["rows"]
+    assert result["state_slots"] == 201
+    assert stock["room_for"] == result["tokens_uncompressed"] // 2100 == 252
+    assert stock["limited_by"] == tenth["limited_by"] == "states"
+    assert stock["requests"] == tenth["requests"] == 201 // 5
+    assert tenth["cached_images"] == 201
+    assert main(arguments) == 0
+    assert "states are what is short" in capsys.readouterr().out
+
+
+def test_more_states_let_a_compressed_hybrid_run_more(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("--model", hybrid(tmp_path), "--gpu-memory", "141GB", "--weights", "54GB", "--image-tokens", "8000")
+    few, many = (planned(capsys, *arguments, *more) for more in ((), ("--mamba-full-memory-ratio", "4")))
+    assert many["state_slots"] > few["state_slots"]
+    assert many["tokens_uncompressed"] < few["tokens_uncompressed"]
+    assert many["rows"][1]["requests"] > 1.5 * few["rows"][1]["requests"]
+    assert many["rows"][1]["requests"] > 2 * many["rows"][0]["requests"], "what stock SGLang has no tokens for"
+
+
+def test_two_ranks_of_a_hybrid_have_half_of_its_states(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("--model", hybrid(tmp_path), "--max-total-tokens", "100000")
+    one, two = (planned(capsys, *arguments, "--tp", ranks) for ranks in "12")
+    assert one["state_bytes"] == 2 * two["state_bytes"]
+    assert one["token_bytes"] == 2 * two["token_bytes"]
+    assert one["state_slots"] is two["state_slots"] is None, "not to be known from tokens"
+    assert one["rows"][1]["limited_by"] != "states"
+    limited = planned(capsys, *arguments, "--max-mamba-cache-size", "20")
+    assert limited["rows"][1]["requests"] == 4
+    with pytest.raises(SystemExit):
+        main([*arguments, "--mamba-full-memory-ratio", "0"])
+    assert "expected a number above 0" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_explains_one_with_its_parts(capsys):
 def test_says_what_a_prefix_hit_does_and_what_the_variants_are(capsys):
     main(["policies", "h2o"])
     printed = capsys.readouterr().out
-    assert "after a prefix hit: only the request's own new rows vote" in printed
+    assert "after a prefix hit: only the request's own new rows count" in printed
     assert "variants: mean (mean=true)" in printed
 
 

@@ -94,7 +94,7 @@ class Bench:
     def prefix(self, layer: int, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the provider for a CPU hands it over."""
         cells = collect(self.arena.residency, row)
-        return prefix_keys_values(Gather(self.arena.cells), cells, self.arena.planes_of(layer))
+        return prefix_keys_values(Gather(self.arena.cells, self.arena.cells.dtype), cells, self.arena.planes_of(layer))
 
     def resident(self, layer: int, row: torch.Tensor) -> torch.Tensor:
         cells = self.arena.residency.cells_of(self.arena.planes_of(layer), row)[0].long()

@@ -1,6 +1,6 @@
 """Real servers for the tests of this folder, started when first needed, shared between files, two alive at most.
 
-A test asks for `stock`, `ours_full` or `ours_tenth`, or takes `servers` and describes one of its own.  Tests are
+A test asks for `stock`, `ours_tenth` or `small`, or takes `servers` and describes one of its own.  Tests are
 ordered by the servers they use, so that each of the shared ones starts once in a run.
 """
 
@@ -15,19 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import ForkedServer, Nursery
 from PIL import Image
 from rich.console import Console
 
 from vlcache_sgl.client.client import Answer, Client
 from vlcache_sgl.client.server import ServerError, ServerProcess
-from vlcache_sgl.evaluation.tasks.receipts import Picture, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Receipt, make_receipt
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models/tinyvlm/grounded"
@@ -42,7 +43,6 @@ FLAGS = (
 )
 TROUBLE = re.compile(r"leak detected|double free|use-after-free|hit an exception", re.IGNORECASE)
 """What SGLang logs when a process dies or its idle check finds tokens missing; other tracebacks are harmless."""
-FULL = ("--kv-policy", "vlcache", "--kv-budget", "1.0")
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1", "--enable-metrics")
 """The server of most tests; the flag adds `/metrics`."""
 
@@ -110,6 +110,15 @@ class Server:
         assert self.process.log_path is not None
         return self.process.log_path.read_text(errors="replace")
 
+    def assert_nothing_held(self) -> None:
+        """When everybody has gone and the cache is flushed, every cell, slot and row of host memory is free."""
+        self.flush()
+        state = self.settled()
+        assert state["cells_used"] == state["host_tokens_used"] == 0
+        assert state["virtual_slots_free"] == state["virtual_slots_total"]
+        assert state["integrity"] == []
+        self.assert_alive()
+
     def assert_alive(self) -> None:
         """The server answers and its scheduler has reported no leak and no crash."""
         assert self.process.running
@@ -120,8 +129,9 @@ class Server:
 class Servers:
     """At most MAX_ALIVE running servers by description; a further one ends the one that was used least recently."""
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None, process: Callable[..., ServerProcess] = ServerProcess) -> None:
         self._console = console
+        self._process = process
         self._alive: dict[tuple[Any, ...], Server] = {}
 
     def get(
@@ -141,7 +151,7 @@ class Servers:
             while len(self._alive) >= MAX_ALIVE:
                 self._alive.pop(next(iter(self._alive))).process.stop()
             title = " ".join(flags) or "stock"
-            process = ServerProcess(model, [*common, *flags], title=title, env=env, console=self._console)
+            process = self._process(model, [*common, *flags], title=title, env=env, console=self._console)
             process.start()
             server = Server(process)
         self._alive[key] = server  # last = used most recently
@@ -170,6 +180,22 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
         pool.close()
 
 
+@pytest.fixture(scope="session")
+def forked_servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """The same, each forked from one process that has imported SGLang: for tests with many servers of little work.
+
+    `--load-format dummy` makes weights that attention depends on.
+    """
+    verbose = request.config.get_verbosity() > 0
+    nursery = Nursery()
+    pool = Servers(Console() if verbose else None, functools.partial(ForkedServer, nursery))
+    try:
+        yield pool
+    finally:
+        pool.close()
+        nursery.close()
+
+
 @pytest.fixture
 def stock(servers: Servers) -> Server:
     """SGLang with the plugin installed and no policy asked for."""
@@ -177,15 +203,32 @@ def stock(servers: Servers) -> Server:
 
 
 @pytest.fixture
-def ours_full(servers: Servers) -> Server:
-    """`--kv-policy vlcache --kv-budget 1.0`."""
-    return servers.get(*FULL)
-
-
-@pytest.fixture
 def ours_tenth(servers: Servers) -> Server:
     """`--kv-policy vlcache --kv-budget 0.1`, with metrics."""
     return servers.get(*TENTH)
+
+
+SMALL = (
+    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--schedule-conservativeness", "0.1"),
+    *("--kv-recall", "24"),
+    *("--max-total-tokens", "900", "--chunked-prefill-size", "128"),
+)
+"""An arena for one image of the larger ones and little beside it, host memory for nine of them."""
+
+
+@pytest.fixture
+def small_flags() -> tuple[str, ...]:
+    """Of `small`."""
+    return SMALL
+
+
+@pytest.fixture
+def small(servers: Servers, broken_policies: dict[str, str]) -> Server:
+    """A server whose arena a few requests fill, with the policy that the bundled model was trained for; empty."""
+    server = servers.get(*SMALL, env=broken_policies)
+    server.flush()
+    return server
 
 
 LIMITS = (
@@ -232,6 +275,12 @@ def _installer() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def broken_policies() -> dict[str, str]:
+    """The environment of processes for which the policies of `plugins/broken_policies` are installed."""
+    return with_paths(PLUGINS / "broken_policies")
+
+
+@pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of processes for which the package of `examples/third_party_policy` is installed, and the broken
     policies of `plugins/` too.  Built and installed as users would; nothing is fetched, nothing stays."""
@@ -254,15 +303,15 @@ def foreign(servers: Servers, installed: dict[str, str]) -> Server:
 
 
 @functools.cache
-def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Picture:
-    return make_picture(seed, rows, cols, num_questions=num_questions)
+def _picture(seed: int, rows: int, cols: int, num_questions: int) -> Receipt:
+    return make_receipt(seed, rows, cols, num_questions=num_questions)
 
 
 @pytest.fixture(scope="session")
 def picture() -> Any:
     """`picture(seed, rows=16, cols=16, num_questions=4)`: a held-out receipt, drawn once."""
 
-    def draw(seed: int, rows: int = 16, cols: int = 16, num_questions: int = 4) -> Picture:
+    def draw(seed: int, rows: int = 16, cols: int = 16, num_questions: int = 4) -> Receipt:
         return _picture(seed, rows, cols, num_questions)
 
     return draw
@@ -274,7 +323,7 @@ def an_ask() -> type[Ask]:
     return Ask
 
 
-_ORDER = ("ours_tenth", "limited", "ours_full", "stock", "by_head", "foreign", "servers")
+_ORDER = ("small", "ours_tenth", "stock", "by_head", "limited", "foreign", "servers", "forked_servers")
 """Tests run in the order of the first of these that they use.  Neighbours are alive together, and some tests use two of
 them: with another order servers would start twice."""
 

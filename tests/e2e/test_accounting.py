@@ -170,7 +170,7 @@ def test_tenants_do_not_share(ours_tenth: Any, picture: Any, key: str) -> None:
 
 
 def test_conversation_with_a_second_picture(ours_tenth: Any, picture: Any) -> None:
-    """Picture in turn 1, a question about it in turn 2, a second image in turn 3: each turn builds on the cache."""
+    """Receipt in turn 1, a question about it in turn 2, a second image in turn 3: each turn builds on the cache."""
     server, first, second = ours_tenth, picture(6700, 24, 24), picture(6701, 20, 20)
     server.flush()
     turns = [user_says(first.questions[0].text, first.image)]

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from models.tiny.described import describe
 from vlcache_sgl.config import FLAGS, ConfigError
 from vlcache_sgl.sglang_hooks.compat import reads_no_images
 from vlcache_sgl.sglang_hooks.flags import _our_flags, _serve_arguments
@@ -69,9 +70,20 @@ REFUSED = {
     "hierarchical cache": (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache"]),
     "PD disaggregation": (("--disaggregation-mode", "prefill"), ["--disaggregation-mode"]),
     "speculative decoding": (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm"]),
-    "quantized KV": (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype"]),
+    "quantized KV": (("--kv-cache-dtype", "mxfp8"), ["--kv-cache-dtype"]),
+    "attention over data": (("--attn-dp-size", "2", "--tp-size", "2"), ["--attn-dp-size 2"]),
+    "attention over data, by its old name": (("--enable-dp-attention",), ["--enable-dp-attention:"]),
+    "canary": (("--kv-canary", "raise"), ["--kv-canary raise"]),
+    "encoder alone": (("--encoder-only",), ["--encoder-only:"]),
+    "items of one prompt apart": (("--enable-mis",), ["--enable-mis:"]),
+    "another layout of the pool": (("--enable-page-major-kv-layout",), ["--enable-page-major-kv-layout"]),
+    "external store": (("--enable-unified-cache-external-linker",), ["--enable-unified-cache-external-linker"]),
 }
 """Architecture, section 4, rule 10: what is not served compressed is refused, naming flag and reason."""
+
+
+REFUSED_MODELS = {"llama4": "chunked attention", "minimax_m3": "sparse attention", "mllama": "cross-attention"}
+"""Of `models/tiny/described.py`, and the kind that the line must name: there are no weights that could be loaded."""
 
 
 def launch_all(cases: list[tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -87,8 +99,10 @@ def launch_all(cases: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     cases = {name: flags for name, (flags, _) in WRONG.items()}
+    for name in REFUSED_MODELS:
+        cases[name] = (*POLICY, "--model-path", str(describe(name, tmp_path_factory.mktemp("models") / name)))
     cases |= {name: (*POLICY, *flags) for name, (flags, _) in REFUSED.items()}
     cases["help"] = ("--help",)
     return dict(zip(cases, launch_all(list(cases.values())), strict=True))
@@ -102,6 +116,15 @@ def test_wrong_flags_cost_one_line_and_code_2(outcomes: dict[str, dict[str, Any]
     assert len(lines) == 1, outcome["err"][-2000:]
     for word in words:
         assert word in lines[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED_MODELS.items(), ids=REFUSED_MODELS.keys())
+def test_a_model_is_refused_before_it_is_loaded(outcomes: dict[str, dict[str, Any]], name: str, kind: str) -> None:
+    outcome = outcomes[name]
+    lines = [line for line in outcome["err"].splitlines() if "error" in line.lower()]
+    assert outcome["code"] == 2, outcome["err"][-2000:]
+    assert [kind in line for line in lines] == [True], outcome["err"][-2000:]
+    assert "Traceback" not in outcome["err"]
 
 
 def test_help_has_a_group_of_our_flags(outcomes: dict[str, dict[str, Any]]) -> None:

@@ -63,7 +63,7 @@ def test_a_second_question_shares_the_image(by_head: Any, picture: Any, share: s
     drawn = picture(7911, 24, 24)
     options = {"max_tokens": 8, "return_meta_info": True, "custom_params": {"kv_share": share}}
     answers = [by_head.ask(question.text, drawn.image, **options) for question in drawn.questions[:2]]
-    assert answers[1].cached_tokens > 0.9 * drawn.num_image_tokens  # `exact` computes all rows that vote
+    assert answers[1].cached_tokens > 0.9 * drawn.num_image_tokens  # `exact` computes all query rows
     right = [answer.text.strip() == q.answer for answer, q in zip(answers, drawn.questions, strict=False)]
     assert right == [True, share == "exact"]
     by_head.flush()

@@ -12,33 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from benchmarks.models.make_model import make_model
 from vlcache_sgl.client.client import data_url, user_says
 
 POOL = 900
-"""Uncompressed tokens of the small server: one image of the larger ones below, and little beside it."""
-FLAGS = (
-    *("--kv-policy", "vlcache:density", "--kv-budget", "0.1", "--kv-min-tokens", "16"),
-    *("--kv-host-memory", "16MB", "--kv-overcommit", "4"),
-    *("--max-total-tokens", str(POOL), "--chunked-prefill-size", "128"),
+"""Uncompressed tokens of the server `small`."""
+HEADS = (
+    *("--kv-policy", "snapkv:heads=split", "--kv-head-cells", "--kv-min-tokens", "16"),
+    *("--kv-host-memory", "16MB", "--kv-recall", "24"),
 )
-HEADS = ("--kv-policy", "snapkv:heads=split", "--kv-head-cells", "--kv-host-memory", "16MB", "--kv-min-tokens", "16")
 RANKS = ("--tp", "2")
 POLICIES = ("vlcache:density", "vlcache", "snapkv:window=8", "keydiff", "pyramidkv")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-@pytest.fixture
-def small(servers: Any) -> Any:
-    server = servers.get(*FLAGS)
-    server.flush()
-    return server
-
-
 def options(tokens: int = 6, **params: Any) -> dict[str, Any]:
-    return {"max_tokens": tokens, "return_meta_info": True, "custom_params": params}
+    return {"max_tokens": tokens, "return_meta_info": True, "custom_params": {"kv_recall": "off", **params}}
 
 
 def both(small: Any, alone: Any, an_ask: Any, asked: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
@@ -49,15 +41,6 @@ def both(small: Any, alone: Any, an_ask: Any, asked: list[tuple[Any, tuple[Any, 
     theirs = alone.ask_all(private, at_once=4)
     assert [answer.text for answer in ours] == [answer.text for answer in theirs]
     return ours
-
-
-def assert_nothing_held(server: Any) -> None:
-    server.flush()
-    state = server.settled()
-    assert state["cells_used"] == state["host_tokens_used"] == 0
-    assert state["virtual_slots_free"] == state["virtual_slots_total"]
-    assert state["integrity"] == []
-    server.assert_alive()
 
 
 def test_every_question_is_answered_as_if_alone(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
@@ -73,7 +56,7 @@ def test_every_question_is_answered_as_if_alone(small: Any, ours_tenth: Any, an_
     hits = sum(answer.cached_tokens >= 256 for answer in answers)
     assert hits >= len(answers) - 2 * 4  # those that are computed at the same time find nothing
     assert all(answer.report["kept_tokens_per_layer"] for answer in answers)
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_shared_images_are_answered_right(small: Any, picture: Any) -> None:
@@ -90,7 +73,7 @@ def test_shared_images_are_answered_right(small: Any, picture: Any) -> None:
     state = small.settled()
     assert state["cells_requests"] == state["cells_used"] - state["cells_tree"] == 0
     assert state["cells_tree"] <= 6, "the prefix tree holds host memory, not cells"
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_several_images_and_turns(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
@@ -107,7 +90,7 @@ def test_several_images_and_turns(small: Any, ours_tenth: Any, an_ask: Any, pict
     for ask in asked:
         (answer,) = both(small, ours_tenth, an_ask, [ask])
         assert answer.cached_tokens >= 256
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_a_prompt_larger_than_the_arena(small: Any, ours_tenth: Any, an_ask: Any, picture: Any) -> None:
@@ -115,10 +98,35 @@ def test_a_prompt_larger_than_the_arena(small: Any, ours_tenth: Any, an_ask: Any
     for question in picture(60_303, 24, 24).questions[:2]:
         ((answer),) = both(small, ours_tenth, an_ask, [(question.text, images, {"kv_budget": 0.05})])
         assert answer.prompt_tokens > 2.5 * POOL
+        staged = answer.report["staged"]
+        assert staged["chunks"] >= (answer.prompt_tokens - answer.cached_tokens) // 128 - 1
+        assert staged["tokens"] >= answer.cached_tokens
+        assert 0 < staged["seconds"] < 60
     state = small.settled()
     assert state["host_bytes_written"] > answer.prompt_tokens * state["host_bytes_per_token"]
     assert state["staged_tokens"] > 0
-    assert_nothing_held(small)
+    assert state["staged_forwards"] >= staged["chunks"]
+    assert state["staged_ms"] > 1e3 * staged["seconds"] - 1
+    small.assert_nothing_held()
+
+
+def test_a_failing_policy_keeps_what_fits_and_refuses_what_does_not(small: Any, picture: Any) -> None:
+    """Kept whole where the arena holds the prompt, a 400 where only the policy would have made it fit."""
+    drawn = [picture(60_350 + i, 24, 24) for i in range(3)]
+    question = drawn[0].questions[0]
+    fits, too_large = (drawn[0].image,), tuple(d.image for d in drawn)
+    for policy, complaint in (("raises", "broken on purpose"), ("nan", "NaN")):
+        failing = options(kv_policy=f"scorer={policy},allocator=uniform")
+        answer = small.ask(question.text, *fits, **failing)
+        assert answer.text.strip() == question.answer
+        assert complaint in answer.report["failed"]
+        with pytest.raises(openai.BadRequestError, match=f"scorer={policy}.*{complaint}.*tokens does not fit"):
+            small.ask(question.text, *too_large, **failing)
+    # What the failing ones have left in host memory serves those that work.
+    answer = small.ask(question.text, *too_large, **options())
+    assert answer.cached_tokens > POOL
+    assert "failed" not in answer.report
+    small.assert_nothing_held()
 
 
 def test_what_fits_neither_is_refused(small: Any, picture: Any) -> None:
@@ -132,7 +140,7 @@ def test_what_fits_neither_is_refused(small: Any, picture: Any) -> None:
         reply = httpx.post(f"{small.url}/generate", json=body, timeout=120)
         assert reply.status_code == status, reply.text
         assert "tokens" in reply.text
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_host_memory_overflows(small: Any, picture: Any) -> None:
@@ -148,7 +156,7 @@ def test_host_memory_overflows(small: Any, picture: Any) -> None:
     state = small.settled()
     assert state["host_tokens_used"] <= capacity
     assert state["integrity"] == []
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_disconnects_and_retractions(small: Any, picture: Any) -> None:
@@ -176,7 +184,7 @@ def test_disconnects_and_retractions(small: Any, picture: Any) -> None:
     assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [400] * 4
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
     assert all(reply["text"].startswith(d.questions[0].answer) for reply, d in zip(replies, drawn, strict=True))
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 def test_pauses_that_retract(small: Any, picture: Any) -> None:
@@ -200,7 +208,7 @@ def test_pauses_that_retract(small: Any, picture: Any) -> None:
         thread.join()
     right = [answer.text.strip() == question.answer for answer, (_, question) in zip(answers, asked, strict=True)]
     assert sum(right) >= len(right) - 1
-    assert_nothing_held(small)
+    small.assert_nothing_held()
 
 
 @pytest.mark.slow
@@ -219,22 +227,22 @@ def test_a_prompt_of_ten_times_the_arena(servers: Any, tmp_path: Path, picture: 
         state = server.settled()
         if flags is small:
             assert answers[0].prompt_tokens > 10 * state["physical_tokens_total"]
-            assert_nothing_held(server)
+            server.assert_nothing_held()
     assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [FLAGS, HEADS], ids=["layer-cells", "head-cells"])
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
 def test_two_ranks_share_without_loss(
-    servers: Any, ours_tenth: Any, an_ask: Any, picture: Any, flags: tuple[str, ...]
+    servers: Any, ours_tenth: Any, an_ask: Any, picture: Any, small_flags: tuple[str, ...], head_cells: bool
 ) -> None:
     """Each rank has its own heads of the prefix; all decide alike, and answer as one rank that computes all."""
-    two = servers.get(*flags, *RANKS, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
+    two = servers.get(*(HEADS if head_cells else small_flags), *RANKS, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
     drawn = [picture(60_700 + i, 24, 24) for i in range(2)]
     asked: list[Any] = [(question.text, (d.image,), {}) for d in drawn for question in d.questions]
     answers = both(two, ours_tenth, an_ask, asked)
     assert sum(answer.cached_tokens >= 576 for answer in answers) >= 4
-    assert_nothing_held(two)
+    two.assert_nothing_held()
 
 
 @pytest.mark.slow
@@ -244,8 +252,8 @@ def test_streams_without_overlap_and_heads_of_their_own(servers: Any, an_ask: An
     drawn = picture(60_800, 24, 24)
     for question in drawn.questions:
         exact, alone = (
-            server.ask(question.text, drawn.image, stream=True, custom_params={"kv_share": share, "kv_budget": 0.2})
-            for share in ("exact", "off")
+            server.ask(question.text, drawn.image, stream=True, custom_params=params)
+            for params in ({"kv_budget": 0.2, "kv_recall": "off"}, {"kv_budget": 0.2, "kv_share": "off"})
         )
         assert exact.text == alone.text
-    assert_nothing_held(server)
+    server.assert_nothing_held()

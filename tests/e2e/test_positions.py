@@ -92,5 +92,5 @@ def test_nothing_to_list_at_full_budget(ours_tenth: Any, picture: Any) -> None:
 
 @pytest.mark.parametrize("asked", ["everything", True, ["positions"], None])
 def test_refuses_unknown_reports(ours_tenth: Any, picture: Any, asked: Any) -> None:
-    with pytest.raises(AssertionError, match="kv_report must be one of: summary, positions, recall"):
+    with pytest.raises(AssertionError, match="kv_report must be one of: summary, positions, attention"):
         ask(ours_tenth, picture(7805, 8, 10), kv_report=asked)

@@ -65,11 +65,52 @@ def test_what_an_endpoint_would_ignore(ours_tenth: Any, path: str, body: dict[st
         reply = send(**misplaced)
         assert reply.status_code == 400, reply.text[:300]
         assert next(iter(misplaced)) in reply.text
-    if path in ("/generate", "/v1/responses", "/v1/messages"):
+    if path == "/generate":
         reply = send(custom_params={"kv_budget": 0.5})
         assert reply.status_code == 400
         assert "kv_budget" in reply.text
     assert send(custom_params={"thinking_budget": 5}).status_code == 200
+
+
+OTHER_APIS = {name: ENDPOINTS[name] for name in ("responses", "messages")}
+"""SGLang reads no `custom_params` there."""
+
+
+def content_of(path: str, url: str) -> list[dict[str, Any]]:
+    """An image and a question, as the API of `path` has them."""
+    if path == "/v1/responses":
+        return [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "What is the code of red K?"}]
+    source = {"type": "base64", "media_type": "image/png", "data": url.partition("base64,")[2]}
+    return [{"type": "image", "source": source}, {"type": "text", "text": "What is the code of red K?"}]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(("path", "body"), OTHER_APIS.values(), ids=OTHER_APIS.keys())
+def test_custom_params_of_other_apis(
+    ours_tenth: Any, picture: Any, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """What they say is done, and what is wrong with them is a 400 before a stream begins."""
+    name = httpx.get(f"{ours_tenth.url}/v1/models").json()["data"][0]["id"]
+    content = content_of(path, data_url(picture(8402, 16, 16).image))
+    place = "input" if path == "/v1/responses" else "messages"
+
+    def send(params: Any) -> httpx.Response:
+        asked = {**body, "model": name, place: [{"role": "user", "content": content}], "stream": stream}
+        return httpx.post(ours_tenth.url + path, json={**asked, "custom_params": params}, timeout=60)
+
+    for params, message in [*WRONG.values(), ("kv_budget", "custom_params must be an object")]:
+        reply = send(params)
+        assert reply.status_code == 400, reply.text[:300]
+        assert message in reply.text
+    kept = []
+    for budget in (0.5, 0.1):
+        ours_tenth.flush()
+        before = ours_tenth.settled()
+        assert send({"kv_budget": budget, "kv_policy": "snapkv"}).status_code == 200
+        after = ours_tenth.settled()
+        assert after["requests_compressed"] == before["requests_compressed"] + 1
+        kept.append(after["cells_kept"] - before["cells_kept"])
+    assert 3 < kept[0] / kept[1] < 5
 
 
 def test_a_stream_that_is_right_is_unchanged(ours_tenth: Any) -> None:

@@ -60,7 +60,7 @@ parameters = st.fixed_dictionaries(
     optional={
         "kv_policy": st.one_of(policies, anything),
         "kv_budget": st.one_of(numbers, anything),
-        "kv_report": st.one_of(st.sampled_from(["summary", "positions", "recall"]), anything),
+        "kv_report": st.one_of(st.sampled_from(["summary", "positions", "attention"]), anything),
         "kv_share": st.one_of(st.sampled_from(["exact", "policy", "off"]), anything),
         "kv_unknown": anything,
         "__class__": anything,

@@ -79,7 +79,7 @@ def test_nothing_is_shared_where_that_was_asked_for(ours_tenth: Any, picture: An
 
 
 def test_what_cannot_be_read_twice_stays_whole_and_says_so(ours_tenth: Any, picture: Any) -> None:
-    """Log-probabilities of the prompt need all of it; recall needs a decision in its own prefill."""
+    """Log-probabilities of the prompt need all of it; figures of attention need a decision in its own prefill."""
     server, drawn = ours_tenth, picture(7953, 16, 16)
     server.flush()
     before = server.settled()
@@ -95,10 +95,10 @@ def test_what_cannot_be_read_twice_stays_whole_and_says_so(ours_tenth: Any, pict
     (report,) = reply.json()["meta_info"]["kv_compression"]
     assert report["skipped"] == "second_reading"
     assert "log-probabilities" in report["second_reading"]["failed"]
-    body["sampling_params"] = {"custom_params": {**ZIP["custom_params"], "kv_report": "recall"}}
+    body["sampling_params"] = {"custom_params": {**ZIP["custom_params"], "kv_report": "attention"}}
     reply = httpx.post(f"{server.url}/generate", json=body, timeout=120)
     assert reply.status_code == 400
-    assert "recall" in reply.text
+    assert "attention" in reply.text
     assert grown(server, before)["second_readings"] == 0
     assert server.ask(drawn.questions[0].text, drawn.image, **ZIP).report["ratio"] == pytest.approx(OF_IMAGE, abs=0.002)
     assert_empty_after_flush(server)

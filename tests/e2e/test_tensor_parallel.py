@@ -41,7 +41,7 @@ def test_two_ranks_answer_like_one(ours_tenth: Any, two_ranks: Any, picture: Any
     assert two_state["policy_failures"] == 0
     assert two_state["bytes_per_cell"] * 2 == one_state["bytes_per_cell"]
     with pytest.raises(openai.BadRequestError, match="without tensor parallelism"):
-        two_ranks.ask(drawn[0].questions[0].text, drawn[0].image, custom_params={"kv_report": "recall"})
+        two_ranks.ask(drawn[0].questions[0].text, drawn[0].image, custom_params={"kv_report": "attention"})
     two_ranks.flush()
     assert two_ranks.settled()["cells_used"] == 0
     two_ranks.assert_alive()

@@ -24,12 +24,18 @@ def grid(rows: int, columns: int, newlines: bool = False, fit: str = "stretch") 
     return {"rows": rows, "columns": columns, "newlines": newlines, "fit": fit}
 
 
-def seen(kept: list[list[int]], *grids: dict[str, Any], image: Image.Image = BLACK, question: str = "q?") -> Inspection:
+def seen(
+    kept: list[list[int]],
+    *grids: dict[str, Any],
+    image: Image.Image = BLACK,
+    question: str = "q?",
+    numbers: tuple[int, ...] = (),
+) -> Inspection:
     """A prompt of three text tokens, one image, two text tokens."""
     end = 3 + sum(g["rows"] * (g["columns"] + g["newlines"]) for g in grids)
     vision = [{"begin": 3, "end": end, "modality": "image", "item": 0, "grids": list(grids)}]
     report = {"kept_positions": kept, "vision": vision, "prompt_tokens": end + 2}
-    return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m")
+    return read_report(report, [image], question, ("full", "small"), "p", "0.1", "m", numbers=numbers)
 
 
 @pytest.mark.parametrize("module", [layout, page, sheet])
@@ -114,3 +120,12 @@ NOWHERE = {"begin": 1, "end": 2, "item": 0, "grids": []}
 def test_says_when_there_is_nothing_to_see(report: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_report(report, [BLACK], "q", ("", ""), "p", "0.1", "m")
+
+
+def test_layers_of_a_hybrid_are_called_as_in_the_model(tmp_path: Path) -> None:
+    found = seen([[3, 4], [3]], grid(2, 3), numbers=(3, 7))
+    assert [found.number(layer) for layer in range(found.layers)] == [3, 7]
+    assert seen([[3, 4], [3]], grid(2, 3)).number(1) == 1
+    draw_sheet(found, tmp_path / "sheet.png")
+    write_page(found, tmp_path / "page.html")
+    assert '"numbers": [3, 7]' in (tmp_path / "page.html").read_text()

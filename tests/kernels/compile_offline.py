@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from vlcache_kernels.arena_write.triton import arena_write
 from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
+from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
@@ -33,6 +34,8 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
     torch.bool: "i1",
     torch.int32: "i32",
@@ -83,11 +86,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {} if found is None else {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def statistics(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, want: StatsRequest) -> None:
+def statistics(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    want: StatsRequest,
+    stored: torch.dtype | None = None,
+) -> None:
     batch = RowBatch.build((rows,), (4096,), (4096,), "cpu")
     index = ResidencyIndex(torch.zeros(2, dtype=torch.int32), torch.zeros(16, dtype=torch.int32))
     queries = torch.zeros(rows, heads, head_dim, dtype=dtype)
-    arena = torch.zeros(2, 2, kv_heads, head_dim, dtype=dtype)
+    arena = torch.zeros(2, 2, kv_heads, head_dim, dtype=stored or dtype)
     batch_attention_stats(queries, torch.zeros(rows, dtype=torch.int64), arena, index, batch, 0.1, want=want)
     if want == StatsRequest(column_sum=True):
         lse = torch.zeros(heads, rows)
@@ -113,11 +124,18 @@ def selections(owned: int) -> None:
     free_list(torch.zeros(3, owned, dtype=torch.bool), torch.zeros(3, owned, dtype=torch.int32))
 
 
-def writes(head_dim: int, dtype: torch.dtype) -> None:
+def writes(head_dim: int, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
     keys = torch.zeros(64, 8, head_dim, dtype=dtype)
     slots = torch.zeros(64, dtype=torch.int64)
     residency = torch.zeros(1, 9, dtype=torch.int32)
-    arena_write(torch.zeros(4, 2, 8, head_dim, dtype=dtype), keys, keys, slots, residency)
+    arena = torch.zeros(4, 2, 8, head_dim, dtype=stored or dtype)
+    for scale in (1.0,) if stored is None else (1.0, 0.5):
+        arena_write(arena, keys, keys, slots, residency, scale, scale)
+
+
+def copies(head_dim: int, dtype: torch.dtype) -> None:
+    cells, numbers = torch.zeros(2, 4, 2, 8, head_dim, dtype=dtype), torch.zeros(2, 64, dtype=torch.int32)
+    copy_cells(cells, numbers, cells, numbers)
 
 
 def main() -> None:
@@ -133,12 +151,22 @@ def main() -> None:
     indexes()
     selections(5000)
     writes(128, torch.bfloat16)
+    for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+        statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
+        writes(128, torch.bfloat16, stored)
+    copies(128, torch.bfloat16)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):
                 for rows, heads, kv_heads in ((1, 1, 1), (50, 32, 8), (512, 32, 2)):
                     statistics(rows, heads, kv_heads, head_dim, dtype, everything)
                 writes(head_dim, dtype)
+                copies(head_dim, dtype)
+        for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+            for dtype in (torch.bfloat16, torch.float16):
+                for head_dim in (64, 80, 128, 256):
+                    statistics(50, 32, 8, head_dim, dtype, everything, stored)
+                    writes(head_dim, dtype, stored)
         selections(100)
 
 

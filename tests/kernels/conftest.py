@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-OPS = ("attention_stats", "residency_index", "select", "arena_write")
+OPS = ("attention_stats", "residency_index", "select", "arena_write", "copy_cells")
 
 
 def import_interpreted() -> None:

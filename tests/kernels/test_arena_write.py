@@ -107,14 +107,31 @@ def test_no_tokens_is_no_work(backend: str, device: torch.device) -> None:
     assert bool((arena == 1).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_8_bit_cells_hold_numbers_over_their_scales(backend: str, stored: torch.dtype, device: torch.device) -> None:
+    numbers = (torch.arange(1, 33, device=device).view(4, 1, 8) / 16).to(stored).float()
+    arena = torch.zeros(6, 2, 1, 8, dtype=stored, device=device)
+    residency = torch.tensor([[0, 3, 5, 1, -1]], dtype=torch.int32, device=device)
+    slots = torch.tensor([3, 1, 4, 2], device=device)
+    for scales in ((1.0, 1.0), (0.5, 4.0)):
+        keys, values = numbers * scales[0], -numbers * scales[1]
+        options = {"key_scale": scales[0], "value_scale": scales[1], "backend": backend}
+        arena_write(arena, keys.bfloat16(), values.bfloat16(), slots, residency, **options)
+        found = arena.view(torch.uint8)[[1, 3, 5]].view(stored).float()
+        assert torch.equal(found, torch.stack([numbers, -numbers], 1)[[0, 1, 3]])
+        assert not bool(arena.view(torch.uint8)[[0, 2, 4]].any())
+
+
 def test_refusals_name_the_argument(device: torch.device) -> None:
     arena = torch.zeros(4, 2, 2, 8, device=device)
     keys = torch.zeros(1, 2, 8, device=device)
     slots = torch.tensor([1], device=device)
     residency = torch.zeros(1, 4, dtype=torch.int32, device=device)
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        with pytest.raises(TypeError, match=r"arena is .*8-bit"):
-            arena_write(arena.to(dtype), keys, keys, slots, residency)
+    with pytest.raises(TypeError, match=r"arena is torch\.int8, expected one of: float32, .*float8_e5m2"):
+        arena_write(arena.to(torch.int8), keys, keys, slots, residency)
+    with pytest.raises(TypeError, match=r"keys is torch\.float8_e4m3fn, expected float32"):
+        arena_write(arena, keys.to(torch.float8_e4m3fn), keys, slots, residency)
     with pytest.raises(ValueError, match=r"values has shape \[1, 1, 8\], expected \[1, 2, 8\]"):
         arena_write(arena, keys, keys[:, :1], slots, residency)
     with pytest.raises(ValueError, match="arena must be contiguous"):

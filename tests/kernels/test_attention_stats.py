@@ -454,16 +454,29 @@ def test_accumulate_refuses_what_does_not_fit() -> None:
         sums.accumulate(sums, 3)
 
 
+# --- cells of 8-bit floats -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_eight_bit_cells(backend: str, stored: torch.dtype, device: torch.device) -> None:
+    """As if the same numbers were stored in the queries' type."""
+    inputs = make(Case(rows=(3, 5), owned=(20, 9), prefix=(5, 0)), device)
+    narrow = replace(inputs, arena=inputs.arena.to(stored), scale=0.5 * inputs.scale)
+    wide = replace(narrow, arena=narrow.arena.float())
+    expected, found = wide.expected(), narrow.run(backend=backend)
+    for request in range(2):
+        compare(found.request(request), expected.request(request), torch.float32)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
-def test_eight_bit_floats_are_refused(dtype: torch.dtype, device: torch.device) -> None:
-    inputs = make(Case(rows=(1,), owned=(3,), prefix=(0,)), device)
-    with pytest.raises(TypeError, match="8-bit"):
-        replace(inputs, arena=inputs.arena.to(dtype)).run()
-    with pytest.raises(TypeError, match="8-bit"):
-        attention_stats(torch.zeros(1, 2, 4), torch.zeros(3, 1, 4).to(dtype), torch.tensor([0]), 1.0, want=EVERYTHING)
+def test_eight_bit_floats_are_cells_only(device: torch.device) -> None:
+    """Dense keys are numbers: whoever has read them has multiplied by their scale."""
+    keys = torch.zeros(3, 1, 4).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"keys is torch\.float8_e4m3fn, expected float32"):
+        attention_stats(torch.zeros(1, 2, 4), keys, torch.tensor([0]), 1.0, want=EVERYTHING)
 
 
 def test_refusals_name_the_argument(device: torch.device) -> None:

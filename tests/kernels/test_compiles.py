@@ -21,6 +21,7 @@ KERNELS = {
     "column_kernel",
     "count_kernel",
     "write_kernel",
+    "copy_kernel",
     "store_kernel",
     "append_kernel",
     "select_kernel",

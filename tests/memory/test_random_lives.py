@@ -193,7 +193,7 @@ class CapacityMachine(RuleBasedStateMachine):
         before, self.read = self.read, {}
         for req in world.owners():
             job = job_of(req)
-            if job is not None and job.host is not None and job.host.own is None:
+            if job is not None and job.host is not None and not job.host.settled:
                 continue  # its row names what the tree shares
             row = world.rows.req_to_token[req.kv.req_pool_idx, : req.kv.cache_protected_len].long()
             resident = world.arena.residency.table[:, row] >= 0

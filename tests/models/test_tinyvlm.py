@@ -48,14 +48,14 @@ def probe(name: str) -> Any:
 
 
 def test_same_seed_same_picture() -> None:
-    first, second = (receipts.make_picture(7, 6, 11) for _ in range(2))
+    first, second = (receipts.make_receipt(7, 6, 11) for _ in range(2))
     assert first.image.tobytes() == second.image.tobytes()
     assert first.questions == second.questions
-    assert receipts.make_picture(8, 6, 11).image.tobytes() != first.image.tobytes()
+    assert receipts.make_receipt(8, 6, 11).image.tobytes() != first.image.tobytes()
 
 
 def test_fewer_questions_are_the_first_of_more() -> None:
-    few, many = (receipts.make_picture(7, 8, 16, num_questions=n) for n in (2, 6))
+    few, many = (receipts.make_receipt(7, 8, 16, num_questions=n) for n in (2, 6))
     assert few.questions == many.questions[:2]
     assert few.image.tobytes() == many.image.tobytes()
 
@@ -66,7 +66,7 @@ def test_answers_are_drawn_where_the_cells_say(rows: int, cols: int, monkeypatch
     drawn: list[int] = []
     draw = receipts.draw_cell
     monkeypatch.setattr(receipts, "draw_cell", lambda rng, glyph: (drawn.append(glyph), draw(rng, glyph))[1])
-    picture = receipts.make_picture(3, rows, cols)
+    picture = receipts.make_receipt(3, rows, cols)
     assert len(drawn) == picture.num_image_tokens == rows * cols
     assert picture.image.size == (cols * receipts.CELL, rows * receipts.CELL)
     for question in picture.questions:
@@ -83,7 +83,7 @@ def test_answers_are_drawn_where_the_cells_say(rows: int, cols: int, monkeypatch
 
 
 def test_ink_lies_in_the_record_and_not_in_blank_cells() -> None:
-    picture = receipts.make_picture(3, 16, 16, fill=1.0)
+    picture = receipts.make_receipt(3, 16, 16, fill=1.0)
     pixels = np.asarray(picture.image)
     for cell in picture.questions[0].cells:
         y, x = (receipts.CELL * i for i in divmod(cell, picture.cols))
@@ -93,7 +93,7 @@ def test_ink_lies_in_the_record_and_not_in_blank_cells() -> None:
 
 def test_a_grid_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="a record needs 5 cells in a row, the grid has 3 x 4"):
-        receipts.make_picture(0, 3, 4)
+        receipts.make_receipt(0, 3, 4)
 
 
 # -- the checkpoints ---------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_full_cache_is_one_of_the_kept_sets() -> None:
 
     from models.tinyvlm import caches
 
-    picture = receipts.make_picture(UNSEEN_SEED, 10, 11)
+    picture = receipts.make_receipt(UNSEEN_SEED, 10, 11)
     question = picture.questions[0]
     prompt = probe("grounded").prefill(picture, question)
     assert prompt.image.stop - prompt.image.start == picture.num_image_tokens
@@ -163,7 +163,7 @@ def test_budgets_are_exact() -> None:
 
     from models.tinyvlm import caches
 
-    picture = receipts.make_picture(UNSEEN_SEED, 10, 11)
+    picture = receipts.make_receipt(UNSEEN_SEED, 10, 11)
     prompt = probe("grounded").prefill(picture, picture.questions[0])
     for policy in caches.POLICIES:
         kept = policy.keep(prompt, 0.2, torch.Generator().manual_seed(0))
@@ -180,7 +180,7 @@ def test_post_vision_foresees_decoding_better_than_accumulated() -> None:
     for entry in results("grounded")["compressed"]:
         rates = {name: np.mean(rate["mass"]) for name, rate in entry["hit_rate"].items()}
         assert rates["post-vision"] > rates["accumulated"] > 0
-    picture = receipts.make_picture(UNSEEN_SEED, 16, 16, num_questions=2)
+    picture = receipts.make_receipt(UNSEEN_SEED, 16, 16, num_questions=2)
     generator = torch.Generator().manual_seed(0)
     for question in picture.questions:
         prompt = probe("grounded").prefill(picture, question)
@@ -217,10 +217,10 @@ def test_training_forward_is_the_stock_forward() -> None:
     training = network.TrainableVLM(model, vocabulary, compiled=False)
     bank = batches.draw_bank(1, seed=3)
     batch = batches.draw_batch(
-        np.random.default_rng(0), vocabulary, pictures=1, shape=(4, 12), questions=3, template=1, fill=(0.5, 1.0)
+        np.random.default_rng(0), vocabulary, images=1, shape=(4, 12), questions=3, template=1, fill=(0.5, 1.0)
     )
     with torch.no_grad():
-        packed, observed = training.forward(batch, training.embed_pictures(batch, bank, 1), observe=2)
+        packed, observed = training.forward(batch, training.embed_images(batch, bank, 1), observe=2)
         pixels = bank[batch.glyphs[0], 0].reshape(-1, 3, 1, batches.PATCH, batches.PATCH).expand(-1, -1, 2, -1, -1)
         image = torch.full((batch.rows * batch.cols,), model.config.image_token_id)
         for question in range(3):

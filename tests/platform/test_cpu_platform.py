@@ -192,7 +192,7 @@ def resolve(srt: ModuleType, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> S
     )
     monkeypatch.setattr(srt, "_model_config", lambda _: model)
     monkeypatch.setattr(srt, "_free_memory", lambda: GIB)
-    ranks = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "nnodes": 1}
+    ranks = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "nnodes": 1, "kv_cache_dtype": "auto"}
     server_args = SimpleNamespace(**(NOT_GIVEN | ranks | flags))
     srt.CpuPlatform().apply_server_args_defaults(server_args)
     return server_args
@@ -208,6 +208,13 @@ def test_flags_that_were_not_given(srt: ModuleType, monkeypatch: pytest.MonkeyPa
         assert getattr(args, name) is not None
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_twice_as_many_tokens_of_one_byte(
+    srt: ModuleType, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str
+) -> None:
+    assert resolve(srt, monkeypatch, kv_cache_dtype=kv_cache_dtype).max_total_tokens == GIB // 8 // 512
+
+
 def test_flags_that_were_given_stay(srt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     args = resolve(srt, monkeypatch, **GIVEN)
     assert {name: getattr(args, name) for name in GIVEN} == GIVEN
@@ -220,7 +227,7 @@ def test_a_given_memory_fraction_alone_decides(srt: ModuleType, monkeypatch: pyt
 def test_the_defaulted_flags_exist(srt: ModuleType) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    read = {*NOT_GIVEN, "sleep_on_idle", "tp_size", "pp_size", "dp_size", "nnodes"}
+    read = {*NOT_GIVEN, "sleep_on_idle", "tp_size", "pp_size", "dp_size", "nnodes", "kv_cache_dtype"}
     assert read <= set(inspect.signature(ServerArgs).parameters)
 
 

@@ -42,7 +42,7 @@ def test_density_is_a_threshold(threshold):
 def test_needs_that_can_be_met():
     assert needs_problem(Part(needs=Needs())) is None
     assert needs_problem(Part(needs=Needs(rows=Rows.last(8), probabilities=True))) is None
-    assert needs_problem(Part(needs=Needs(rows=Rows.all(), column_sum=True), prefix_hit="new rows vote")) is None
+    assert needs_problem(Part(needs=Needs(rows=Rows.all(), column_sum=True), prefix_hit="new rows count")) is None
 
 
 def test_pairs_that_contradict_each_other():

@@ -122,7 +122,7 @@ class World:
 
 
 def run(world: World) -> None:
-    """Prefixes that heads have kept differently, chunks that differ between requests, requests that do not vote."""
+    """Prefixes that heads have kept differently, chunks that differ between requests, requests without query rows."""
     world.job(1, "vlcache:heads=split" if world.groups > 1 else "vlcache")
     world.prefill({1: LENGTH})
     world.share(1, 2, 40)

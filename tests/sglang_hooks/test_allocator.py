@@ -10,6 +10,7 @@ import torch
 from scheduler_world import PLANES, SLOTS, World
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.runtime_context import get_context, get_parallel
+from transformers import PretrainedConfig
 
 from vlcache_sgl.capacity import KVShape, Pool, requests_in_flight
 from vlcache_sgl.config import config_from
@@ -64,6 +65,29 @@ def test_parked_prompt_gives_way_before_the_last_running_request() -> None:
     assert (world.served, late.retraction_count) == (2, 1)
     assert old is not None
     assert len(old.output_ids) == 40
+
+
+def test_answers_need_no_host_memory() -> None:
+    """What is being answered relies on its own selection: five prompts decode beside host memory for two."""
+    world = World(physical=120, chunk=64, host=70)
+    for number in range(5):
+        world.submit(large(30, 1000 * number), tokens=8, exact=True)
+    for _ in range(8):
+        world.prefill()
+        world.check()
+    assert len(world.batch.reqs) == 5
+    for _ in range(3):  # the prompts of some are no longer known, and nobody notices
+        world.decode()
+        world.check()
+    again = world.submit((*large(28, 4000), 7), tokens=1, exact=True)
+    world.retract(world.batch.reqs[0])
+    world.run_dry()
+    assert world.served == 6
+    assert again is not None
+    assert again.cached_tokens_seen >= 25
+    world.flush()
+    assert world.allocator.accounting.host is not None
+    assert world.allocator.accounting.host.used_tokens == world.arena.residency.used_cells == 0
 
 
 def test_shared_prefixes_outlive_unshared_ones() -> None:
@@ -169,11 +193,17 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
     configurator = SimpleNamespace(
         use_mla_backend=False,
         is_hybrid_swa=False,
-        mambaish_config=None,
         device="cpu",
         kv_cache_dtype=torch.bfloat16,
-        layer_info=SimpleNamespace(num_effective_layers=4, start_layer=0, end_layer=3),
-        model_config=SimpleNamespace(head_dim=64, v_head_dim=64, get_num_kv_heads=lambda tp, dcp: 2),
+        layer_info=SimpleNamespace(start_layer=0, end_layer=3),
+        model_config=SimpleNamespace(
+            num_attention_layers=4,
+            head_dim=64,
+            v_head_dim=64,
+            get_num_kv_heads=lambda tp, dcp: 2,
+            hf_config=PretrainedConfig(),
+            linear_attn_registry_result=None,
+        ),
         server_args=SimpleNamespace(disable_radix_cache=False),
     )
     sizes = SimpleNamespace(max_total_num_tokens=stock_tokens)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from transformers import PretrainedConfig
 
 from vlcache_sgl.config import config_from
 from vlcache_sgl.sglang_hooks.gate import Gate
 from vlcache_sgl.sglang_hooks.patch_points import runtime_points
 from vlcache_sgl.sglang_hooks.patching import PatchError, Patches, PatchPoint, locate
-from vlcache_sgl.sglang_hooks.request_points import HTTP_POINTS, MEDIA_POINTS, gate_points
+from vlcache_sgl.sglang_hooks.request_points import HTTP_POINTS, MEDIA_POINTS, gate_http_points, gate_points
 from vlcache_sgl.sglang_hooks.session import Session
 from vlcache_sgl.sglang_hooks.startup import START_POINTS
 
@@ -101,10 +102,22 @@ def test_every_target_exists_in_sglang() -> None:
     config = config_from({"kv_policy": "vlcache"})
     assert config is not None
     model = SimpleNamespace(
-        num_attention_layers=2, num_attention_heads=4, get_total_num_kv_heads=lambda: 2, head_dim=16
+        num_attention_layers=2,
+        num_attention_heads=4,
+        get_total_num_kv_heads=lambda: 2,
+        head_dim=16,
+        hf_config=PretrainedConfig(),
+        linear_attn_registry_result=None,
     )
-    gate = gate_points(Gate(config, model, ranks=1))
-    points = [*START_POINTS, *MEDIA_POINTS, *HTTP_POINTS, *gate, *runtime_points(Session(config))]
+    gate = Gate(config, model, ranks=1)
+    points = [
+        *START_POINTS,
+        *MEDIA_POINTS,
+        *HTTP_POINTS,
+        *gate_points(gate),
+        *gate_http_points(gate),
+        *runtime_points(Session(config)),
+    ]
     for one in points:
         locate(one.target)
     assert len({one.target for one in points}) == len(points)

@@ -9,7 +9,7 @@ import torch
 from provider_bench import DEVICE, DIM, DTYPE, HEADS, KV_HEADS, LAYERS, SCALE
 
 
-def make_pool(groups: int, tokens: int = 200) -> Any:
+def make_pool(groups: int, tokens: int = 200, stored: torch.dtype = DTYPE) -> Any:
     from vlcache_sgl.sglang_hooks.arena import KVArena
 
     return KVArena(
@@ -17,7 +17,7 @@ def make_pool(groups: int, tokens: int = 200) -> Any:
         groups=groups,
         size=tokens,
         page_size=1,
-        dtype=DTYPE,
+        dtype=stored,
         head_num=KV_HEADS,
         head_dim=DIM,
         layer_num=LAYERS,
@@ -39,7 +39,9 @@ def make_backend(name: str, pool: Any, table: torch.Tensor, compressor: Any) -> 
     return ResidencyBackend(runner, compressor, name, HEADS)
 
 
-def layer_of_model(number: int) -> SimpleNamespace:
+def layer_of_model(number: int, scales: tuple[float, float] | None = None) -> SimpleNamespace:
+    """SGLang's description of a layer, with the scales of its keys and values as a checkpoint brings them."""
+    tensors = (None, None) if scales is None else tuple(torch.tensor(scale) for scale in scales)
     return SimpleNamespace(
         layer_id=number,
         tp_q_head_num=HEADS,
@@ -47,4 +49,8 @@ def layer_of_model(number: int) -> SimpleNamespace:
         tp_v_head_num=KV_HEADS,
         head_dim=DIM,
         scaling=SCALE,
+        k_scale=tensors[0],
+        v_scale=tensors[1],
+        k_scale_float=None if scales is None else scales[0],
+        v_scale_float=None if scales is None else scales[1],
     )

@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.memory.batches import DecodeBatch, Memory
 from vlcache_sgl.memory.residency import Residency
+from vlcache_sgl.memory.scales import Scales, as_bytes
 from vlcache_sgl.sglang_hooks import triton_kernels
 
 CUDA = torch.cuda.is_available()
@@ -124,13 +125,21 @@ class StandIn:
             self.indptr, self.indices = indptr, indices
 
     def run(
-        self, q: torch.Tensor, pages: torch.Tensor, q_scale: float, out: torch.Tensor, **options: Any
+        self,
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        q_scale: float,
+        k_scale: float,
+        v_scale: float,
+        out: torch.Tensor,
+        **options: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert pages.shape[1:3] == (2, 1)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         for number, (begin, end) in enumerate(itertools.pairwise(self.indptr.tolist())):
             rows = slice(int(self.qo[number]), int(self.qo[number + 1]))
-            both = pages[self.indices[begin:end].long(), :, 0]
+            both = pages[self.indices[begin:end].long(), :, 0].double()
+            both = both * torch.tensor([k_scale, v_scale], dtype=torch.float64)[:, None, None]
             new, seen = rows.stop - rows.start, end - begin
             visible = torch.ones(new, seen, dtype=torch.bool)
             visible = visible.tril(seen - new) if self.causal else visible
@@ -153,6 +162,15 @@ class StandInDecode(StandIn):
         indptr, indices, last, *sizes = arguments
         assert (sm_scale, sizes[-1]) == (1.0, 1)
         self._plan(torch.arange(len(indptr)), indptr, indices, last)
+
+
+def use_flashinfer_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the provider of that name find `StandIn` in FlashInfer's place."""
+    library = SimpleNamespace(
+        BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
+    )
+    monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
+    monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
 
 
 def log_sum(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
@@ -182,11 +200,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if name == "flashinfer" and CUDA:
         pytest.importorskip("flashinfer")
     elif name == "flashinfer":
-        library = SimpleNamespace(
-            BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
-        )
-        monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
-        monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
+        use_flashinfer_stand_in(monkeypatch)
     return lambda memory: make_provider(
         name, memory, HeadShape(HEADS, DTYPE), triton_kernels.attention_kernels, kv_splits=3
     )
@@ -198,12 +212,19 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 class Requests:
     """Request rows with slots, of which layers 0 and 1 keep equally many and layer 2 others."""
 
-    def __init__(self, groups: int, tokens: int = 800, context: int = 300) -> None:
+    def __init__(
+        self,
+        groups: int,
+        tokens: int = 800,
+        context: int = 300,
+        stored: torch.dtype = DTYPE,
+        scales: Sequence[Scales] = (),
+    ) -> None:
         torch.manual_seed(7)
         self.residency = Residency(LAYERS * groups, tokens, LAYERS * groups * tokens, DEVICE)
         shape = (self.residency.num_cells + 1, 2, KV_HEADS // groups, DIM)
         table = torch.zeros(8, context, dtype=torch.int32, device=DEVICE)
-        self.memory = Memory(torch.zeros(shape, dtype=DTYPE, device=DEVICE), self.residency, table, groups)
+        self.memory = Memory(torch.zeros(shape, dtype=stored, device=DEVICE), self.residency, table, groups, scales)
         self.lengths: dict[int, int] = {}
         self._slots = itertools.count(1)
 
@@ -216,7 +237,7 @@ class Requests:
         self.residency.attach(slots)
         cells = self.residency.table[:, slots].long()
         values = torch.randn(*cells.shape, *self.memory.arena.shape[1:], device=DEVICE)
-        self.memory.arena[cells] = values.to(DTYPE)
+        as_bytes(self.memory.arena)[cells] = as_bytes(values.to(self.memory.arena.dtype))
         begin = self.lengths.get(row, 0)
         self.memory.req_to_token[row, begin : begin + tokens] = slots.int()
         self.lengths[row] = begin + tokens
@@ -248,7 +269,11 @@ class Requests:
         """Keys and values `[n, K, D]` of all tokens, and which are there, `[K, n]`."""
         slots = self.memory.req_to_token[row, : self.lengths[row]].long()
         cells = self.residency.table[self.planes(layer)][:, slots].long()
-        both = self.memory.arena[cells.clamp(min=0)].permute(1, 2, 0, 3, 4).flatten(2, 3)
+        both = as_bytes(self.memory.arena)[cells.clamp(min=0)].view(self.memory.arena.dtype)
+        both = both.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        if self.memory.scales:
+            scales = self.memory.scales[layer]
+            both = both.double() * torch.tensor([scales.key, scales.value], device=DEVICE)[:, None, None]
         return both[:, 0], both[:, 1], (cells >= 0).repeat_interleave(KV_HEADS // self.memory.groups, 0)
 
     def step(self, rows: list[int], *, padding: int = 0, recorded: bool = False) -> DecodeBatch:
@@ -267,12 +292,14 @@ class Requests:
             recorded=recorded,
         )
 
-    def check(self, got: torch.Tensor, q: torch.Tensor, layer: int, rows: list[int]) -> None:
+    def check(
+        self, got: torch.Tensor, q: torch.Tensor, layer: int, rows: list[int], tolerance: float = TOLERANCE
+    ) -> None:
         """Decode outputs `[B, H, D]` against the formula."""
         for number, row in enumerate(rows):
             k, v, there = self.dense(layer, row)
             want = reference(q[number : number + 1], k, v, SCALE, there[:, None])
-            assert (got[number : number + 1].double() - want).abs().max() < TOLERANCE
+            assert (got[number : number + 1].double() - want).abs().max() < tolerance
 
 
 def capture_only(count: int, planes: int) -> DecodeBatch:

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import random
 from array import array
+from typing import Any
 
 import torch
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, release_req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
-from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.mem_cache.allocation import alloc_token_slots
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
+from world_checks import check, marks
+from world_parts import Batch, Event, LaggingHostMemory
 
 from vlcache_sgl.api import Prompt, Span
 from vlcache_sgl.capacity import longest_answer
-from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.compression.job import CompressionJob, ReadingState
 from vlcache_sgl.config import config_from
 from vlcache_sgl.memory.host_pool import HostPool
-from vlcache_sgl.memory.own_slots import OwnSlots
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.sglang_hooks import admission
@@ -42,46 +42,6 @@ from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 PLANES = 3
 SLOTS = 500
 MIN_TOKENS = 8
-
-
-class Event:
-    """Of a device that is behind: passes when somebody waits for it, or when time goes on."""
-
-    def __init__(self) -> None:
-        self.passed = False
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        self.passed = True
-
-
-class LaggingHostMemory(HostMemory):
-    """Of a device that may be behind with what it frees."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world.allocator.accounting, world.room)
-        self._world = world
-
-    def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
-        self._world.retire(slots, keep)
-
-
-class Batch:
-    """The running requests, as admission sees SGLang's batch."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.reqs: list[Req] = []
-        self.batch_is_full = False
-
-    def batch_size(self) -> int:
-        return len(self.reqs)
-
-    def check_decode_mem(self) -> bool:
-        world = self._world
-        return bool(world.allocator.check_decode_capacity(num_tokens=len(self.reqs), tree_cache=world.tree))
 
 
 class World:
@@ -107,15 +67,15 @@ class World:
         )
         self.arena = pool.arena
         self.allocator = VirtualSlotAllocator(pool, physical_tokens=physical, need_sort=False)
-        self.rows = ReqToTokenPool(size=16, max_context_len=4 * physical, device="cpu", enable_memory_saver=False)
+        self.rows = self._make_rows(max_context_len=4 * physical)
         self.tree = CompressedPrefixTree(
             CacheInitParams(
                 disable=False,
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=self.allocator,
                 page_size=1,
-                tree_components=(ComponentType.FULL,),
                 eviction_policy=eviction_policy,
+                **self._components(),
             )
         )
         self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache = self.allocator, self.rows, self.tree
@@ -146,9 +106,31 @@ class World:
             model = Prompt(0, 0, (), PLANES, 1, 1, 1)
             self.host = HostSharing(LaggingHostMemory(self), self.room, physical, model)
             self.host.attach(self.tree)
+        self.unpublished: list[Req] = []
+        """Their prefill has ended, its result comes with the next step's: as under overlap scheduling."""
         self.aborted_for_memory = 0
         self.served = 0
+        self.running = 12
+        """Requests that run at once, at most."""
         self.names = 0
+
+    # -- what hybrids have beside it ----------------------------------------------------------------------------------
+
+    def _make_rows(self, max_context_len: int) -> ReqToTokenPool:
+        return ReqToTokenPool(size=16, max_context_len=max_context_len, device="cpu", enable_memory_saver=False)
+
+    def _components(self) -> dict[str, Any]:
+        """Of the prefix tree."""
+        return {"tree_components": (ComponentType.FULL,)}
+
+    def _before_rows(self, reqs: list[Req]) -> None:
+        """Room for what requests get together with their rows."""
+
+    def _compute_state(self, req: Req, begin: int, end: int) -> None:
+        """Tokens ``[begin, end)`` have been computed."""
+
+    def _reject(self, req: Req) -> None:
+        """SGLang did not let `req` start, after it had looked for its prefix."""
 
     # -- what a client does -------------------------------------------------------------------------------------------
 
@@ -171,7 +153,7 @@ class World:
             exact: whether its prefix is shared without loss, in host memory.
         """
         if exact:
-            return self._submit_exact(ids, key, tokens)
+            return self._submit_exact(ids, key, tokens, image)
         room = longest_answer(len(ids), tokens, self.allocator.accounting.physical_tokens)
         if room is None:
             return None
@@ -187,11 +169,11 @@ class World:
         self.waiting.append(req)
         return req
 
-    def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int) -> Req | None:
+    def _submit_exact(self, ids: tuple[int, ...], key: str | None, tokens: int, image: Span | None) -> Req | None:
         assert self.host is not None
         self.names += 1
         req = Req(str(self.names), "", array("q", ids), SamplingParams(max_new_tokens=tokens))
-        job = CompressionJob(Asked(self.choice, (), len(ids), MIN_TOKENS))
+        job = CompressionJob(Asked(self.choice, () if image is None else (image,), len(ids), MIN_TOKENS))
         if not self.host.admits(job):
             return None
         self.host.begin(req, job)
@@ -235,6 +217,7 @@ class World:
             return self._prefill()
 
     def _prefill(self) -> bool:
+        self._publish()
         if not self.batch.reqs:
             self.batch.batch_is_full = False
         if (self.batch.batch_is_full or not self.waiting) and self.chunked_req is None:
@@ -252,17 +235,21 @@ class World:
         )
         if self.chunked_req is not None:
             self.chunked_req.init_next_round_input()
-            admission.consider_request(adder, self.chunked_req)
-            self.chunked_req = adder.add_chunked_req(self.chunked_req)
+            self.chunked_req = admission.consider_request(PrefillAdder.add_chunked_req, adder, self.chunked_req)
         for req in list(self.waiting):
-            if adder.budget_state() == AddReqResult.OTHER or len(self.batch.reqs) + len(adder.can_run_list) >= 12:
+            if (
+                adder.budget_state() == AddReqResult.OTHER
+                or len(self.batch.reqs) + len(adder.can_run_list) >= self.running
+            ):
                 break
             req.init_next_round_input(self.tree)
-            admission.consider_request(adder, req)
-            result = adder.add_one_req(req, has_chunked_req=self.chunked_req is not None, truncation_align_size=None)
+            chunked = {"has_chunked_req": self.chunked_req is not None, "truncation_align_size": None}
+            result = admission.consider_request(PrefillAdder.add_one_req, adder, req, **chunked)
             if result != AddReqResult.CONTINUE:
                 if result == AddReqResult.NO_TOKEN:
                     self.batch.batch_is_full = bool(adder.can_run_list or self.batch.reqs)
+                if not adder.can_run_list or req is not adder.can_run_list[-1]:
+                    self._reject(req)
                 break
         if not adder.can_run_list:
             return False
@@ -280,6 +267,7 @@ class World:
             else self.tree.prefix_device_indices(req).long()
             for req in reqs
         ]
+        self._before_rows(reqs)
         assert self.rows.alloc(reqs) is not None
         # Raises when admission has let in more than there is.
         slots = alloc_token_slots(self.tree, sum(req.extend_len for req in reqs))
@@ -291,8 +279,9 @@ class World:
             req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
             req.is_retracted = False
             self._write(req, req.prefix_len, req.extend_end)
+            self._compute_state(req, req.prefix_len, req.extend_end)
             # What a retracted request had answered is computed again behind what it keeps.
-            if (job := job_of(req)) is not None and job.host is not None and job.host.own is None:
+            if (job := job_of(req)) is not None and job.host is not None and not job.host.settled:
                 staged.append((req, self.rows.req_to_token[row, : req.prefix_len].long()))
             if req.extend_batch_idx == 0 and not req.retracted_stain:
                 req.cached_tokens_seen = req.prefix_len
@@ -312,7 +301,10 @@ class World:
             self._end_chunk(req)
         for req in reqs:
             # Published, and from now on resumed behind this chunk.
-            checkpoint_kv_cache(req, self.tree)
+            if req is not self.chunked_req and self.random.random() < self.late_share:
+                self.unpublished.append(req)
+            else:
+                checkpoint_kv_cache(req, self.tree)
             if req is not self.chunked_req:
                 req.output_ids.append(50 + len(req.output_ids))
                 self.batch.reqs.append(req)
@@ -330,8 +322,8 @@ class World:
             for req, slots in staged:
                 cells = self.arena.residency.table[plane, slots].long()
                 assert (cells > 0).all(), "a token of the prefix is neither in the arena nor in host memory"
-                marks = self._marks(req, 0, len(slots))[plane]
-                assert torch.equal(self.arena.cells[cells, 0, 0, 0], marks), f"{req.rid} is shown others' tokens"
+                written = marks(req, 0, len(slots), PLANES)[plane]
+                assert torch.equal(self.arena.cells[cells, 0, 0, 0], written), f"{req.rid} is shown others' tokens"
         memory.staging.end()
 
     def _end_chunk(self, req: Req) -> None:
@@ -355,7 +347,9 @@ class World:
                 keep[:] = True
             most = PLANES * int(job.host.ratio * length)
             keep &= keep.flatten().cumsum(0).view_as(keep) <= most
-            job.host.own = memory.settle(row[:length].long(), keep)  # raises when admission has let in too many
+            job.host.own = memory.settle(
+                row[:length].long(), keep, int(keep.sum())
+            )  # raises when admission has let in too many
             kept = self.arena.residency.table[:, job.host.own.private] >= 0
             assert torch.equal(kept, keep), "what is kept is not what was decided"
             row[:length] = job.host.own.private.to(row.dtype)
@@ -367,7 +361,7 @@ class World:
         eviction = self.arena.residency.evict(slots, keep)
         self.allocator.accounting.retire(eviction, event)
         if event is not None:
-            self.evictions.append((event, eviction.cells[: int(eviction.count)]))
+            self.evictions.append((event, eviction.numbers[: int(eviction.count)]))
 
     def _compress(self, req: Req, job: CompressionJob) -> None:
         start = job.report.fields["start"]
@@ -392,14 +386,22 @@ class World:
                 self.rows.write((req.kv.req_pool_idx, slice(end, end + 1)), slot[None].to(torch.int32))
                 req.kv.kv_committed_len = req.kv.kv_allocated_len = end + 1
                 self._write(req, end, end + 1)
+                self._compute_state(req, end, end + 1)
                 req.output_ids.append(50 + len(req.output_ids))
 
         before = len(self.batch.reqs)
         admission.make_room(step, self, self.batch)
         self.new_token_ratio_tracker.decay_step()
+        self._publish()
         self._finish_those_at_their_end()
         if len(self.batch.reqs) < before:
             self.batch.batch_is_full = False
+
+    def _publish(self) -> None:
+        """The results of the last step are there."""
+        for req in self.unpublished:
+            checkpoint_kv_cache(req, self.tree)
+        self.unpublished.clear()
 
     def _finish_those_at_their_end(self) -> None:
         for req in list(self.batch.reqs):
@@ -410,9 +412,14 @@ class World:
         req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
         req.finished_len = len(req.output_ids)
         release_kv_cache(req, self.tree, checkpoint=True)
-        self.batch.reqs.remove(req)
+        self._leave(req)
         self.batch.batch_is_full = False
         self.served += 1
+
+    def _leave(self, req: Req) -> None:
+        self.batch.reqs.remove(req)
+        if req in self.unpublished:
+            self.unpublished.remove(req)
 
     def abort(self, req: Req) -> None:
         """The client is gone: in the queue, between two chunks, or while it runs."""
@@ -425,11 +432,11 @@ class World:
             self.chunked_req = None
         else:
             release_kv_cache(req, self.tree, checkpoint=True)
-            self.batch.reqs.remove(req)
+            self._leave(req)
             self.batch.batch_is_full = False
 
     def retract(self, req: Req) -> None:
-        self.batch.reqs.remove(req)
+        self._leave(req)
         release_req(
             req=req,
             remaing_req_count=len(self.batch.reqs),
@@ -475,97 +482,15 @@ class World:
     def owners(self) -> list[Req]:
         return [*self.batch.reqs, *([self.chunked_req] if self.chunked_req is not None else [])]
 
-    def _tokens(self, req: Req) -> list[int]:
-        return [*req.origin_input_ids, *req.output_ids]
-
-    def _marks(self, req: Req, begin: int, end: int) -> torch.Tensor:
-        """`[planes, tokens]` whole numbers that float32 holds exactly: token, its whole prefix, its key, the plane."""
-        tokens = self._tokens(req)
-        marks = [
-            [hash((req.extra_key, *tokens[: i + 1], plane)) % 2**24 for i in range(begin, end)]
-            for plane in range(PLANES)
-        ]
-        return torch.tensor(marks, dtype=torch.float32).view(PLANES, end - begin)
-
     def _write(self, req: Req, begin: int, end: int) -> None:
         slots = self.rows.req_to_token[req.kv.req_pool_idx, begin:end].long()
         cells = self.arena.write_cells(slots)
         assert (cells > 0).all(), "a new token has no cell in some plane"
-        marks = self._marks(req, begin, end)
+        written = marks(req, begin, end, PLANES)
         for plane in range(PLANES):
-            keys = marks[plane].view(-1, 1, 1)
+            keys = written[plane].view(-1, 1, 1)
             self.arena.write(cells[plane : plane + 1], keys, -keys)
 
     def check(self) -> None:
-        self._check_slots()
-        self._check_cells()
-        self._check_reads()
-
-    def _check_slots(self) -> None:
-        allocator, tree = self.allocator, self.tree
-        private = sum(kv_private_tokens(req.kv, 1) for req in self.owners())
-        private += sum(len(own.private) for own in map(self._own, self.owners()) if own is not None)
-        assert allocator.available_size() + tree.evictable_size() + tree.protected_size() + private == SLOTS
-        assert int(allocator.accounting._in_tree.sum()) == tree.evictable_size() + tree.protected_size()
-        unlocked = int((allocator.accounting._in_tree & (allocator.accounting._locks == 0)).sum())
-        assert unlocked == tree.evictable_size(), "locks are not counted as the tree counts them"
-        assert int(allocator.accounting._locks.min()) >= 0
-        assert not (allocator.accounting._in_tree[allocator.free_pages]).any()
-
-    def _check_cells(self) -> None:
-        allocator, residency = self.allocator, self.arena.residency
-        pending = [eviction.cells for _, eviction in allocator.accounting._pending]
-        mapped = residency.table[:, 1:]
-        everything = torch.cat([mapped[mapped >= 0], residency._free[: residency.free_cells], *pending])
-        once = torch.arange(1, residency.num_cells + 1, dtype=torch.int32)
-        assert torch.equal(everything.sort().values, once), "a cell is lost or has two homes"
-        assert (residency.table[:, allocator.free_pages] < 0).all(), "a free slot has cells"
-        for event, cells in self.evictions:
-            assert event.passed or not torch.isin(cells, mapped).any(), "cells were handed out under a running forward"
-        in_tree = allocator.accounting._in_tree.nonzero().flatten()
-        waiting = sum(len(cells) for cells in pending)
-        assert int((residency.table[:, in_tree] >= 0).sum()) <= allocator.accounting.tree_cells
-        assert allocator.accounting.tree_cells + allocator.accounting.request_cells == residency.used_cells
-        assert residency.free_cells + int((mapped >= 0).sum()) + waiting == residency.num_cells
-        if not pending:
-            assert allocator.verify_byte_accounting() == []
-
-        if allocator.accounting.host is not None:
-            assert allocator.accounting.host.check_integrity() == []
-            free = allocator.accounting.host.rows[allocator.free_pages]
-            assert (free < 0).all(), "a free slot has a row of host memory"
-
-    @staticmethod
-    def _own(req: Req) -> OwnSlots | None:
-        job = job_of(req)
-        return None if job is None or job.host is None else job.host.own
-
-    def _check_reads(self) -> None:
-        self._check_host()
-        table = self.arena.residency.table
-        for req in self.owners():
-            end = req.kv.kv_allocated_len
-            slots = self.rows.req_to_token[req.kv.req_pool_idx, :end].long()
-            cells = table[:, slots].long()
-            marks = self._marks(req, 0, end)
-            kept = cells >= 0
-            assert torch.equal(self.arena.cells[cells.clamp(min=0), 0, 0, 0][kept], marks[kept]), (
-                f"{req.rid} reads others"
-            )
-            job = job_of(req)
-            if job is None or (not job.progress.done and job.host is None):
-                own = kept[:, req.kv.cache_protected_len :]
-                assert own.all(), "evicted before the decision"
-            assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"
-
-    def _check_host(self) -> None:
-        """Everything of a prompt is in host memory, whatever its request keeps."""
-        host = self.allocator.accounting.host
-        for req in self.owners():
-            job, own = job_of(req), self._own(req)
-            if host is None or own is None or job is None or job.host is None or job.host.unwritten:
-                continue
-            rows = host.rows[own.shared].long()
-            assert (rows >= 0).all(), f"{req.rid} has lost a token"
-            assert torch.equal(host.cells[:, rows, 0, 0, 0], self._marks(req, 0, len(rows)))
-            assert (self.arena.residency.table[:, own.shared] < 0).all(), "what the tree shares is not in the arena"
+        """Everything that must hold between two steps."""
+        check(self)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from vlcache_kernels.arena_write import naive
-from vlcache_kernels.checks import Backend, check_device, check_float, check_index, check_shape, use_triton
+from vlcache_kernels.checks import (
+    Backend,
+    check_cells,
+    check_device,
+    check_float,
+    check_index,
+    check_shape,
+    use_triton,
+)
 
 __all__ = ["arena_write"]
 
@@ -17,6 +25,8 @@ def arena_write(
     slots: torch.Tensor,
     residency: torch.Tensor,
     *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     backend: Backend = "auto",
 ) -> None:
     """Write token t's K and V into the cells that its virtual slot has in one layer.
@@ -26,11 +36,12 @@ def arena_write(
     A slot without a cell (-1) is skipped.
 
     Args:
-        arena: `[num_cells, 2, heads_per_cell, D]` float, index 0 = K, 1 = V; contiguous.
+        arena: `[num_cells, 2, heads_per_cell, D]` float, 8-bit floats too, index 0 = K, 1 = V; contiguous.
         keys, values: `[T, K, D]` float, converted to the arena's type.
         slots: `[T]` int32 or int64 virtual slots.
         residency: `[G, num_slots]` int32, the rows of this layer's planes (``residency[layer * G : (layer + 1) * G]``),
             ``G = K / heads_per_cell``.
+        key_scale, value_scale: what keys and values are divided by before they are converted.
         backend: "auto" takes Triton on a GPU and the reference elsewhere.
     """
     check_shape("arena", arena, (None, 2, None, None))
@@ -40,7 +51,8 @@ def arena_write(
     check_shape("slots", slots, (tokens,))
     check_shape("keys", keys, (tokens, num_kv_heads, head_dim))
     check_shape("values", values, (tokens, num_kv_heads, head_dim))
-    for name, tensor in (("arena", arena), ("keys", keys), ("values", values)):
+    check_cells("arena", arena)
+    for name, tensor in (("keys", keys), ("values", values)):
         check_float(name, tensor)
     check_index("slots", slots)
     check_index("residency", residency)
@@ -50,6 +62,6 @@ def arena_write(
     if use_triton(backend, arena.device) and tokens:
         from vlcache_kernels.arena_write import triton
 
-        triton.arena_write(arena, keys, values, slots, residency)
+        triton.arena_write(arena, keys, values, slots, residency, key_scale, value_scale)
     else:
-        naive.arena_write(arena, keys, values, slots, residency)
+        naive.arena_write(arena, keys, values, slots, residency, key_scale, value_scale)

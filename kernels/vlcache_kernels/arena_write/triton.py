@@ -28,9 +28,12 @@ def store_kernel(
     stride_kt,
     stride_vt,
     stride_plane,
+    key_scale,  # float32; only with SCALED
+    value_scale,
     WIDTH: tl.constexpr,  # heads_per_cell * D
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    SCALED: tl.constexpr,  # divide, in float32
 ):
     """One program: BLOCK_T tokens in one plane, BLOCK_W elements of each of their cells, K and V."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -43,13 +46,22 @@ def store_kernel(
     token = t.to(tl.int64)[:, None]
     k = tl.load(keys + token * stride_kt + from_, mask=mask)
     v = tl.load(values + token * stride_vt + from_, mask=mask)
+    if SCALED:
+        k = k.to(tl.float32) / key_scale
+        v = v.to(tl.float32) / value_scale
     to = arena + cell[:, None] * (2 * WIDTH) + w[None, :]
     tl.store(to, k.to(arena.dtype.element_ty), mask=mask)
     tl.store(to + WIDTH, v.to(arena.dtype.element_ty), mask=mask)
 
 
 def arena_write(
-    arena: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, residency: torch.Tensor
+    arena: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    residency: torch.Tensor,
+    key_scale: float,
+    value_scale: float,
 ) -> None:
     """See `vlcache_kernels.arena_write.arena_write`: one launch."""
     _, _, heads_per_cell, head_dim = arena.shape
@@ -70,8 +82,11 @@ def arena_write(
         keys.stride(0),
         values.stride(0),
         residency.stride(0),
+        key_scale,
+        value_scale,
         WIDTH=width,
         BLOCK_T=block_t,
         BLOCK_W=block_w,
+        SCALED=(key_scale, value_scale) != (1.0, 1.0),
         num_warps=4,
     )

@@ -11,7 +11,16 @@ import torch
 
 from vlcache_kernels.attention_stats import naive
 from vlcache_kernels.attention_stats.records import AttentionStats, BatchStats, RowBatch, StatsRequest
-from vlcache_kernels.checks import Backend, check_device, check_float, check_index, check_shape, use_triton
+from vlcache_kernels.checks import (
+    FP8,
+    Backend,
+    check_cells,
+    check_device,
+    check_float,
+    check_index,
+    check_shape,
+    use_triton,
+)
 from vlcache_kernels.residency_index.records import ResidencyIndex
 
 __all__ = [
@@ -42,7 +51,7 @@ def attention_stats(
     once per tile of rows; extra memory is one tile of logits.
 
     Args:
-        queries: `[R, H, D]` float, post-RoPE rows that vote.
+        queries: `[R, H, D]` float, post-RoPE query rows.
         keys: `[m, K, D]` float, post-RoPE owned keys in sequence order; `H` is a multiple of `K`.
         row_index: `[R]` int64; row r sees owned key j if and only if ``j <= row_index[r]``.  In ``[0, m)``.
         scale: factor of the logits, usually ``D ** -0.5``.
@@ -57,7 +66,7 @@ def attention_stats(
         Fields as documented in `AttentionStats`.
 
     Raises:
-        ValueError, TypeError: for shapes, devices and types that do not fit; 8-bit floats are refused.
+        ValueError, TypeError: for shapes, devices and types that do not fit.
     """
     _check(queries, keys, row_index, prefix_keys, prefix_valid, lse)
     return naive.attention_stats(
@@ -86,9 +95,10 @@ def batch_attention_stats(
     Nothing of size rows x keys is written unless `probabilities` are wanted.
 
     Args:
-        queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE rows that vote, request after request.
+        queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE query rows, request after request.
         row_index: `[T]` int; row r sees the whole prefix and owned key j if and only if ``j <= row_index[r]``.
-        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries`.
+        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries` or 8-bit floats, whose
+            scale is to be in `scale`.
         index: one layer's list from `residency_index(..., group=G)` *before* eviction: `indptr` `[G * B + 1]`,
             `indices` `[*]`, int32.  Of each (plane, request) the last ``batch.owned[b]`` cells are the owned keys,
             what precedes them is the prefix, whose size may differ between planes.
@@ -107,9 +117,9 @@ def batch_attention_stats(
     check_shape("row_index", row_index, (total_rows,))
     check_shape("arena", arena, (None, 2, None, head_dim))
     check_float("queries", queries)
-    check_float("arena", arena)
-    if arena.dtype != queries.dtype:
-        raise TypeError(f"arena is {arena.dtype}, queries are {queries.dtype}: expected the same")
+    check_cells("arena", arena)
+    if arena.dtype != queries.dtype and arena.dtype not in FP8:
+        raise TypeError(f"arena is {arena.dtype}, queries are {queries.dtype}: expected the same or 8-bit floats")
     for name, tensor in (("row_index", row_index), ("indptr", index.indptr), ("indices", index.indices)):
         check_index(name, tensor)
     size = len(batch.owned)

@@ -40,7 +40,7 @@ class AttentionStats:
     """
 
     rows: int
-    """`R`, rows that voted."""
+    """`R`, query rows."""
     column_sum: torch.Tensor | None = None
     """`[K, m]` float32: sum over rows of the probability of each owned key."""
     column_square_sum: torch.Tensor | None = None
@@ -118,7 +118,7 @@ class RowBatch:
     """
 
     rows: tuple[int, ...]
-    """`[B]`, rows that vote, by request."""
+    """`[B]`, query rows, by request."""
     owned: tuple[int, ...]
     """`[B]`, owned keys: those that may be evicted."""
     max_visible: int

@@ -26,7 +26,7 @@ import triton.language as tl
 @triton.jit
 def row_kernel(
     queries,  # [T, H, D]; element strides stride_qt, stride_qh, 1
-    arena,  # [num_cells, 2, heads_per_cell, D], contiguous; keys are [:, 0]
+    arena,  # [num_cells, 2, heads_per_cell, D], contiguous, as `queries` or 8-bit floats; keys are [:, 0]
     indptr,  # [G * B + 1] int32, cells of (plane, request)
     indices,  # [...] int32, cells in sequence order
     row_index,  # [T] int, last visible owned key of each row
@@ -99,6 +99,8 @@ def row_kernel(
         )
         if UPCAST:
             k = k.to(tl.float32)
+        else:
+            k = k.to(q.dtype)  # 8-bit floats; nothing for others
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2  # [BLOCK_M, BLOCK_N]
         visible = (pos[None, :] <= limit[:, None]) & (pos < end)[None, :]
         logit = tl.where(visible, logit, float("-inf"))
@@ -235,7 +237,7 @@ def column_kernel(
 
     Keys are the rows of the product, so that the reduction over queries stays within a warp.  Without DENSITY the
     prefix is left out.  With SKIP, row blocks before the first row that sees a key of the block are left out: half of
-    the work when all rows vote.  The loop has no branch, so that loads of queries run ahead.
+    the work when all rows are query rows.  The loop has no branch, so that loads of queries run ahead.
     """
     kv_head = tl.program_id(1)
     b = tl.program_id(2)
@@ -265,6 +267,8 @@ def column_kernel(
     )
     if UPCAST:
         k = k.to(tl.float32)
+    else:
+        k = k.to(queries.dtype.element_ty)  # 8-bit floats; nothing for others
     acc_sum = tl.zeros([BLOCK_N], tl.float32)
     acc_square = tl.zeros([BLOCK_N], tl.float32)
     acc_max = tl.zeros([BLOCK_N], tl.float32)

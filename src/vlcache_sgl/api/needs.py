@@ -10,7 +10,7 @@ RowKind = Literal["none", "post_vision", "last", "all", "repeat"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Which of the request's own query rows vote.
+    """Which of the request's own rows are query rows, whose attention is counted.
 
     Rows are always rows that this request computes itself: after a prefix hit the rows of the cached part do not
     exist, so ``all`` means all new rows.  ``repeat`` rows are computed for the policy alone.
@@ -54,7 +54,7 @@ class Needs:
     """Inputs of one scorer or allocator; see `LayerView` for shapes."""
 
     rows: Rows = Rows()
-    """Which query rows vote; fills `LayerView.row_positions`."""
+    """Which query rows there are; fills `LayerView.row_positions`."""
     column_sum: bool = False
     """Fills `LayerView.column_sum`."""
     column_square_sum: bool = False

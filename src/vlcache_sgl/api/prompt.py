@@ -1,4 +1,4 @@
-"""Which positions of a prompt are text, vision and post-vision text, and which query rows vote.  Pure."""
+"""Which positions of a prompt are text, vision and post-vision text, and which query rows there are.  Pure."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from vlcache_sgl.api.needs import Rows
 from vlcache_sgl.api.tensors import Prompt, Span
 
 FALLBACK_ROWS = 32
-"""Rows that vote when no text follows the last vision token: the window that SnapKV uses (arXiv 2404.14469)."""
+"""Query rows when no text follows the last vision token: the window that SnapKV uses (arXiv 2404.14469)."""
 
 
 def post_vision(prompt: Prompt) -> Span:
     """Text after the last vision token of the whole prompt, absolute positions; empty when nothing follows.
 
-    With several images these are the tokens after the *last* one: text between images is seen by no voter that
+    With several images these are the tokens after the *last* one: text between images is seen by no query row that
     has seen everything.  A prompt without vision has no post-vision text.
     """
     if not prompt.vision:
@@ -21,7 +21,7 @@ def post_vision(prompt: Prompt) -> Span:
 
 
 def select_rows(rows: Rows, prompt: Prompt) -> Span:
-    """The query rows that vote: one range of absolute positions, all within the owned part of the prompt or behind it.
+    """The query query rows: one range of absolute positions, all within the owned part of the prompt or behind it.
 
     * ``post_vision``: `post_vision(prompt)`, the latest `count` of it if `count > 0`.  If that is empty (the image
       ends the prompt, or there is none) the last `FALLBACK_ROWS` owned rows.
@@ -30,7 +30,7 @@ def select_rows(rows: Rows, prompt: Prompt) -> Span:
     * ``repeat``: the rows of the second reading, behind the prompt.
     * ``none``: an empty range.
 
-    After a prefix hit rows before ``prompt.start`` do not exist and never vote.
+    After a prefix hit rows before ``prompt.start`` do not exist and never count.
     """
     if rows.kind == "none":
         return Span(prompt.length, prompt.length)

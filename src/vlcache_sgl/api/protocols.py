@@ -26,7 +26,7 @@ class Scorer(Protocol):
     * ``needs``: ``Needs()`` | what the runtime must compute; may be a property that depends on the fields;
     * ``comparable``: False | True, whether scores of different layers may be ranked against each other;
     * ``prefix_hit``: text, what happens when a part of the prompt came from the prefix cache; must be there when
-      all rows vote, because those of the cached part never do;
+      all rows are query rows, because those of the cached part are not computed;
     * ``check(model: Prompt)``: a method that raises ValueError when the model cannot be served.
     """
 

@@ -1,6 +1,6 @@
 """The values that scorers and allocators read; shapes are documented here once.
 
-Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` rows that vote, `n` tokens of the prompt,
+Letters: `H` query heads, `K` KV heads, `D` head dim, `L` layers, `R` query rows, `n` tokens of the prompt,
 `m = n - start` *owned* tokens: those this request computed itself and may evict.  With tensor parallelism heads are
 those of all ranks for scores and of the own rank for keys and values.
 """
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from vlcache_sgl.api.budget import water_fill
+from vlcache_sgl.streams import to_device
 
 
 class Span(NamedTuple):
@@ -117,6 +118,10 @@ class Prompt:
         """Owned tokens that came from an image or a video."""
         return sum(max(end - self.start, 0) - max(begin - self.start, 0) for begin, end in self.vision)
 
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, made on the CPU, on `device`: a GPU is not waited for, as ``values.to(device)`` would."""
+        return to_device(values, self.device)
+
     def is_vision(self) -> torch.Tensor:
         """`[m]` bool: owned tokens that came from an image or a video."""
         mask = torch.zeros(self.owned, dtype=torch.bool, device=self.device)
@@ -152,7 +157,7 @@ class LayerView:
     index: int
     """Layer number, 0-based."""
     row_positions: torch.Tensor | None = None
-    """`[R]` int64, absolute positions of the voting rows, ascending."""
+    """`[R]` int64, absolute positions of the query rows, ascending."""
     column_sum: torch.Tensor | None = None
     """`[K, m]` float32: sum over rows of the probability of each owned key."""
     column_square_sum: torch.Tensor | None = None
@@ -177,7 +182,7 @@ class LayerView:
 
     @property
     def num_rows(self) -> int:
-        """`R`, rows that vote."""
+        """`R`, query rows."""
         return 0 if self.row_positions is None else int(self.row_positions.numel())
 
 

@@ -15,7 +15,7 @@ import torch
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch
 
 Observe = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
-"""``observe(number, prefix, valid)``: what voting needs to know of the `number`-th request in the layer that was just
+"""``observe(number, prefix, valid)``: what scoring needs to know of the `number`-th request in the layer that was just
 attended to.
 
 `prefix` is `[P, 2, K, D]`, the kept keys and values of its earlier tokens, None when it has none; `valid` `[K]` says
@@ -55,7 +55,7 @@ class Provider(Protocol):
             queries: `[T, H, D]`.
             keys, values: `[T, K, D]`, of the new tokens, also in the arena.
             scale: factor of the logits.
-            observe: called for each request that votes, in order; not by a provider with `on_device`, where
+            observe: called for each request with query rows, in order; not by a provider with `on_device`, where
                 `batch_scoring` reads the keys of the whole batch from the arena.
 
         Returns:

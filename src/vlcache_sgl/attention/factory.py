@@ -26,4 +26,4 @@ def make_provider(
         from vlcache_sgl.attention.flashinfer import FlashInferProvider
 
         return FlashInferProvider(memory, shape)
-    return TorchProvider(memory)
+    return TorchProvider(memory, shape.dtype)

@@ -27,7 +27,8 @@ from vlcache_sgl.attention.base import HeadShape, Observe
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
-from vlcache_sgl.memory.events import passed_event
+from vlcache_sgl.memory.scales import FP8
+from vlcache_sgl.streams import passed_event
 
 WORKSPACE_BYTES = 384 << 20
 """For partial outputs, shared by all plans: SGLang's default.  FlashInfer says so when it is too small."""
@@ -36,7 +37,8 @@ PLAN_BYTES = 2 << 20
 RECORDED_PLAN_BYTES = 256 << 10
 """For that of a recorded decode step, and 64 bytes per sequence: there is a pinned copy per layer and batch size."""
 TENSOR_CORE_GROUP = 4
-"""Query heads per KV head from which FlashInfer's tensor-core decode is faster; SGLang's rule."""
+"""Query heads per KV head from which FlashInfer's tensor-core decode is faster, and always with cells of 8-bit floats;
+SGLang's rule."""
 
 
 @dataclass
@@ -120,8 +122,7 @@ class FlashInferProvider:
         groups = self._memory.groups
         q = split_groups(queries[: batch.requests[-1].tokens.stop], groups).contiguous()
         group, number = planned[self._memory.layer_of(planes)]
-        # Planned with scale 1, because a plan is shared by layers; `q_scale` multiplies it.
-        arguments = {"q_scale": scale, "out": torch.empty_like(q)}
+        arguments = self._arguments(planes, q, scale)
         lse = None
         if batch.want_lse:
             out, lse = group.ready(number).run(q, self._pages, return_lse=True, lse_base="ln", **arguments)
@@ -155,7 +156,7 @@ class FlashInferProvider:
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
         group, number = self._decode[self._memory.layer_of(planes)]
         q = split_groups(queries, self._memory.groups).contiguous()
-        out = group.ready(number).run(q, self._pages, q_scale=scale, out=torch.empty_like(q))
+        out = group.ready(number).run(q, self._pages, **self._arguments(planes, q, scale))
         return join_groups(out, self._memory.groups)
 
     def init_graphs(self, max_batch: int) -> None:
@@ -167,6 +168,11 @@ class FlashInferProvider:
 
     def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
         return self._index.fits(rows, lengths)
+
+    def _arguments(self, planes: slice, q: torch.Tensor, scale: float) -> dict[str, Any]:
+        """What differs between layers that share a plan, which is made with scale 1: `q_scale` multiplies it."""
+        scales = self._memory.scales_of(planes)
+        return {"q_scale": scale, "k_scale": scales.key, "v_scale": scales.value, "out": torch.empty_like(q)}
 
     # -- plans ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +226,7 @@ class FlashInferProvider:
         return self._library.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "NHD",
-            use_tensor_cores=self._heads >= TENSOR_CORE_GROUP * self._kv_heads,
+            use_tensor_cores=self._heads >= TENSOR_CORE_GROUP * self._kv_heads or self._pages.dtype in FP8,
             backend="fa2",
             **buffers,
         )

@@ -6,8 +6,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlcache_sgl.attention.base import Observe
+from vlcache_sgl.memory.arena import merge_groups
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.decode_index import DecodeIndex, RowCells, collect
+from vlcache_sgl.memory.scales import UNSCALED, Scales, as_bytes
 
 GATHER_BYTES = 8 << 20
 """Keys and values gathered before they are attended to: about a processor's last-level cache, so that attention
@@ -19,9 +21,9 @@ class TorchProvider:
 
     on_device = False
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
         self._memory = memory
-        self._gather = Gather(memory.arena)
+        self._gather = Gather(memory.arena, dtype)
         self._batch: ExtendBatch | None = None
         self._prefixes: list[RowCells | None] = []
         self.index = DecodeIndex(memory.residency, memory.req_to_token)
@@ -51,13 +53,13 @@ class TorchProvider:
             part = request.tokens
             prefix = valid = None
             if cells is not None:
-                prefix, valid = prefix_keys_values(self._gather, cells, planes)
+                prefix, valid = prefix_keys_values(self._gather, cells, planes, self._memory.scales_of(planes))
             arguments = (queries[part], keys[part], values[part], prefix, valid, scale)
             if lse is not None:
                 output[part], lse[part] = extend_with_lse(*arguments)
             else:
                 output[part] = extend(*arguments)
-            if request.votes:
+            if request.observed:
                 observe(number, prefix, valid)
         return output, lse
 
@@ -65,7 +67,7 @@ class TorchProvider:
         self.index.step(batch.rows, batch.lengths, batch.new_cells)
 
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
-        return decode(queries, self.index, planes, self._gather, scale)
+        return decode(queries, self.index, planes, self._gather, scale, self._memory.scales_of(planes))
 
     def init_graphs(self, max_batch: int) -> None:
         raise NotImplementedError("attention in plain torch cannot be recorded in a CUDA graph")
@@ -82,28 +84,38 @@ def kept_prefix(memory: Memory, row: int, length: int) -> RowCells | None:
 
 
 class Gather:
-    """Collects cells in one reused buffer: fresh memory of this size would be paged in anew each time."""
+    """Collects cells in one reused buffer: fresh memory of this size would be paged in anew each time.
 
-    def __init__(self, arena: torch.Tensor) -> None:
-        self._flat = arena.flatten(1)
+    Args:
+        arena: `[cells + 1, 2, heads_per_cell, head_dim]`.
+        dtype: of queries, in which keys and values are attended to.
+    """
+
+    def __init__(self, arena: torch.Tensor, dtype: torch.dtype) -> None:
+        self._flat = as_bytes(arena).flatten(1)
+        self._stored = arena.dtype
+        self._dtype = dtype
         self._shape = arena.shape[1:]
-        self._scratch = arena.new_empty((0, self._flat.shape[1]))
+        self._scratch = self._flat.new_empty((0, self._flat.shape[1]))
 
     @property
     def cell_bytes(self) -> int:
-        return self._flat.shape[1] * self._flat.element_size()
+        """Of a cell that is attended to."""
+        return self._flat.shape[1] * self._dtype.itemsize
 
-    def __call__(self, cells: torch.Tensor) -> torch.Tensor:
-        """`cells` `[...]` int32 -> `[..., 2, heads_per_cell, head_dim]`; valid until the next call."""
+    def __call__(self, cells: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """`cells` `[...]` int32 -> `[..., 2, heads_per_cell, head_dim]` as numbers; valid until the next call."""
         count = cells.numel()
         if count > self._scratch.shape[0]:
             self._scratch = self._flat.new_empty((count, self._flat.shape[1]))
         out = self._scratch[:count]
         torch.index_select(self._flat, 0, cells.reshape(-1), out=out)
-        return out.view(*cells.shape, *self._shape)
+        return scales.load(out.view(self._stored).view(*cells.shape, *self._shape), self._dtype)
 
 
-def prefix_keys_values(gather: Gather, prefix: RowCells, planes: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+def prefix_keys_values(
+    gather: Gather, prefix: RowCells, planes: slice, scales: Scales = UNSCALED
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What one layer keeps of a request's earlier tokens.
 
     Returns:
@@ -112,13 +124,12 @@ def prefix_keys_values(gather: Gather, prefix: RowCells, planes: slice) -> tuple
     """
     counts = prefix.counts[planes]
     width = int(counts.max())
-    both = gather(prefix.cells[planes, :width])  # [G, P, 2, K/G, D]
-    groups, _, two, heads, dim = both.shape
-    merged = both.permute(1, 2, 0, 3, 4).reshape(width, two, groups * heads, dim)
-    if groups == 1:
+    both = gather(prefix.cells[planes, :width], scales)
+    merged = merge_groups(both)
+    if len(both) == 1:
         merged = merged.clone()
     ragged = int(counts.min()) != width
-    return merged, counts.repeat_interleave(heads) if ragged else None
+    return merged, counts.repeat_interleave(both.shape[3]) if ragged else None
 
 
 def extend(
@@ -204,13 +215,21 @@ def _flash(
     return (logits - lse.unsqueeze(-1)).exp().to(v.dtype) @ v, lse
 
 
-def decode(queries: torch.Tensor, index: DecodeIndex, planes: slice, gather: Gather, scale: float) -> torch.Tensor:
+def decode(
+    queries: torch.Tensor,
+    index: DecodeIndex,
+    planes: slice,
+    gather: Gather,
+    scale: float,
+    scales: Scales = UNSCALED,
+) -> torch.Tensor:
     """One new token per request over its kept cells (its own, already written, included).
 
     Args:
         queries: `[batch, H, D]`.
         index: the batch's cells, this step's included.
         planes: the layer's planes.
+        scales: what its stored keys and values are multiplied by.
 
     Returns:
         `[batch, H, D]`.
@@ -228,21 +247,17 @@ def decode(queries: torch.Tensor, index: DecodeIndex, planes: slice, gather: Gat
             every = part.numel() == queries.shape[0]
             cells = index.cells[planes, :, :length] if every else index.cells[planes, part, :length]
             used = counts if every else counts[:, part]
-            out = _attend(queries if every else queries[part], cells, used, gather, scale)
+            out = _attend(queries if every else queries[part], gather(cells, scales), used, scale)
             if every:
                 return out.view(-1, num_heads, dim)
             output[part] = out.view(-1, num_heads, dim)
     return output
 
 
-def _attend(
-    queries: torch.Tensor, cells: torch.Tensor, counts: torch.Tensor, gather: Gather, scale: float
-) -> torch.Tensor:
-    """`queries` `[b, H, D]` over `cells` `[G, b, n]`, of which `counts` `[G, b]` are valid; `[b, H, D]`."""
+def _attend(queries: torch.Tensor, both: torch.Tensor, counts: torch.Tensor, scale: float) -> torch.Tensor:
+    """`queries` `[b, H, D]` over keys and values `[G, b, n, 2, heads, D]`, of which `counts` `[G, b]` are valid."""
     batch, num_heads, dim = queries.shape
-    groups, _, length = cells.shape
-    both = gather(cells)  # [G, b, n, 2, heads, D]
-    heads = both.shape[-2]
+    groups, _, length, _, heads, _ = both.shape
     both = both.view(groups * batch, length, 2, heads, dim)
     # The query heads of a KV head become rows of one small query: no key is read twice.
     per_head = num_heads // (groups * heads)

@@ -98,6 +98,7 @@ class TritonProvider:
         q, k, v = (split_groups(x[:total], groups) for x in (queries, keys, values))
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if batch.want_lse else None
+        scales = self._memory.scales_of(planes)
         self._extend_kernel(
             q,
             k,
@@ -112,8 +113,8 @@ class TritonProvider:
             True,  # causal
             None,
             max(request.count for request in batch.requests),
-            1.0,
-            1.0,
+            scales.key,
+            scales.value,
             sm_scale=scale,
             lse_extend=lse,
         )
@@ -142,6 +143,7 @@ class TritonProvider:
         lists = self._decode.index.at(layer)
         q = split_groups(queries, self._memory.groups)
         out = torch.empty_like(q)
+        scales = self._memory.scales_of(planes)
         self._decode_kernel(
             q,
             self._keys,
@@ -153,8 +155,8 @@ class TritonProvider:
             self._decode.parts[layer],
             self._kv_splits,
             scale,
-            1.0,
-            1.0,
+            scales.key,
+            scales.value,
         )
         return join_groups(out, self._memory.groups)
 

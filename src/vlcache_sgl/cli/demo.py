@@ -24,11 +24,11 @@ from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.client.bundled import bundled_model
 from vlcache_sgl.client.client import Client
 from vlcache_sgl.client.server import BUNDLED_FLAGS, ServerError, ServerProcess, interruptible
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 
 GRIDS = ((24, 24), (24, 28), (28, 28), (28, 32), (32, 32))
 """Rows and columns of the images, 576 to 1024 image tokens."""
-NUM_PICTURES = 20
+NUM_IMAGES = 20
 FOLLOWED = (0, 4)
 """Images that get follow-up questions: the smallest and the largest."""
 NUM_FOLLOW_UPS = 3
@@ -107,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def receipt_tasks() -> list[Task]:
     """The first question about every image, then the follow-ups."""
     first, later = [], []
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         rows, cols = GRIDS[number % len(GRIDS)]
-        picture = make_picture(FIRST_SEED + number, rows, cols, num_questions=1 + NUM_FOLLOW_UPS)
+        receipt = make_receipt(FIRST_SEED + number, rows, cols, num_questions=1 + NUM_FOLLOW_UPS)
         label = f"{number + 1}: {rows}x{cols}"
-        question, *others = picture.questions
-        first.append(Task(label, picture.image, question.text, question.answer))
+        question, *others = receipt.questions
+        first.append(Task(label, receipt.image, question.text, question.answer))
         if number in FOLLOWED:
-            later += [Task(label, picture.image, other.text, other.answer, follow_up=True) for other in others]
+            later += [Task(label, receipt.image, other.text, other.answer, follow_up=True) for other in others]
     return first + later
 
 

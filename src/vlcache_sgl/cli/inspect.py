@@ -20,7 +20,7 @@ from rich.console import Console
 from vlcache_sgl.client.client import Client, said
 from vlcache_sgl.client.server import RunningServer, ServerError, interruptible
 from vlcache_sgl.client.target import add_target_arguments, target
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 from vlcache_sgl.inspection.layout import read_report
 from vlcache_sgl.inspection.page import percents, write_page
 from vlcache_sgl.inspection.sheet import draw_sheet
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console()
     try:
-        images, question = pictures_of(arguments)
+        images, question = images_of(arguments)
         flags = ("--kv-policy", arguments.policy or "vlcache", "--kv-budget", arguments.budget or "0.1")
         with interruptible(), target(arguments, flags, console) as server:
             seen = read_report(images=images, **inspect(server, images, question, arguments))
@@ -79,7 +79,7 @@ def inspect(
         params["kv_budget"] = arguments.budget
     full = None
     with contextlib.suppress(openai.BadRequestError):  # not on a GPU; whatever else is wrong is said to the others
-        full = client.ask(question, *images, custom_params={**params, "kv_report": "recall"}, **options)
+        full = client.ask(question, *images, custom_params={**params, "kv_report": "attention"}, **options)
     if full is None:
         full = client.ask(question, *images, custom_params={"kv_budget": "1.0"}, **options)
     params["kv_report"] = "positions"
@@ -93,14 +93,15 @@ def inspect(
         "policy": policy,
         "budget": budget,
         "model": Path(str(server.server_info()["model_path"])).name,
-        "attention": full.report.get("recall", {}).get("attention_mass", ()),
+        "attention": full.report.get("attention", {}).get("attention_mass", ()),
+        "numbers": state["layers"],
     }
 
 
-def pictures_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
+def images_of(arguments: argparse.Namespace) -> tuple[list[Image.Image], str]:
     """The images and the question; the demo's first when no image is given."""
     if not arguments.image:
-        drawn = make_picture(_SEED, _SIDE, _SIDE)
+        drawn = make_receipt(_SEED, _SIDE, _SIDE)
         return [drawn.image], arguments.question or drawn.questions[0].text
     return [Image.open(path).convert("RGB") for path in arguments.image], arguments.question or "What is in this image?"
 

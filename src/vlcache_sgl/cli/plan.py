@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +22,13 @@ from rich.table import Table
 from vlcache_sgl.capacity import (
     MAX_CELLS,
     POOLS_IN_HOST,
+    STATES_PER_REQUEST,
     KVShape,
     Pool,
+    StateShape,
     cached_prompts,
     compressed_pool,
+    kv_layer_count,
     requests_in_flight,
     resident_tokens,
 )
@@ -33,6 +37,8 @@ from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, config_from
 
 MEM_FRACTION = 0.85
 """Share of the GPU's memory for weights and KV cache; SGLang chooses its own and prints it at start."""
+STATE_RATIO = 0.9
+"""Memory of a hybrid's states over that of its KV cache; SGLang's default."""
 MAX_RUNNING = 2048
 """SGLang's `--max-running-requests` unless given: at least this."""
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -62,7 +68,7 @@ class Row:
     host_tokens: int
     """Tokens that host memory holds."""
     limited_by: str
-    """What keeps a further request from running: memory, slots or max-running-requests."""
+    """What keeps a further request from running: memory, slots, states or max-running-requests."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,22 +77,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = table_console(_WIDTH)
     try:
         model = read_model(arguments.model)
-        shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells)
-        stock_tokens = arguments.max_total_tokens or _tokens_in(arguments, shape)
-        rows = plan(arguments, shape, stock_tokens)
+        shape = shape_of(model, arguments.dtype, arguments.tp, arguments.head_cells, arguments.kv_cache_dtype)
+        states = state_shape_of(model, arguments.dtype, arguments.tp)
+        stock_tokens, state_slots = _memory(arguments, shape, states)
+        rows = plan(arguments, shape, stock_tokens, state_slots)
     except (PlanError, ConfigError) as error:
         Console(stderr=True, soft_wrap=True).print(f"vlcache plan: {error}", style="red", markup=False, highlight=False)
         return 2
     if arguments.json:
         about = {"model": arguments.model, "token_bytes": shape.token_bytes, "tokens_uncompressed": stock_tokens}
+        if states is not None:
+            about |= {"state_bytes": states.slot_bytes, "state_slots": state_slots}
         print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         show(rows, arguments, shape, stock_tokens, console)
+        if states is not None:
+            _show_states(rows, states, state_slots, console)
     return 0
 
 
-def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> list[Row]:
+def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int, state_slots: int | None = None) -> list[Row]:
     """Stock SGLang, then every budget.
+
+    Args:
+        state_slots: of a hybrid; None: not known, or no hybrid.
 
     Raises:
         PlanError: when one request alone does not fit.
@@ -95,19 +109,32 @@ def plan(arguments: argparse.Namespace, shape: KVShape, stock_tokens: int) -> li
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
     if min(arguments.image_tokens, stock_tokens) < 1 or min(arguments.text_tokens, new) < 0:
         raise PlanError("numbers of tokens must not be negative, and an image has at least one")
-    rows = [_row("none", Pool(stock_tokens, stock_tokens), None, arguments, shape)]
+    rows = [_row("none", Pool(stock_tokens, stock_tokens), None, arguments, shape, state_slots)]
     for budget in arguments.budget:
-        flags = {"kv_budget": budget, "kv_overcommit": arguments.overcommit, "kv_host_memory": arguments.host_memory}
+        flags = {
+            "kv_budget": budget,
+            "kv_overcommit": arguments.overcommit,
+            "kv_host_memory": arguments.host_memory,
+            "kv_recall": arguments.recall,
+        }
         config = config_from({"kv_policy": "vlcache", **flags})
         assert isinstance(config, KVConfig)
         host = _host_tokens(config, shape, stock_tokens)
         graphs = arguments.device == "cuda"
-        pool = compressed_pool(stock_tokens, shape, config.overcommit_factor, graph_lists=graphs, host_tokens=host)
+        pool = compressed_pool(
+            stock_tokens,
+            shape,
+            config.overcommit_factor,
+            graph_lists=graphs,
+            host_tokens=host,
+            sketches=config.recall > 0,
+        )
         if pool.physical_tokens * shape.planes > MAX_CELLS:
             raise PlanError(f"{pool.physical_tokens * shape.planes} cells are more than 32-bit numbers can name")
         # Shorter prompts are left alone.
         compressed = prompt >= config.min_tokens
-        rows.append(_row(str(config.budget), pool, config.budget if compressed else None, arguments, shape, host))
+        kept = config.budget if compressed else None
+        rows.append(_row(str(config.budget), pool, kept, arguments, shape, state_slots, host, config.recall))
     for row in rows:
         if row.requests == 0:
             raise PlanError(
@@ -125,18 +152,30 @@ def _host_tokens(config: KVConfig, shape: KVShape, stock_tokens: int) -> int:
 
 
 def _row(
-    name: str, pool: Pool, budget: KVBudget | None, arguments: argparse.Namespace, shape: KVShape, host_tokens: int = 0
+    name: str,
+    pool: Pool,
+    budget: KVBudget | None,
+    arguments: argparse.Namespace,
+    shape: KVShape,
+    state_slots: int | None,
+    host_tokens: int = 0,
+    recall: int = 0,
 ) -> Row:
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
     resident = resident_tokens(prompt, shape.layers, budget)
+    resident += min(recall, prompt - resident)
     limits = {
         "memory": requests_in_flight(Pool(pool.physical_tokens, MAX_CELLS), prompt, resident, new),
         "slots": pool.slots // (prompt + new),
         _RUNNING: arguments.max_running_requests,
     }
+    if state_slots is not None:
+        limits["states"] = state_slots // STATES_PER_REQUEST
     tightest = min(limits, key=lambda limit: limits[limit])
     # Shared prefixes of compressed prompts lie in host memory, whole; others in the KV cache.
     images = host_tokens // prompt if host_tokens and budget is not None else cached_prompts(pool, prompt, resident)
+    if state_slots is not None:
+        images = min(images, state_slots)
     return Row(
         name,
         pool.physical_tokens,
@@ -194,6 +233,21 @@ def show(
             )
 
 
+def _show_states(rows: Sequence[Row], states: StateShape, slots: int | None, console: Console) -> None:
+    """What the layers without a KV cache take, and what to do where they are what is short."""
+    console.print(
+        f"linear-attention layers: {in_words(states.slot_bytes)} per state"
+        + ("" if slots is None else f", {slots} states; a running request has {STATES_PER_REQUEST}, an image one"),
+        soft_wrap=True,
+    )
+    if any(row.limited_by == "states" for row in rows[1:]):
+        console.print(
+            "states are what is short: a larger --mamba-full-memory-ratio makes more of them, out of the memory that a "
+            "compressed KV cache does not need",
+            soft_wrap=True,
+        )
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -205,10 +259,10 @@ def read_model(name: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    from vlcache_sgl.sglang_hooks.compat import unsupported_model
+    from vlcache_sgl.sglang_hooks.compat import unsupported_configuration
 
     config = _stored_config(name)
-    if problem := next(unsupported_model(config), None):
+    if problem := next(unsupported_configuration(config), None):
         raise PlanError(problem)
     try:
         # Configurations leave out what is the family's default.
@@ -266,14 +320,14 @@ def _text_part(config: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
-def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool) -> KVShape:
+def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool, kv_cache_dtype: str = "auto") -> KVShape:
     """What the model stores per token on one of `tp` ranks.
 
     Raises:
         PlanError: when the configuration does not say, or the heads cannot be divided.
     """
     text = model["text_config"]
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
+    layers, heads = kv_layer_count(text), text.get("num_attention_heads")
     if not layers or not heads:
         raise PlanError("the configuration names no num_hidden_layers and num_attention_heads: not a language model")
     kv_heads = text.get("num_key_value_heads") or heads
@@ -283,7 +337,25 @@ def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool) -> KV
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise PlanError(f"{heads} attention heads and {kv_heads} KV heads cannot be divided over --tp {tp}")
     mine = max(1, kv_heads // tp)
-    return KVShape(layers, mine, head_dim, _element_bytes(dtype), groups=mine if head_cells else 1)
+    stored = {"auto": _element_bytes(dtype), "bf16": 2, "bfloat16": 2}.get(kv_cache_dtype, 1)
+    return KVShape(layers, mine, head_dim, stored, groups=mine if head_cells else 1)
+
+
+def state_shape_of(model: dict[str, Any], dtype: str, tp: int) -> StateShape | None:
+    """What the other layers keep on one of `tp` ranks; None: there are no Gated Delta Networks."""
+    text = model["text_config"]
+    heads = text.get("linear_num_value_heads")
+    if not heads:
+        return None
+    return StateShape(
+        layers=int(text["num_hidden_layers"]) - kv_layer_count(text),
+        key_heads=max(1, text["linear_num_key_heads"] // tp),
+        value_heads=heads // tp,
+        key_dim=text["linear_key_head_dim"],
+        value_dim=text["linear_value_head_dim"],
+        convolution=text["linear_conv_kernel_dim"],
+        element_bytes=_element_bytes(dtype),
+    )
 
 
 def _element_bytes(dtype: str) -> int:
@@ -291,21 +363,28 @@ def _element_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _tokens_in(arguments: argparse.Namespace, shape: KVShape) -> int:
-    """Uncompressed tokens in the memory that SGLang leaves for the KV cache.
+def _memory(arguments: argparse.Namespace, shape: KVShape, states: StateShape | None) -> tuple[int, int | None]:
+    """Uncompressed tokens in the memory that SGLang leaves for the KV cache, and states of a hybrid beside it.
 
     Raises:
         PlanError: when the weights leave none.
     """
+    slots: int | None = None if states is None else arguments.max_mamba_cache_size
+    if arguments.max_total_tokens:
+        return arguments.max_total_tokens, slots
     static = arguments.gpu_memory * arguments.mem_fraction_static
     weights = (arguments.weights or weight_bytes(arguments.model, arguments.dtype)) / arguments.tp
-    tokens = int((static - weights) / shape.token_bytes)
+    memory = static - weights
+    if states is not None:
+        slots = slots or states.slots_in(memory, arguments.mamba_full_memory_ratio)
+        memory -= (slots + 1) * states.slot_bytes
+    tokens = int(memory / shape.token_bytes)
     if tokens < 1:
         raise PlanError(
             f"weights of {in_words(weights)} leave no KV cache in {arguments.mem_fraction_static:g} of "
             f"{in_words(arguments.gpu_memory)}; more GPUs: --tp"
         )
-    return tokens
+    return tokens, slots
 
 
 def weight_bytes(name: str, dtype: str) -> int:
@@ -365,6 +444,16 @@ def _share(text: str) -> float:
     return share
 
 
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return ratio
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vlcache plan", description=(__doc__ or "").split("\n\n", 1)[1])
     parser.add_argument("--model", required=True, metavar="CONFIG_OR_FOLDER", help="config.json, its folder, or a name")
@@ -383,12 +472,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tp", type=_positive, default=1, help="GPUs of one tensor-parallel server; default: 1")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        default="auto",
+        help="as SGLang's flag: of stored keys and values; default: auto, as --dtype",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="decode graphs cost memory on cuda")
     parser.add_argument("--overcommit", default="auto", help="as --kv-overcommit; default: auto")
     parser.add_argument("--host-memory", default="auto", help="as --kv-host-memory; default: auto, twice the KV cache")
+    parser.add_argument("--recall", default="off", help="as --kv-recall; default: off")
     parser.add_argument("--head-cells", action="store_true", help="as --kv-head-cells")
     parser.add_argument(
         "--max-running-requests", type=_positive, default=MAX_RUNNING, help=f"as SGLang's; default: {MAX_RUNNING}"
+    )
+    parser.add_argument(
+        "--mamba-full-memory-ratio",
+        type=_ratio,
+        default=STATE_RATIO,
+        metavar="RATIO",
+        help=f"of a hybrid, as SGLang's flag; default: {STATE_RATIO}",
+    )
+    parser.add_argument(
+        "--max-mamba-cache-size", type=_positive, metavar="STATES", help="instead: states, as SGLang's flag"
     )
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser

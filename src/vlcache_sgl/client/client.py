@@ -1,4 +1,4 @@
-"""Questions with pictures to an OpenAI-compatible server, and answers as plain records."""
+"""Questions with images to an OpenAI-compatible server, and answers as plain records."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Answer:
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture inside a URL, as lossless PNG: the model sees every pixel as drawn."""
+    """The image inside a URL, as lossless PNG: the model sees every pixel as drawn."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def user_says(text: str, *images: Image.Image | str) -> Message:
-    """A user's turn: the pictures (or their URLs), then the text."""
+    """A user's turn: the images (or their URLs), then the text."""
     urls = [image if isinstance(image, str) else data_url(image) for image in images]
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import httpx
 import psutil  # type: ignore[import-untyped]
@@ -48,6 +48,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+class ChildProcess(Protocol):
+    """What is asked of the process of a server."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        ...
 
 
 class RunningServer:
@@ -118,7 +129,7 @@ class ServerProcess(RunningServer):
         self._env = {**os.environ, **(env or {})}
         self._timeout_s = timeout_s
         self._console = console
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._launched_at = 0.0
         self._work_dir: Path | None = None
         self.log_path: Path | None = None
@@ -156,8 +167,13 @@ class ServerProcess(RunningServer):
         # SGLang leaves socket files behind in its temporary directory: give it ours, which goes away as a whole.
         # Threads of several processes share the cores: one that spins at a barrier takes the time of the others.
         env = {"OMP_WAIT_POLICY": "PASSIVE", **self._env, "TMPDIR": str(self._work_dir), "PYTHONUNBUFFERED": "1"}
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
+        self._process = self._spawn(self.log_path, env)
+        self._launched_at = time.monotonic()
+
+    def _spawn(self, log_path: Path, env: Mapping[str, str]) -> ChildProcess:
+        """Run `command` in a session of its own."""
+        with log_path.open("wb") as log:
+            return subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -165,7 +181,6 @@ class ServerProcess(RunningServer):
                 env=env,
                 start_new_session=True,
             )
-        self._launched_at = time.monotonic()
 
     def wait_until_ready(self) -> None:
         """Return once `/health_generate` answers; raise ServerError when the server exits first or takes too long."""

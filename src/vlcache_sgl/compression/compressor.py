@@ -14,23 +14,25 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import torch
 
 from vlcache_sgl.api import Prompt, Span
+from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
-from vlcache_sgl.memory.events import passed_event
 from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.plan import EvictionPlan
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.scoring.scoring import KeysValues, Scoring, divide_prefix
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
+from vlcache_sgl.streams import passed_event, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ class Compressor:
         valid: torch.Tensor | None,
         scale: float,
     ) -> None:
-        """Let the chunk's rows vote in one layer.
+        """Add the statistics of the chunk's query rows in one layer.
 
         Args:
             begin: position of the chunk's first token.
@@ -187,14 +189,14 @@ class Compressor:
             return None
 
     def observe_batch(
-        self, voting: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
+        self, batch: BatchScoring, planes: slice, queries: torch.Tensor, scale: float, lse: torch.Tensor | None
     ) -> None:
-        """Let the rows of all requests of a batch vote in one layer; see `BatchScoring.observe`."""
+        """Add the statistics of the query rows of a batch in one layer; see `BatchScoring.observe`."""
         started = time.perf_counter()
         try:
-            voting.observe(planes, queries, scale, lse)
+            batch.observe(planes, queries, scale, lse)
         except Exception as error:
-            _give_up(voting.scorings, error)
+            _give_up(batch.scorings, error)
         self.counters.scoring_ms += (time.perf_counter() - started) * 1e3
 
     # -- at its end -------------------------------------------------------------------------------------------------
@@ -221,11 +223,11 @@ class Compressor:
             self.fail(job, error)
             self._keep_whole(job, row)
             return
-        if job.asked.measures_recall:
-            job.report.recall = job.report.recall or Recall(
+        if job.asked.measures_attention:
+            job.report.measured = job.report.measured or Measured(
                 plan.keep, prompt
             )  # a retracted request decides twice, and alike
-            self._count_skipped(job, "recall")
+            self._count_skipped(job, "measured")
         else:
             self._evict(job, prompt, row, plan)
             job.progress.compressed = True
@@ -268,16 +270,16 @@ class Compressor:
         Of a request that shares without loss, what is not in the arena is read from host memory.
         """
         arena = self._arena
-        away = None if memory is None else (arena.residency.slot_cells[slots] == 0).nonzero().flatten()
+        numbers = torch.arange(slots.numel(), device=slots.device)
 
         def keys_values(layer: int) -> torch.Tensor:
-            planes = arena.planes_of(layer)
+            planes = arena.planes_at(layer)
             cells = arena.residency.cells_of(planes, slots)
-            both = arena.cells[cells.clamp(min=0).to(torch.int64)]  # [G, m, 2, K/G, D]
-            if memory is not None and away is not None and away.numel():
-                both[:, away] = memory.host.load(planes, slots[away])
-            groups, tokens, two, heads, dim = both.shape
-            return both.permute(1, 2, 0, 3, 4).reshape(tokens, two, groups * heads, dim)
+            both = arena.raw[cells.clamp(min=0).to(torch.int64)]
+            if memory is not None:
+                away = torch.where(cells == EVICTED, numbers, EVICTED)
+                memory.host.copy(planes, slots, both, away, (away >= 0).sum())
+            return arena.join(planes, both, arena.wide_dtype)
 
         return keys_values
 
@@ -301,7 +303,7 @@ class Compressor:
         Args:
             row: `[context]`, the request's row of `req_to_token`.
         """
-        if job.host is None or job.host.own is not None:
+        if job.host is None or job.host.settled:
             return
         assert self.host is not None
         started = time.perf_counter()
@@ -314,42 +316,63 @@ class Compressor:
         self.counters.host_ms += (time.perf_counter() - started) * 1e3
 
     def _keep_whole(self, job: CompressionJob, row: torch.Tensor) -> None:
-        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back."""
-        if job.host is not None and job.host.own is None:
-            keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
-            self._take_own(job, row, keep)
+        """The end of a prompt that is left alone: where it lies in host memory, bring all of it back.
 
-    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor) -> None:
-        """Let the row of a request name slots of its own for what it keeps, `[planes, length]` bool."""
+        A prompt whose policy has failed was admitted for what the policy was to keep: it may not fit.
+        """
+        if job.host is None or job.host.settled:
+            return
+        keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
+        job.host.ratio = 1.0
+        self._take_own(job, row, keep, keep.numel())
+
+    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int) -> None:
+        """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all."""
         assert self.host is not None
         assert job.host is not None
         try:
-            job.host.own = self.host.settle(row[: job.asked.length].to(torch.int64), keep)
+            slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
+            if tokens and self.host.recall is not None:
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, kept, tokens)
+            else:
+                job.host.own = self.host.settle(slots, keep, kept)
         except OutOfMemory as error:
             logger.error("a prompt of %d tokens is lost: %s", job.asked.length, error)
-            job.host.abort(f"the KV cache is full: {error}")
+            job.host.abort(*self._why_lost(job, error))
             return
         row[: job.asked.length] = job.host.own.private.to(row.dtype)
+
+    def _why_lost(self, job: CompressionJob, error: OutOfMemory) -> tuple[str, HTTPStatus]:
+        """What the client of a prompt is told that does not fit when its prefill has ended."""
+        if "failed" not in job.report.fields:
+            return f"the KV cache is full: {error}", HTTPStatus.INTERNAL_SERVER_ERROR
+        held = self.accounting.physical_tokens
+        why = (
+            f"the policy {job.report.fields['policy']} failed ({job.report.fields['failed']}), and the prompt of "
+            f"{job.asked.length} tokens does not fit the KV cache without it: it holds {held} uncompressed"
+        )
+        if longest_answer(job.asked.length, 1, held):
+            return f"{why}, and others use it now", HTTPStatus.SERVICE_UNAVAILABLE
+        return why, HTTPStatus.BAD_REQUEST
 
     def _evict(self, job: CompressionJob, prompt: Prompt, row: torch.Tensor, plan: EvictionPlan) -> None:
         arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
         keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
-        vision_kept = (keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1)
+        vision_kept = to_host((keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1))
+        # From the plan, not from the device: the host need not wait to know them.
+        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         if job.host is not None:
-            self._take_own(job, row, torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1))
+            everything = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
+            self._take_own(job, row, everything, prompt.start * arena.num_planes + int(counts.sum()))
             done = passed_event(slots.device)
         else:
-            eviction = arena.residency.evict(slots, keep)
-            done = passed_event(slots.device)
-            self.accounting.retire(eviction, done)
+            done = self.accounting.evict(slots, keep)
         if job.report.counted:  # it was retracted: what was done before is what counts
             return
         job.report.counted = True
-        # From the plan, not from the device: the host need not wait to know them.
         front = prompt.start - job.first_kept
-        counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups
         self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
@@ -360,9 +383,7 @@ class Compressor:
         """Share of `slots` that each layer has; see `Report.shared_kept`.  Nobody waits for it here."""
         arena = self._arena
         resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
-        shares = resident.view(-1, arena.groups * slots.numel()).float().mean(1)
-        if shares.device.type != "cpu":
-            shares = torch.empty(shares.shape, pin_memory=True).copy_(shares, non_blocking=True)
+        shares = to_host(resident.view(-1, arena.groups * slots.numel()).float().mean(1))
         return shares, passed_event(slots.device)
 
     def report_shared(self, job: CompressionJob) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from vlcache_sgl.api import Span
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.memory.own_slots import HostShare
+from vlcache_sgl.recall.areas import RecallArea
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import Scoring
 
@@ -38,6 +39,25 @@ class Progress:
 
 
 @dataclass
+class Staged:
+    """Chunks of a prefill that read what comes before them from host memory."""
+
+    chunks: int = 0
+    tokens: int = 0
+    """That were read, once per chunk."""
+    ms: float = 0.0
+    """Wall time of the forwards that computed the chunks, of other requests too."""
+
+    def add(self, tokens: int, ms: float) -> None:
+        """One more chunk."""
+        self.chunks, self.tokens, self.ms = self.chunks + 1, self.tokens + tokens, self.ms + ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"chunks": self.chunks, "tokens": self.tokens, "seconds": round(self.ms / 1e3, 4)}
+
+
+@dataclass
 class Report:
     """What the response and the totals say of a request."""
 
@@ -52,8 +72,9 @@ class Report:
     shared_kept: tuple[torch.Tensor, Any | None] | None = None
     """`[L]` float32 on the host, shares that each layer has of the tokens from the prefix cache, and the event after
     which it may be read."""
-    recall: Recall | None = None
-    """Set when the decision has fallen; only with `Asked.measures_recall`."""
+    staged: Staged = field(default_factory=Staged)
+    measured: Measured | None = None
+    """Set when the decision has fallen; only with `Asked.measures_attention`."""
 
 
 @dataclass
@@ -75,6 +96,15 @@ class ReadingState:
         return "skipped" in self.report
 
 
+@dataclass(frozen=True)
+class KeptState:
+    """What layers without a KV cache know behind the first `end` tokens of a prompt."""
+
+    end: int
+    slot: torch.Tensor
+    """`[1]`, where it lies in SGLang's pool of states."""
+
+
 class CompressionJob:
     """What belongs to one request, by who changes it.
 
@@ -83,6 +113,8 @@ class CompressionJob:
         progress: of the prefill, the compressor's.
         report: what is said of it.
         host: set where the prefix is shared without loss.
+        area: what is brought back while the answer is decoded; None: nothing is, or not yet.
+        state: of a hybrid, until the tree gets it or nobody needs it.
         reading: how far the second reading of the prompt has come, by another request; only where the policy asks.
     """
 
@@ -92,11 +124,18 @@ class CompressionJob:
         self.report = Report()
         self.reading = reading
         self.host: HostShare | None = None
+        self.area: RecallArea | None = None
+        self.state: KeptState | None = None
 
     @property
     def reads_decode(self) -> bool:
         """Whether decode steps of this request are looked at."""
-        return self.report.recall is not None
+        return self.report.measured is not None
+
+    @property
+    def recalls(self) -> RecallArea | None:
+        """The area to refresh in a decode step; None: there is none, or its request has given its slots back."""
+        return self.area if self.area is not None and self.host is not None and self.area.own is self.host.own else None
 
     @property
     def first_kept(self) -> int:

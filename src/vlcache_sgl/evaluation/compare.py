@@ -20,7 +20,7 @@ class Flip:
 
     sample: str
     index: int
-    """Number of the question about the sample's pictures, from 1."""
+    """Number of the question about the sample's images, from 1."""
     before: str
     after: str
     lost: bool

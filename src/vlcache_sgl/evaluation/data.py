@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlcache_sgl.evaluation.scores import METRICS
-from vlcache_sgl.evaluation.tasks.receipts import Picture, Question, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
 
 FIRST_SEED = 40_000
-"""Held-out pictures; the demo, the tests and the training of the bundled model use other seeds."""
+"""Held-out images; the demo, the tests and the training of the bundled model use other seeds."""
 SIDE = 24
 NUM_QUESTIONS = 8
 """Questions per image of the task `requery`."""
@@ -43,7 +43,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Asked:
-    """One question about the pictures of a sample."""
+    """One question about the images of a sample."""
 
     text: str
     answers: tuple[str, ...]
@@ -56,13 +56,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures with the questions that are asked about them, one after the other."""
+    """Images with the questions that are asked about them, one after the other."""
 
     id: str
     task: str
     questions: tuple[Asked, ...]
     open_images: Callable[[], list[Image.Image]] = field(compare=False)
-    """Reads or draws the pictures, so that a large dataset is not held in memory."""
+    """Reads or draws the images, so that a large dataset is not held in memory."""
     text_only: bool = False
     """Whether there are none."""
 
@@ -169,49 +169,49 @@ def _open_all(paths: list[Path]) -> list[Image.Image]:
 # -- bundled tasks ----------------------------------------------------------------------------------------------------
 
 
-def _drawn(seed: int, rows: int, cols: int, questions: int, fill: float | None = None) -> Picture:
-    return make_picture(seed, rows, cols, num_questions=questions, fill=fill)
+def _drawn(seed: int, rows: int, cols: int, questions: int, fill: float | None = None) -> Receipt:
+    return make_receipt(seed, rows, cols, num_questions=questions, fill=fill)
 
 
 def single(number: int) -> Sample:
-    """One picture, one question."""
-    picture = _drawn(FIRST_SEED + number, SIDE, SIDE, 1)
-    return Sample(f"single-{number}", "single", _ask(picture.questions[:1]), lambda: [picture.image])
+    """One image, one question."""
+    receipt = _drawn(FIRST_SEED + number, SIDE, SIDE, 1)
+    return Sample(f"single-{number}", "single", _ask(receipt.questions[:1]), lambda: [receipt.image])
 
 
 def requery(number: int) -> Sample:
-    """One picture, NUM_QUESTIONS questions, each a request of its own; they may share the picture's compressed copy."""
-    picture = _drawn(FIRST_SEED + 1000 + number, SIDE, SIDE, NUM_QUESTIONS)
-    return Sample(f"requery-{number}", "requery", _ask(picture.questions), lambda: [picture.image])
+    """One image, NUM_QUESTIONS questions, each a request of its own; they may share the image's compressed copy."""
+    receipt = _drawn(FIRST_SEED + 1000 + number, SIDE, SIDE, NUM_QUESTIONS)
+    return Sample(f"requery-{number}", "requery", _ask(receipt.questions), lambda: [receipt.image])
 
 
 def receipts(seed: int, questions: int) -> Sample:
-    """The picture of that seed with so many questions: for pictures that no task of `TASKS` shows."""
-    picture = _drawn(seed, SIDE, SIDE, questions)
-    return Sample(f"receipt-{seed} x{questions}", "receipts", _ask(picture.questions), lambda: [picture.image])
+    """The image of that seed with so many questions: for images that no task of `TASKS` shows."""
+    receipt = _drawn(seed, SIDE, SIDE, questions)
+    return Sample(f"receipt-{seed} x{questions}", "receipts", _ask(receipt.questions), lambda: [receipt.image])
 
 
 def images(number: int) -> Sample:
-    """Three pictures, one question that only one of them answers."""
+    """Three images, one question that only one of them answers."""
     seeds = [FIRST_SEED + 2000 + 3 * number + i for i in range(3)]
-    pictures = [_drawn(seed, 16, 20, 200, fill=0.4) for seed in seeds]
+    receipts = [_drawn(seed, 16, 20, 200, fill=0.4) for seed in seeds]
     place = int(np.random.default_rng(seeds[0]).integers(0, 3))
-    elsewhere = {q.record.label for i, other in enumerate(pictures) if i != place for q in other.questions}
-    question = next(q for q in pictures[place].questions if q.record.label not in elsewhere)
-    return Sample(f"images-{number}", "images", _ask([question]), lambda: [picture.image for picture in pictures])
+    elsewhere = {q.record.label for i, other in enumerate(receipts) if i != place for q in other.questions}
+    question = next(q for q in receipts[place].questions if q.record.label not in elsewhere)
+    return Sample(f"images-{number}", "images", _ask([question]), lambda: [receipt.image for receipt in receipts])
 
 
 def long(number: int) -> Sample:
-    """One picture, one question, LONG_TOKENS tokens of output; only the beginning has a known answer, so what is of
+    """One image, one question, LONG_TOKENS tokens of output; only the beginning has a known answer, so what is of
     interest is how far the output follows that of the full cache."""
-    picture = _drawn(FIRST_SEED + 3000 + number, SIDE, SIDE, 1)
-    question = picture.questions[0]
+    receipt = _drawn(FIRST_SEED + 3000 + number, SIDE, SIDE, 1)
+    question = receipt.questions[0]
     asked = Asked(question.text, (question.answer,), "begins", max_tokens=LONG_TOKENS, ignore_eos=True)
-    return Sample(f"long-{number}", "long", (asked,), lambda: [picture.image])
+    return Sample(f"long-{number}", "long", (asked,), lambda: [receipt.image])
 
 
 TASKS: dict[str, Callable[[int], Sample]] = {"single": single, "images": images, "requery": requery, "long": long}
-"""Bundled tasks: number of a sample -> sample.  The same number is the same picture everywhere."""
+"""Bundled tasks: number of a sample -> sample.  The same number is the same image everywhere."""
 
 
 def _ask(questions: Any) -> tuple[Asked, ...]:

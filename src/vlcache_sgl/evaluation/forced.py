@@ -5,7 +5,7 @@ Two requests to SGLang's `/generate` for each question, both with the policy and
 1. The prompt alone, one token of output.  Its prefill compresses the prompt and publishes it in the prefix cache; the
    server is asked for the log-probability of the answer's first token, which comes from that prefill as in any answer.
 2. The prompt and the answer.  The prompt is found whole, so only the answer's tokens are computed: they attend to what
-   is kept of the prompt and to each other, as decoded tokens do.  They cannot vote: that is over.
+   is kept of the prompt and to each other, as decoded tokens do.  They are no query rows: scoring is over.
 
 The sum is what greedy decoding reports for these tokens, had it chosen them.
 

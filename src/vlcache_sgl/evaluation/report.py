@@ -135,7 +135,7 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
 
 
 def by_index(records: Iterable[Record], condition: str, task: str) -> list[Row]:
-    """Score by the number of the question about the same pictures: `index` from 1, `score`, `interval`, `questions`."""
+    """Score by the number of the question about the same images: `index` from 1, `score`, `interval`, `questions`."""
     groups: dict[int, dict[str, list[float]]] = defaultdict(dict)
     for record in records:
         if record["condition"] == condition and record["task"] == task:
@@ -253,7 +253,7 @@ def plot_index(
             else:
                 number = names.index(label(condition))
                 _draw(axis, number, names[number], [(row["index"] + 0.05 * number, row) for row in points])
-        axis.set(title=title, xlabel="question about the same picture", ylim=(-0.03, 1.03))
+        axis.set(title=title, xlabel="question about the same image", ylim=(-0.03, 1.03))
     axes[0].set_ylabel("score")
     _save(figure, axes, path)
 

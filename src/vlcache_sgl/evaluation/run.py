@@ -39,14 +39,14 @@ class EvalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Condition:
-    """How the questions about a picture are served."""
+    """How the questions about an image are served."""
 
     policy: str | None
     """None: the full cache."""
     budget: str
     sharing: Sharing = "shared"
-    """``shared``: later questions about a picture find what the first one has compressed; ``private``: each question
-    compresses the picture for itself."""
+    """``shared``: later questions about an image find what the first one has compressed; ``private``: each question
+    compresses the image for itself."""
 
     @property
     def name(self) -> str:
@@ -162,8 +162,8 @@ def ask(
     Raises:
         EvalError: when the server refuses a request.
     """
-    pictures = _urls(sample)
-    # A prefix of its own: neither earlier runs nor other samples have compressed these pictures.
+    images = _urls(sample)
+    # A prefix of its own: neither earlier runs nor other samples have compressed these images.
     salt = uuid.uuid4().hex
     answered = []
     for number, question in enumerate(sample.questions):
@@ -173,7 +173,7 @@ def ask(
         try:
             answer = client.ask(
                 question.text,
-                *pictures,
+                *images,
                 max_tokens=question.max_tokens,
                 logprobs=question.ignore_eos,
                 custom_params=condition.custom_params,
@@ -199,18 +199,18 @@ def ask(
             entry["tokens"] = list(choice.tokens)
             entry["logprobs"] = [round(value, 4) for value in choice.logprobs]
         if forcing is not None:
-            entry |= _force(forcing, question, pictures, condition, f"{own_salt}-forced", sample)
+            entry |= _force(forcing, question, images, condition, f"{own_salt}-forced", sample)
         answered.append(entry)
         on_answer()
     return {"sample": sample.id, "task": sample.task, "condition": condition.name, "questions": answered}
 
 
 def _force(
-    forcing: Forcing, question: Asked, pictures: Sequence[str], condition: Condition, salt: str, sample: Sample
+    forcing: Forcing, question: Asked, images: Sequence[str], condition: Condition, salt: str, sample: Sample
 ) -> Record:
     """`answer_logprob` and `answer_tokens`, or `not_forced` with the reason."""
     try:
-        forced = forcing(question.text, pictures, question.answers[0], condition.custom_params, salt)
+        forced = forcing(question.text, images, question.answers[0], condition.custom_params, salt)
     except NotMeasured as error:
         return {"not_forced": str(error)}
     except httpx.HTTPError as error:
@@ -220,7 +220,7 @@ def _force(
 
 @functools.lru_cache(maxsize=8)
 def _urls(sample: Sample) -> tuple[str, ...]:
-    """A sample's pictures, encoded once for all conditions."""
+    """A sample's images, encoded once for all conditions."""
     return tuple(data_url(image) for image in sample.open_images())
 
 

@@ -13,7 +13,7 @@ SEED = 20_241_023
 """The same results give the same intervals."""
 
 Groups = Mapping[str, Sequence[float]]
-"""Scores by sample: questions about one picture are not independent, so pictures are drawn, not questions."""
+"""Scores by sample: questions about one image are not independent, so images are drawn, not questions."""
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:

@@ -63,6 +63,12 @@ class Inspection:
     attention: tuple[float, ...] = ()
     """Per layer the share, in [0, 1], of the full cache's attention while it answered that falls on what is kept; empty
     where the server cannot measure it."""
+    numbers: tuple[int, ...] = ()
+    """Of the layers in the model, where they are not 0, 1, 2, ...: of a hybrid those with a KV cache."""
+
+    def number(self, layer: int) -> int:
+        """What the model calls a row of `kept`."""
+        return self.numbers[layer] if self.numbers else layer
 
     @property
     def layers(self) -> int:
@@ -118,12 +124,13 @@ def read_report(
     budget: str,
     model: str,
     attention: Sequence[float] = (),
+    numbers: Sequence[int] = (),
 ) -> Inspection:
     """An inspection from a server's report with positions.
 
     Args:
         answers: with the full cache, with the compressed one.
-        attention: as in `Inspection`.
+        attention, numbers: as in `Inspection`.
 
     Raises:
         ValueError: when the prompt was not compressed, or the server does not know how its tokens lie on the images.
@@ -152,6 +159,7 @@ def read_report(
         vision=tuple((run["begin"], run["end"]) for run in report["vision"]),
         looks=tuple(looks),
         attention=tuple(attention),
+        numbers=tuple(numbers),
     )
 
 

@@ -56,6 +56,7 @@ def _data(seen: Inspection) -> dict[str, Any]:
     return {
         "images": [data_url(image) for image in seen.images],
         "length": seen.kept.shape[1],
+        "numbers": [seen.number(layer) for layer in range(seen.layers)],
         "kept": [np.flatnonzero(layer).tolist() for layer in seen.kept],
         "vision": seen.vision,
         "looks": [_look(look) for look in seen.looks],
@@ -104,7 +105,7 @@ _PAGE = Template("""<!doctype html>
 </table>
 <p class="quiet">$model: $tokens prompt tokens, $vision of them vision; $ratio of $layers layers' tokens kept.</p>
 
-<h2>What a layer keeps of the picture</h2>
+<h2>What a layer keeps of the image</h2>
 <p>
   <label><input type="checkbox" id="all"> how many layers keep a patch</label>
   <label>layer <input type="range" id="layer" min="0" max="$last_layer" value="$last_layer"> <b id="number"></b></label>
@@ -161,7 +162,7 @@ function box(look, row, column, width, height) {
 
 function draw() {
   const layer = Number(slider.value);
-  document.getElementById("number").textContent = layer;
+  document.getElementById("number").textContent = data.numbers[layer];
   const row = kept[layer];
   let total = 0, vision = 0;
   for (let p = 0; p < data.length; p++) { total += row[p]; vision += row[p] & isVision[p]; }
@@ -198,7 +199,7 @@ function drawBars(layer) {
   counts.forEach(([v, t], i) => {
     const y = i * step + 2, h = step - 2;
     c.fillStyle = i === layer && !all.checked ? "#212529" : "#868e96";
-    c.textAlign = "right"; c.fillText(i, LEFT - 8, y + h / 2);
+    c.textAlign = "right"; c.fillText(data.numbers[i], LEFT - 8, y + h / 2);
     c.fillStyle = VISION; c.fillRect(LEFT, y, v * scale, h);
     c.fillStyle = TEXT; c.fillRect(LEFT + v * scale, y, t * scale, h);
     c.fillStyle = "#495057"; c.textAlign = "left"; c.fillText(v + t, LEFT + (v + t) * scale + 6, y + h / 2);

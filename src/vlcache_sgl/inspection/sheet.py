@@ -25,8 +25,8 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
 
     shown = shown_layers(seen.layers)
     lines = math.ceil(len(shown) / _ACROSS)
-    pictures = [seen.images[look.item] for look in seen.looks]
-    shape = sum(picture.height / picture.width for picture in pictures)  # height of one column of overlays, in widths
+    images = [seen.images[look.item] for look in seen.looks]
+    shape = sum(image.height / image.width for image in images)  # height of one column of overlays, in widths
     width = 15.0
     cell = width / _ACROSS
     heights = [1.3, 4.6, 2.6, lines * shape * cell + 0.35 * lines * len(seen.looks)]
@@ -43,9 +43,9 @@ def draw_sheet(seen: Inspection, path: Path) -> None:
         line, column = divmod(number, _ACROSS)
         for place, look in enumerate(seen.looks):
             axis = grid[line * len(seen.looks) + place][column]
-            _picture(axis, overlay(seen.images[look.item], look, seen.look(look, layer)))
+            _image(axis, overlay(seen.images[look.item], look, seen.look(look, layer)))
             name = f", {look.title}" if len(seen.looks) > 1 else ""
-            axis.set_title(f"layer {layer}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
+            axis.set_title(f"layer {seen.number(layer)}{name}: {seen.look(look, layer).mean():.0%} kept", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -86,7 +86,7 @@ def _head(figure: Any, seen: Inspection) -> None:
 def _top(figure: Any, seen: Inspection) -> None:
     count = len(seen.looks)
     axes = figure.subplots(1, count + 2, width_ratios=[1] * (count + 1) + [1.2])
-    _picture(axes[0], seen.images[0])
+    _image(axes[0], seen.images[0])
     axes[0].set_title("the image" if len(seen.images) == 1 else f"the first of {len(seen.images)} images", fontsize=10)
     for axis, look in zip(axes[1:], seen.looks, strict=False):
         drawn = _heat(axis, seen, look)
@@ -112,6 +112,8 @@ def _top(figure: Any, seen: Inspection) -> None:
             )
     bars.invert_yaxis()
     bars.yaxis.get_major_locator().set_params(integer=True)
+    if seen.numbers:
+        bars.set_yticks(layers, labels=[str(number) for number in seen.numbers], fontsize=8)
     bars.set_title("layer budgets", fontsize=10)
     bars.spines[["top", "right"]].set_visible(False)
     bars.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -121,7 +123,7 @@ def _heat(axis: Any, seen: Inspection, look: Look) -> Any:
     image = seen.images[look.item]
     lines, columns = places(look, image.width, image.height)
     share = seen.layers_keeping(look)[lines[:, None], columns[None, :]]
-    _picture(axis, image.convert("L").convert("RGB"))
+    _image(axis, image.convert("L").convert("RGB"))
     return axis.imshow(share, cmap="viridis", vmin=0, vmax=1, alpha=0.75, interpolation="nearest")
 
 
@@ -138,7 +140,7 @@ def _map(figure: Any, seen: Inspection) -> None:
     axis.set_title("what each layer keeps: vision in blue, text in orange", fontsize=10)
 
 
-def _picture(axis: Any, image: Any) -> None:
+def _image(axis: Any, image: Any) -> None:
     axis.imshow(np.asarray(image))
     axis.set_xticks([])
     axis.set_yticks([])

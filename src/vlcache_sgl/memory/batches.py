@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vlcache_sgl.memory.residency import Residency
+from vlcache_sgl.memory.scales import UNSCALED, Scales
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Memory:
     """`[rows, context]` int32, the slot of each position of a request; row 0 is padding and zero."""
     groups: int
     """Cells per (layer, token): 1, or the number of KV heads."""
+    scales: Sequence[Scales] = ()
+    """Of each layer; none: 1."""
 
     @property
     def num_layers(self) -> int:
@@ -28,6 +32,10 @@ class Memory:
     def layer_of(self, planes: slice) -> int:
         """The layer (counted from 0 on this rank) whose planes these are."""
         return int(planes.start) // self.groups
+
+    def scales_of(self, planes: slice) -> Scales:
+        """What stored keys and values of a layer are multiplied by."""
+        return self.scales[self.layer_of(planes)] if self.scales else UNSCALED
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class ExtendRequest:
     """Its rows in the batch."""
     begin: int
     """Position of its first new token."""
-    votes: bool = False
+    observed: bool = False
     """Whether `observe` is to be called for it."""
 
     @property

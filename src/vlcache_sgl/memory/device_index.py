@@ -17,6 +17,7 @@ import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex, append_tokens, residency_index
 from vlcache_sgl.memory.batches import DecodeBatch, Memory
+from vlcache_sgl.streams import to_device
 
 LOOSE_ENTRIES = 1 << 24
 """Index entries of all layers together (64 or 128 MB) up to which a buffer may be laid out for all tokens."""
@@ -131,7 +132,7 @@ class DeviceIndex:
         out = target if direct else ResidencyIndex(torch.empty_like(target.indptr), self._spare(room))
         numbers = self._arange(len(source))
         same = source == list(range(len(self._rows) + self._padding))
-        origin = numbers if same else copy_to(torch.tensor(source), self._device)
+        origin = numbers if same else to_device(torch.tensor(source), self._device)
         # A table of its own: the kernel looks new tokens up by number, here those of this step.
         options: dict[str, Any] = {"group": groups, "max_length": longest}
         append_tokens(self.current, numbers, batch.new_cells, source=origin, out=out, **options)
@@ -207,11 +208,6 @@ class DeviceIndex:
 
 def _with_padding(batch: DecodeBatch) -> list[int]:
     return batch.lengths + [1] * batch.padding
-
-
-def copy_to(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`numbers` of the host on `device`, without waiting for it."""
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
 
 
 def look_up(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import torch
 
@@ -23,17 +24,23 @@ class HostShare:
     """How far a request that shares without loss has come."""
 
     first_row: int
-    """Position of the first query row that votes: a prefix hit ends there, because rows in front of it are not
-    computed."""
+    """Position of the policy's first query row: a prefix hit ends there, because rows of a hit are not computed."""
     ratio: float
-    """Share of the prompt that is kept at most, in (0, 1]: what admission counts on."""
-    abort: Callable[[str], None]
-    """Ends the request with an error."""
+    """Share of the prompt that has cells at most, in (0, 1], what is recalled included: what admission counts on."""
+    abort: Callable[[str, HTTPStatus], None]
+    """Ends the request with a message and a status."""
     own: OwnSlots | None = None
-    """Set when the prompt has been prefilled."""
+    """Set from the end of the prefill to the moment when the prompt is published."""
+    detached: bool = False
+    """Whether the prompt has been published: its request relies on its own slots only, as one that shares nothing."""
     unwritten: bool = False
     """Whether some of the prompt did not fit host memory: then nothing of it is published."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether the request has slots of its own."""
+        return self.own is not None or self.detached
+
     def restart(self) -> None:
         """Begin anew after a retraction, which has taken everything back."""
-        self.own, self.unwritten = None, False
+        self.own, self.unwritten, self.detached = None, False, False

@@ -13,11 +13,13 @@ Invariants, checked by `Residency.check_integrity`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vlcache_kernels.select import free_list
+from vlcache_sgl.memory.free_stack import Freed, FreeStack
+from vlcache_sgl.streams import passed_event
 
 EVICTED = -1
 """Entry of the residency table for a token that a plane does not keep."""
@@ -27,24 +29,6 @@ PADDING = 0
 
 class OutOfCells(RuntimeError):
     """The caller did not reserve what it allocates."""
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """What one eviction freed; `Residency.reclaim` makes it allocatable again.
-
-    Eviction and reclaiming are two steps because they happen at two times: the device evicts at the end of the
-    prefill forward, the host learns of it when the result arrives.
-    """
-
-    cells: torch.Tensor
-    """`[capacity]` int32, of which the first `count` are cells that no plane maps to any more."""
-    count: torch.Tensor
-    """`[1]` int32 on the host; on its way there until the device has evicted."""
-    slots: torch.Tensor
-    """`[tokens]` int64, the slots of the evicted range."""
-    kept_planes: torch.Tensor
-    """`[tokens]` int32, planes in which each slot still resides."""
 
 
 class Residency:
@@ -67,9 +51,7 @@ class Residency:
         self.num_cells = num_cells
         self.device = torch.device(device)
         self.table = torch.full((num_planes, num_slots + 1), EVICTED, dtype=torch.int32, device=self.device)
-        self._free = torch.empty(num_cells, dtype=torch.int32, device=self.device)
         self.slot_cells = torch.zeros(num_slots + 1, dtype=torch.int32, device=self.device)
-        self.free_cells = 0
         self.clear()
 
     def clear(self) -> None:
@@ -77,9 +59,13 @@ class Residency:
         self.table.fill_(EVICTED)
         self.table[:, PADDING] = PADDING
         # A stack of free cells; low numbers are handed out first, which keeps a young arena compact.
-        self._free = torch.arange(self.num_cells, 0, -1, dtype=torch.int32, device=self.device)
-        self.free_cells = self.num_cells
+        self.free = FreeStack(torch.arange(self.num_cells, 0, -1, dtype=torch.int32, device=self.device))
         self.slot_cells.zero_()
+
+    @property
+    def free_cells(self) -> int:
+        """Cells that are allocatable now, as far as the host knows."""
+        return self.free.count
 
     @property
     def used_cells(self) -> int:
@@ -94,77 +80,89 @@ class Residency:
         """
         # Neighbouring tokens of one plane get neighbouring cells: attention then reads runs, not single rows.
         self.table[:, slots] = self.take(slots.numel() * self.num_planes).view(self.num_planes, slots.numel())
-        self.slot_cells[slots] = self.num_planes
+        # Filled, not assigned: a number that is assigned through an index is copied to a GPU by a copy that waits.
+        self.slot_cells.index_fill_(0, slots, self.num_planes)
 
     def take(self, count: int) -> torch.Tensor:
-        """`[count]` int32, cells that nothing is mapped to; `give` returns them.
+        """`[count]` int32, cells that nothing is mapped to.
 
         Raises:
             OutOfCells: fewer are free; nothing has changed then.
         """
+        self._require(count)
+        return self.free.take(count)
+
+    def borrow(self, count: int) -> torch.Tensor:
+        """As `take`, see `FreeStack.borrow`."""
+        self._require(count)
+        return self.free.borrow(count)
+
+    def _require(self, count: int) -> None:
         if count > self.free_cells:
             raise OutOfCells(f"{count} cells needed, {self.free_cells} free")
-        self.free_cells -= count
-        return self._free[self.free_cells : self.free_cells + count].flip(0)
 
-    def give(self, cells: torch.Tensor) -> None:
-        """Make `cells` `[count]` int32 free, which nothing is mapped to any more."""
-        self._push(cells)
+    def detach(self, slots: torch.Tensor) -> Freed:
+        """Take all cells from `slots` `[tokens]`; they become free by `reclaim`.  Does not wait for the device."""
+        cells = self.table[:, slots]
+        freed = free_list(torch.zeros(cells.shape, dtype=torch.bool, device=self.device), cells)
+        self.table.index_fill_(1, slots, EVICTED)
+        self.slot_cells.index_fill_(0, slots, 0)
+        return Freed.of(freed.cells, freed.length)
 
-    def detach(self, slots: torch.Tensor) -> int:
-        """Take back all cells of `slots` `[tokens]`; returns how many cells that were."""
-        cells = self.table[:, slots].flatten()
-        cells = cells[cells >= 0]
-        self.table[:, slots] = EVICTED
-        self.slot_cells[slots] = 0
-        self._push(cells)
-        return cells.numel()
+    def take_for(self, wanted: torch.Tensor, most: int) -> torch.Tensor:
+        """A fresh cell for every entry of `wanted`, bool of any shape, that is set; int32, -1 elsewhere.
 
-    def move(self, slots: torch.Tensor, to: torch.Tensor) -> None:
-        """The cells of `slots` `[tokens]` become those of the slots `to` `[tokens]`, which have none."""
-        self.table[:, to] = self.table[:, slots]
-        self.table[:, slots] = EVICTED
-        self.slot_cells[to] = self.slot_cells[slots]
-        self.slot_cells[slots] = 0
-
-    def attach_kept(self, slots: torch.Tensor, keep: torch.Tensor) -> None:
-        """Give `slots` `[tokens]`, which have no cells, fresh ones where `keep` `[planes, tokens]` is set.
+        Args:
+            most: a bound on how many that are, known on the host.  Where so many are not free the device is asked,
+                and waited for.
 
         Raises:
             OutOfCells: too few are free; nothing has changed then.
         """
-        cells = self.take(int(keep.sum()))
-        table = torch.full(keep.shape, EVICTED, dtype=torch.int32, device=self.device)
-        table[keep] = cells
-        self.table[:, slots] = table
-        self.slot_cells[slots] = keep.sum(0, dtype=torch.int32)
+        if most > self.free_cells:
+            most = int(wanted.sum())
+        cells = self.take(most)
+        if not most:
+            return torch.full(wanted.shape, EVICTED, dtype=torch.int32, device=self.device)
+        number = wanted.flatten().cumsum(0)
+        fresh = torch.where(wanted, cells[(number - 1).clamp(min=0).view(wanted.shape)], EVICTED)
+        self.reclaim(Freed.of(cells.flip(0), (most - number[-1:]).to(torch.int32)), passed_event(self.device))
+        return fresh
 
-    def evict(self, slots: torch.Tensor, keep: torch.Tensor) -> Eviction:
-        """Unmap what `keep` does not keep; the cells become free by `reclaim`.  Does not wait for the device.
+    def move_kept(self, slots: torch.Tensor, to: torch.Tensor, keep: torch.Tensor, fresh: torch.Tensor) -> Freed:
+        """What `keep` `[planes, tokens]` keeps of `slots` `[tokens]` becomes that of the slots `to`, which have no
+        cells; the rest becomes free by `reclaim`.  `slots` have no cells afterwards.
 
         Args:
-            slots: `[tokens]` int64, resident in all planes.
+            fresh: `[planes, tokens]` int32, cells for tokens that have none, -1 elsewhere.
+        """
+        old = self.table[:, slots]
+        self.table[:, to] = torch.where(keep, torch.maximum(old, fresh), EVICTED)
+        self.slot_cells[to] = keep.sum(0, dtype=torch.int32)
+        self.table.index_fill_(1, slots, EVICTED)
+        self.slot_cells.index_fill_(0, slots, 0)
+        freed = free_list(keep, old)
+        return Freed.of(freed.cells, freed.length)
+
+    def evict(self, slots: torch.Tensor, keep: torch.Tensor) -> Freed:
+        """Unmap what `keep` does not keep; the cells become free by `reclaim`.  Does not wait for the device.
+
+        Eviction and reclaiming are two steps because they happen at two times: the device evicts at the end of the
+        prefill forward, the host learns of it when the count arrives.
+
+        Args:
+            slots: `[tokens]` int64.
             keep: `[planes, tokens]` bool.
         """
         cells = self.table[:, slots]
         freed = free_list(keep, cells)
         self.table[:, slots] = torch.where(keep, cells, EVICTED)
-        count = freed.length
-        if count.device.type != "cpu":  # pinned, or the host would wait
-            count = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(count, non_blocking=True)
-        return Eviction(freed.cells, count, slots, (keep & (cells >= 0)).sum(0, dtype=torch.int32))
+        self.slot_cells[slots] = (keep & (cells >= 0)).sum(0, dtype=torch.int32)
+        return Freed.of(freed.cells, freed.length)
 
-    def reclaim(self, eviction: Eviction) -> int:
-        """Make evicted cells allocatable, after the device has evicted them; returns how many."""
-        count = int(eviction.count)
-        self.slot_cells[eviction.slots] = eviction.kept_planes
-        self._push(eviction.cells[:count])
-        return count
-
-    def _push(self, cells: torch.Tensor) -> None:
-        count = cells.numel()
-        self._free[self.free_cells : self.free_cells + count] = cells
-        self.free_cells += count
+    def reclaim(self, freed: Freed, done: Any | None = None) -> None:
+        """Make freed cells allocatable when the event `done` has passed (None: now)."""
+        self.free.give_later(freed, done)
 
     def cells_of(self, plane: int | slice, slots: torch.Tensor) -> torch.Tensor:
         """Cells of `slots` in one plane `[tokens]` or several `[planes, tokens]`, int32, -1 where evicted."""
@@ -182,7 +180,7 @@ class Residency:
         problems: list[str] = []
         mapped = self.table[:, 1:]
         resident = mapped[mapped >= 0].to(torch.int64)
-        free = self._free[: self.free_cells].to(torch.int64)
+        free = self.free.numbers.to(torch.int64)
         uses = torch.bincount(torch.cat([resident, free]), minlength=self.num_cells + 1)
         if int(uses[PADDING]) != 0:
             problems.append("the padding cell is mapped or free")

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 """SGLang's own variable: the cores of each rank, ranks separated by a bar."""
 
+CONVOLUTION_VARIABLE = "SGLANG_MAMBA_CONV_DTYPE"
+"""SGLang's own variable: the type of the states of convolutions in linear-attention layers."""
+
 MAX_RUNNING_REQUESTS = 64
 """SGLang would prepare for 2048: a gigabyte of page table at long contexts, and no CPU is that fast."""
 
@@ -76,6 +79,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         """Never a compiler: the default needs a C++ toolchain and minutes."""
         return "eager"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        """Whether states of linear-attention layers can be kept in the middle of a prompt: they are copied here."""
+        return True
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Called in each worker once its weights are loaded, before it has an attention backend."""
+        from vlcache_sgl.platform.linear_attention import replace_kernels
+
+        replace_kernels(model)
+
     def get_torch_profiler_activity_str(self) -> str:
         """No name beside "CPU", which SGLang's profiler always knows; a second one would start it twice."""
         return ""
@@ -104,12 +117,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             # What SGLang makes of float32 checkpoints.  Few processors multiply float16, most take ten times as long.
             logger.info("Using bfloat16 instead of float16 on a CPU; --dtype float16 insists")
             server_args.dtype = "bfloat16"
+        # Inputs that causal convolutions keep.  SGLang takes bfloat16 whatever the model computes in, and its kernels
+        # convert; an assignment in torch does not.
+        dtype = model.dtype if server_args.dtype != "bfloat16" else torch.bfloat16
+        os.environ.setdefault(CONVOLUTION_VARIABLE, str(dtype).removeprefix("torch."))
         if server_args.mem_fraction_static is None:
             server_args.mem_fraction_static = MEM_FRACTION_STATIC
             if server_args.max_total_tokens is None:
                 server_args.max_total_tokens = kv_tokens(
                     free_bytes=_free_memory() // server_args.dp_size,
-                    token_bytes=_token_bytes(model),
+                    token_bytes=_token_bytes(model, server_args.kv_cache_dtype),
                 )
         local_ranks = server_args.tp_size * server_args.pp_size * server_args.dp_size // server_args.nnodes
         if local_ranks > 1:
@@ -156,7 +173,7 @@ def _model_config(server_args: Any) -> Any:
     return model_config_of(server_args)
 
 
-def _token_bytes(model: Any) -> int:
+def _token_bytes(model: Any, kv_cache_dtype: str) -> int:
     """Bytes of keys and values of one token, all layers and all ranks."""
     numbers = model.num_attention_layers * model.get_total_num_kv_heads() * (model.head_dim + model.v_head_dim)
-    return int(numbers * model.dtype.itemsize)
+    return int(numbers * (1 if kv_cache_dtype.startswith("fp8") else model.dtype.itemsize))

@@ -98,7 +98,7 @@ def needs_problem(part: object) -> str | None:
     if needs.probabilities and needs.rows.kind == "all":
         return "needs the whole probability matrix of all rows, which no server can hold; use column statistics"
     if needs.rows.kind == "all" and not getattr(part, "prefix_hit", ""):
-        return "lets all rows vote, but has no `prefix_hit` that says what happens to rows from the prefix cache"
+        return "asks for all rows, but has no `prefix_hit` that says what happens to rows from the prefix cache"
     return None
 
 

@@ -24,6 +24,8 @@ class Choice:
     share: Share = "policy"
     weights: ModelWeights | None = None
     """What layers and heads of the model need, where that is known."""
+    recall: int = 0
+    """Evicted tokens that each layer gets back in each decode step."""
 
     @property
     def fingerprint(self) -> str:
@@ -43,11 +45,11 @@ class Choices:
 
     def __init__(self, config: KVConfig) -> None:
         self._config = config
-        self._known: dict[tuple[str, KVBudget, Share], Choice] = {}
+        self._known: dict[tuple[str, KVBudget, Share, int], Choice] = {}
         self._weights: ModelWeights | None = None
         self._model: Prompt | None = None
         self._ranks = 1
-        self.default = self._choice(config.policy, config.budget, config.share)
+        self.default = self._choice(config.policy, config.budget, config.share, config.recall)
 
     def use_weights(self, weights: ModelWeights) -> None:
         """Later choices give the model's layers and heads these weights; earlier ones keep theirs.
@@ -59,7 +61,8 @@ class Choices:
             weights.check(self._model.num_layers, self._model.num_kv_heads)
         self._weights = weights
         self._known.clear()
-        self.default = self._choice(self._config.policy, self._config.budget, self._config.share)
+        config = self._config
+        self.default = self._choice(config.policy, config.budget, config.share, config.recall)
 
     @property
     def weights(self) -> ModelWeights | None:
@@ -85,8 +88,8 @@ class Choices:
                 f"allocator {policy.allocator_name} reads keys or queries, of which a rank has only its own"
             )
 
-    def _choice(self, spec: str, budget: KVBudget, share: Share, from_request: bool = False) -> Choice:
-        key = (spec, budget, share)
+    def _choice(self, spec: str, budget: KVBudget, share: Share, recall: int, from_request: bool = False) -> Choice:
+        key = (spec, budget, share, recall)
         if key not in self._known:
             policy = resolve(spec, from_request=from_request, head_cells=self._config.head_cells)
             if policy.selection.heads == "split" and not self._config.head_cells:
@@ -95,14 +98,16 @@ class Choices:
                 raise ConfigError("kv_share exact needs a server with host memory (--kv-host-memory)")
             if policy.reads_twice and share == "exact":
                 share = "policy"  # its copy serves all questions
+            if share != "exact":
+                recall = 0  # host memory has nothing of the prompt
             self._require(policy)
             if len(self._known) >= MAX_CHOICES:
                 del self._known[next(iter(self._known))]
-            self._known[key] = Choice(policy, budget, share, self._weights)
+            self._known[key] = Choice(policy, budget, share, self._weights, recall)
         return self._known[key]
 
-    def select(self, params: RequestParams, length: int) -> Choice:
-        """What serves a request with a prompt of `length` tokens.
+    def select(self, params: RequestParams, length: int | None) -> Choice:
+        """What serves a request with a prompt of `length` tokens; None: not known yet.
 
         Raises:
             ConfigError: for a value out of bounds or a policy that is not allowed; the message is for the client.
@@ -114,7 +119,15 @@ class Choices:
         self._check_allowed(spec)
         budget = params.budget or self._config.budget
         self._check_bounds(budget, length)
-        return self._choice(spec, budget, params.share or self._config.share, from_request=spec != self._config.policy)
+        share = params.share or self._config.share
+        recall = self._config.recall if params.recall is None else params.recall
+        if params.recall and not self._config.recall:
+            raise ConfigError("kv_recall needs a server with --kv-recall")
+        choice = self._choice(spec, budget, share, recall, from_request=spec != self._config.policy)
+        if params.recall and not choice.recall:
+            why = f"policy {spec!r} makes one selection for all" if share == "exact" else f"kv_share is {share}"
+            raise ConfigError(f"kv_recall brings nothing back: {why}")
+        return choice
 
     def _check_allowed(self, spec: str) -> None:
         allowed = self._config.allow_policies
@@ -124,11 +137,11 @@ class Choices:
             names = ", ".join(dict.fromkeys((self._config.policy, *allowed)))
             raise ConfigError(f"kv_policy {spec!r} is not allowed on this server; choose one of: {names}")
 
-    def _check_bounds(self, budget: KVBudget, length: int) -> None:
-        if budget == self._config.budget:
+    def _check_bounds(self, budget: KVBudget, length: int | None) -> None:
+        if budget == self._config.budget or (budget.fraction is None and length is None):
             return
         low, high = self._config.budget_min, self._config.budget_max
-        share = budget.fraction if budget.fraction is not None else min(1.0, (budget.tokens or 1) / max(1, length))
+        share = budget.fraction if budget.fraction is not None else min(1.0, (budget.tokens or 1) / max(1, length or 1))
         if not low <= share <= high:
             meant = "" if budget.fraction is not None else f", {share:.3g} of this prompt,"
             raise ConfigError(f"kv_budget {budget}{meant} is out of this server's bounds {low:g} to {high:g}")

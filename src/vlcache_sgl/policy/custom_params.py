@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlcache_sgl.config import ConfigError, KVBudget, Share, shown
+from vlcache_sgl.config import RECALL, ConfigError, KVBudget, Share, shown
 
 PREFIX = "kv_"
 """Begins every name that is ours; all others in `custom_params` are SGLang's and its logit processors'."""
-KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_report")
+KEYS = ("kv_policy", "kv_budget", "kv_share", "kv_recall", "kv_report")
 """All that a request may say."""
-Report = Literal["summary", "positions", "recall"]
+Report = Literal["summary", "positions", "attention"]
 MAX_SPEC_LENGTH = 512
 """Characters of a `kv_policy`: it is remembered, and quoted in messages."""
 
@@ -28,6 +28,8 @@ class RequestParams:
     policy: str | None = None
     budget: KVBudget | None = None
     share: Share | None = None
+    recall: int | None = None
+    """Evicted tokens that each layer gets back in each decode step; 0: none."""
     report: Report = "summary"
     """What the response is to say of this request."""
 
@@ -49,6 +51,11 @@ class RequestParams:
             raise ConfigError(f"kv_policy must be a text, got {shown(given['policy'])}")
         if "budget" in given:
             given["budget"] = KVBudget.parse(given["budget"], "kv_budget")
+        if "recall" in given:
+            try:
+                given["recall"] = RECALL.read(given["recall"])
+            except (ValueError, TypeError, OverflowError):
+                raise ConfigError(f"kv_recall must be {RECALL.words}, got {shown(given['recall'])}") from None
         for name, choices in (("share", get_args(Share)), ("report", get_args(Report))):
             if name in given and given[name] not in choices:
                 raise ConfigError(f"{PREFIX}{name} must be one of: {', '.join(choices)}, got {shown(given[name])}")
@@ -68,7 +75,7 @@ def nearest(name: str) -> str:
     return f"{f': did you mean {PREFIX}{close[0]}?' if close else ';'} choose from: {', '.join(KEYS)}"
 
 
-def misplaced(body: object, request: object) -> str | None:
+def misplaced(body: object, request: object, reads: bool = False) -> str | None:
     """What is wrong with where the body of an HTTP request says something to us; None: nothing.
 
     SGLang ignores fields that it does not know, and some of its endpoints do not read `custom_params`.
@@ -76,21 +83,21 @@ def misplaced(body: object, request: object) -> str | None:
     Args:
         body: parsed JSON.
         request: what SGLang has made of it; its attributes are the fields that the endpoint reads.
+        reads: the endpoint reads `custom_params` although `request` does not have them.
     """
     if not isinstance(body, Mapping):
         return None
     where = "sampling_params.custom_params" if hasattr(request, "sampling_params") else "custom_params"
-    reads = hasattr(request, "sampling_params") or hasattr(request, "custom_params")
+    in_request = hasattr(request, "custom_params")
+    reads = reads or in_request or hasattr(request, "sampling_params")
     for name in ours(body):
         if not hasattr(request, name):
             place = f"{shown(name)} belongs into {where}" if reads else f"this endpoint does not read {shown(name)}"
             return place if name in KEYS else f"there is no {shown(name)}{nearest(name)} (in {where})"
     params = body.get("custom_params")
-    if hasattr(request, "custom_params") or not isinstance(params, Mapping) or not ours(params):
+    if in_request or not isinstance(params, Mapping) or not ours(params):
         return None
     names = shown(", ".join(ours(params)))
-    if reads:
+    if hasattr(request, "sampling_params"):
         return f"custom_params with {names} belongs into sampling_params"
-    return (
-        f"this endpoint does not read custom_params ({names}): /v1/chat/completions, /v1/completions and /generate do"
-    )
+    return None if reads else f"this endpoint does not read custom_params ({names}): those that generate text do"

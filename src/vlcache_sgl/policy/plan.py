@@ -10,6 +10,7 @@ import torch
 from vlcache_kernels.select import select
 from vlcache_sgl.api.records import Selection
 from vlcache_sgl.api.tensors import Prompt
+from vlcache_sgl.streams import Arriving, to_device
 
 
 class PolicyFault(ValueError):
@@ -69,7 +70,9 @@ def make_plan(
     Raises:
         PolicyFault: for scores or counts of a wrong shape, dtype or range, NaN and infinity.
     """
-    return choose(competing(stack_scores(scores, prompt), prompt, selection), counts, prompt, selection)
+    stacked = stack_scores(scores, prompt)
+    require_finite(Arriving(finite_layers(stacked)))
+    return choose(competing(stacked, prompt, selection), counts, prompt, selection)
 
 
 def competing(scores: torch.Tensor, prompt: Prompt, selection: Selection) -> torch.Tensor:
@@ -99,17 +102,17 @@ def choose(scores: torch.Tensor, counts: torch.Tensor, prompt: Prompt, selection
     amounts = _check_counts(counts, layers, groups, owned)
     if scores.numel() == 0:
         return EvictionPlan(torch.zeros_like(scores, dtype=torch.bool), amounts)
-    on_device = amounts.flatten().to(scores.device)
+    on_device = to_device(amounts.flatten(), scores.device)
     tiers = _tiers(on_device, prompt, selection, scores.device)
     found = select(scores.flatten(0, 1), on_device, tiers=tiers)
     return EvictionPlan(found.keep.view(scores.shape), amounts)
 
 
 def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor:
-    """`[L, K, m]` float32 from one `[K, m]` tensor per layer, checked.
+    """`[L, K, m]` float32 from one `[K, m]` tensor per layer; for NaN and infinity see `require_finite`.
 
     Raises:
-        PolicyFault: when a layer's scores have another shape than `[num_kv_heads, owned]`, are no floats or not finite.
+        PolicyFault: when a layer's scores have another shape than `[num_kv_heads, owned]`, or are no floats.
     """
     expected = (prompt.num_kv_heads, prompt.owned)
     if len(scores) != prompt.num_layers:
@@ -123,12 +126,24 @@ def stack_scores(scores: Sequence[torch.Tensor], prompt: Prompt) -> torch.Tensor
             )
         if not layer.is_floating_point():
             raise PolicyFault(f"scores of layer {index} are {layer.dtype}, expected a float type")
-    stacked = torch.stack([layer.to(torch.float32) for layer in scores])
-    finite = torch.isfinite(stacked)
+    return torch.stack([layer.to(torch.float32) for layer in scores])
+
+
+def finite_layers(scores: torch.Tensor) -> torch.Tensor:
+    """`[L]` bool, which layers of `scores` `[L, K, m]` are free of NaN and infinity."""
+    return torch.isfinite(scores).flatten(1).all(1)
+
+
+def require_finite(layers: Arriving) -> None:
+    """Refuse scores by their `finite_layers`, which arrive while the allocator reads the device: one wait for both.
+
+    Raises:
+        PolicyFault: naming the first layer that is not finite.
+    """
+    finite = layers.value()
     if not bool(finite.all()):
-        worst = int((~finite).flatten(1).any(1).nonzero()[0])
+        worst = int((~finite).nonzero()[0])
         raise PolicyFault(f"scores of layer {worst} contain NaN or infinity")
-    return stacked
 
 
 def _check_counts(counts: torch.Tensor, layers: int, groups: int, owned: int) -> torch.Tensor:

@@ -21,9 +21,18 @@ from vlcache_sgl.api.tensors import Budget, LayerView, Prompt
 from vlcache_sgl.policy.checks import needs_of, needs_problem, pair_problem
 from vlcache_sgl.policy.errors import PolicyError
 from vlcache_sgl.policy.manager import Provider, Registry, put_together, registry
-from vlcache_sgl.policy.plan import EvictionPlan, PolicyFault, choose, competing, stack_scores
+from vlcache_sgl.policy.plan import (
+    EvictionPlan,
+    PolicyFault,
+    choose,
+    competing,
+    finite_layers,
+    require_finite,
+    stack_scores,
+)
 from vlcache_sgl.policy.spec import Owner, Settings, parse
 from vlcache_sgl.spelling import did_you_mean
+from vlcache_sgl.streams import Arriving
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Policy:
 
     @property
     def reads_twice(self) -> bool:
-        """Whether rows of a second reading of the prompt vote."""
+        """Whether query rows are those of a second reading of the prompt."""
         return any(need.rows.kind == "repeat" for need in self.needs)
 
     @property
@@ -125,7 +134,7 @@ class Policy:
                     check(model)
 
     def score(self, layers: Sequence[LayerView], prompt: Prompt) -> torch.Tensor:
-        """The first half of `decide`: `[num_layers, num_kv_heads, owned]` float32, finite.
+        """The first half of `decide`: `[num_layers, num_kv_heads, owned]` float32; `plan` refuses NaN and infinity.
 
         Raises:
             PolicyFault: the scorer raises or returns something unusable.
@@ -138,20 +147,26 @@ class Policy:
         """The second half of `decide`: budgets from the allocator's views, then the choice.
 
         Args:
-            scores: `[L, K, owned]` float32, finite, `K` = ``prompt.num_kv_heads``.
+            scores: `[L, K, owned]` float32, `K` = ``prompt.num_kv_heads``.
             layers: one view per layer, with what the allocator needs.
             prompt: geometry; with tensor parallelism that of all ranks' heads.
             total: see `decide`.
 
         Raises:
-            PolicyFault: the allocator raises or returns something unusable.
+            PolicyFault: scores are not finite; the allocator raises or returns something unusable.
         """
+        finite = Arriving(finite_layers(scores))
         rivals = competing(scores, prompt, self.selection)
         for view, score in zip(layers, rivals.unbind(), strict=True):
             view.scores = score
         budget = budget_for(total, prompt, self.selection)
-        with _blame(f"allocator {self.allocator_name}"):
-            counts = self.allocator.allocate(layers, prompt, budget)
+        try:
+            with _blame(f"allocator {self.allocator_name}"):
+                counts = self.allocator.allocate(layers, prompt, budget)
+            if isinstance(counts, torch.Tensor):
+                counts = counts.detach().to("cpu")
+        finally:
+            require_finite(finite)  # first: an allocator may have stumbled over the scorer's NaN
         plan = choose(rivals, counts, prompt, self.selection)
         rule: BudgetSum = getattr(self.allocator, "budget_sum", "exact")
         if plan.total != budget.total and (rule == "exact" or (rule == "at_most" and plan.total > budget.total)):

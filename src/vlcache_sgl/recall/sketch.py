@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import torch
 
+from vlcache_kernels.sketch_scores import sketch_scores
+from vlcache_sgl.capacity import code_bytes
+
 SEED = 0
 """Of the rotation: sketches of one head size are alike in every process and on every device."""
-SCALE_BYTES = 2
-"""One float16 behind the signs."""
 
 
 class KeySketch:
@@ -42,7 +43,7 @@ class KeySketch:
         if head_dim < 8 or head_dim % 8:
             raise ValueError(f"a sketch needs a head size that is a multiple of 8, got {head_dim}")
         self.head_dim = head_dim
-        self.bytes = head_dim // 8 + SCALE_BYTES
+        self.bytes = code_bytes(head_dim)
         generator = torch.Generator().manual_seed(seed)
         # Orthogonal, uniformly among all: the signs of the diagonal make QR unique.
         drawn = torch.randn(head_dim, head_dim, dtype=torch.float64, generator=generator)
@@ -78,10 +79,18 @@ class KeySketch:
         Returns:
             `[H, n]` float32, estimates of `q . k` without the scale of attention; higher = more attention.
         """
-        count, kv_heads, _ = codes.shape
-        packed, factor = codes.split([self.bytes - SCALE_BYTES, SCALE_BYTES], dim=-1)
-        bits = (packed[..., None] & self._bits) != 0
-        signs = bits.view(count, kv_heads, self.head_dim).float().mul_(2).sub_(1)
-        turned = (queries.float() @ self.rotation).view(kv_heads, -1, self.head_dim)
-        scale = factor.contiguous().view(torch.float16).float()[..., 0]  # [n, K]
-        return (torch.einsum("kgd,nkd->kgn", turned, signs) * scale.T[:, None]).flatten(0, 1)
+        rows = torch.arange(codes.shape[0], device=codes.device)
+        return self.batch_scores(queries[None], codes, rows[None])[0]
+
+    def batch_scores(self, queries: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`scores` of several requests.
+
+        Args:
+            queries: `[B, H, D]`.
+            codes: `[R, K, bytes]`.
+            rows: `[B, n]` int, which codes are of each request's tokens; not negative.
+
+        Returns:
+            `[B, H, n]` float32.
+        """
+        return sketch_scores(queries.float() @ self.rotation, codes, rows)

@@ -19,7 +19,7 @@ class Run:
     modality: str
     """``image`` or ``video``."""
     item: int
-    """Which picture or video of the prompt, from 0; a video may have one run per frame."""
+    """Which image or video of the prompt, from 0; a video may have one run per frame."""
     grids: tuple[Grid, ...] = ()
     """In the order of the tokens: one per frame, or LLaVA's overview and its tiles; empty where it is not known."""
 
@@ -43,7 +43,7 @@ class Asked:
     """What is known of each span of `vision`: for the policy, and for a report with `positions`."""
     positions: bool = False
     """Whether the report lists kept positions."""
-    measures_recall: bool = False
+    measures_attention: bool = False
     """Whether nothing is evicted, and the report says what of the answer's attention the decision would have kept."""
     repeated: int = 0
     """Tokens behind the prompt that read it again: of an internal request, which computes both and keeps the prompt."""
@@ -54,8 +54,8 @@ class Asked:
         return tuple(run.grids for run in self.runs)
 
     @property
-    def pictures_end(self) -> int:
-        """Position behind the last picture."""
+    def images_end(self) -> int:
+        """Position behind the last image."""
         return self.vision[-1].end if self.vision else 0
 
     @property

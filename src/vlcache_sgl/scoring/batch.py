@@ -13,13 +13,15 @@ import torch
 
 from vlcache_kernels.attention_stats import ResidencyIndex, RowBatch, StatsRequest, batch_attention_stats
 from vlcache_sgl.memory.batches import ExtendRequest, Memory
-from vlcache_sgl.memory.device_index import copy_to, look_up
+from vlcache_sgl.memory.device_index import look_up
+from vlcache_sgl.memory.scales import FP8
 from vlcache_sgl.scoring.scoring import RowGroup, Scoring
+from vlcache_sgl.streams import to_device
 
 
 @dataclass(frozen=True)
-class Voter:
-    """Rows of one request that vote for one kind of statistics in this forward."""
+class QueryRows:
+    """One request's query rows of this forward, for one kind of statistics."""
 
     scoring: Scoring
     group: RowGroup
@@ -45,17 +47,17 @@ class Voter:
 
 @dataclass(frozen=True)
 class Poll:
-    """All rows of a batch that vote for the same statistics: one launch per layer."""
+    """All query rows of a batch for the same statistics: one launch per layer."""
 
     want: StatsRequest
-    voters: tuple[Voter, ...]
+    members: tuple[QueryRows, ...]
     batch: RowBatch
     rows: torch.Tensor
-    """`[T]` int64 on the device: which of the batch's queries vote, request after request."""
+    """`[T]` int64 on the device: which of the batch's queries are of query rows, request after request."""
     row_index: torch.Tensor
     """`[T]` int64 on the device: the last owned key that each of them sees."""
     index: ResidencyIndex
-    """Indexes of all layers: what is visible to each voter, owned keys last."""
+    """Indexes of all layers: what is visible to the rows of each member, owned keys last."""
 
     @property
     def takes_lse(self) -> bool:
@@ -69,35 +71,35 @@ class BatchScoring:
     Args:
         memory: arena, residency and rows; the new tokens' slots are in place.
         requests: the batch.
-        scorings: for each of them its scoring where it votes in this chunk, None otherwise.
+        scorings: for each of them its scoring where it has query rows in this chunk, None otherwise.
     """
 
     def __init__(self, memory: Memory, requests: Sequence[ExtendRequest], scorings: Sequence[Scoring | None]) -> None:
         self._memory = memory
-        wanted: dict[StatsRequest, list[Voter]] = {}
+        wanted: dict[StatsRequest, list[QueryRows]] = {}
         for request, scoring in zip(requests, scorings, strict=True):
             if scoring is None:
                 continue
             for group in scoring.groups:
                 positions = group.within(request.begin, request.begin + request.count)
                 if positions.numel():
-                    voter = Voter(scoring, group, request, positions)
-                    wanted.setdefault(group.want, []).append(voter)
-        self._polls = [self._poll(want, tuple(voters)) for want, voters in wanted.items()]
+                    member = QueryRows(scoring, group, request, positions)
+                    wanted.setdefault(group.want, []).append(member)
+        self._polls = [self._poll(want, tuple(members)) for want, members in wanted.items()]
 
-    def _poll(self, want: StatsRequest, voters: tuple[Voter, ...]) -> Poll:
+    def _poll(self, want: StatsRequest, members: tuple[QueryRows, ...]) -> Poll:
         device = self._memory.arena.device
-        lengths = [voter.visible for voter in voters]
-        rows = torch.cat([v.positions - v.request.begin + v.request.tokens.start for v in voters])
-        row_index = torch.cat([v.positions - v.scoring.prompt.start for v in voters])
-        request_rows = [voter.request.row for voter in voters]
-        numbers = copy_to(torch.cat([rows, row_index, torch.tensor(request_rows), torch.tensor(lengths)]), device)
-        on_device = torch.split(numbers, [len(rows), len(rows), len(voters), len(voters)])
+        lengths = [member.visible for member in members]
+        rows = torch.cat([v.positions - v.request.begin + v.request.tokens.start for v in members])
+        row_index = torch.cat([v.positions - v.scoring.prompt.start for v in members])
+        request_rows = [member.request.row for member in members]
+        numbers = to_device(torch.cat([rows, row_index, torch.tensor(request_rows), torch.tensor(lengths)]), device)
+        on_device = torch.split(numbers, [len(rows), len(rows), len(members), len(members)])
         return Poll(
             want=want,
-            voters=voters,
+            members=members,
             batch=RowBatch.build(
-                [voter.positions.numel() for voter in voters], [voter.owned for voter in voters], lengths, device
+                [member.positions.numel() for member in members], [member.owned for member in members], lengths, device
             ),
             rows=on_device[0],
             row_index=on_device[1],
@@ -106,8 +108,8 @@ class BatchScoring:
 
     @property
     def scorings(self) -> list[Scoring]:
-        """Scorings of the requests that vote."""
-        return list({id(v.scoring): v.scoring for poll in self._polls for v in poll.voters}.values())
+        """Scorings of the requests with query rows."""
+        return list({id(v.scoring): v.scoring for poll in self._polls for v in poll.members}.values())
 
     @property
     def takes_lse(self) -> bool:
@@ -123,15 +125,17 @@ class BatchScoring:
             scale: factor of the logits.
             lse: `[T, H]` float32, natural logarithm of the sum of exponentials of everything visible.
         """
-        layer = self._memory.layer_of(planes)
+        layer, stored = self._memory.layer_of(planes), self._memory.arena.dtype
+        scale = scale * self._memory.scales_of(planes).key
         for poll in self._polls:
-            if not any(voter.counts for voter in poll.voters):
+            if not any(member.counts for member in poll.members):
                 continue
-            # Keys may be stored in another 16-bit type than queries come in.
-            voting = queries.index_select(0, poll.rows).to(self._memory.arena.dtype)
+            asked = queries.index_select(0, poll.rows)
+            if stored not in FP8:  # keys may be stored in another 16-bit type than queries come in
+                asked = asked.to(stored)
             known = None if lse is None or not poll.takes_lse else lse.index_select(0, poll.rows).T
             found = batch_attention_stats(
-                voting,
+                asked,
                 poll.row_index,
                 self._memory.arena,
                 poll.index.at(layer),
@@ -140,7 +144,7 @@ class BatchScoring:
                 want=poll.want,
                 lse=known,
             )
-            parts = torch.split(voting, list(poll.batch.rows))
-            for number, (voter, rows) in enumerate(zip(poll.voters, parts, strict=True)):
-                if voter.counts:
-                    voter.group.add(layer, rows, found.request(number), voter.owned)
+            parts = torch.split(asked, list(poll.batch.rows))
+            for number, (member, rows) in enumerate(zip(poll.members, parts, strict=True)):
+                if member.counts:
+                    member.group.add(layer, rows, found.request(number), member.owned)

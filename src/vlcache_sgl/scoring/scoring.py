@@ -10,6 +10,7 @@ import torch
 from vlcache_kernels.attention_stats import AttentionStats, StatsRequest, attention_stats
 from vlcache_sgl.api import LayerView, Needs, Prompt, Rows
 from vlcache_sgl.api.prompt import select_rows
+from vlcache_sgl.streams import to_device
 
 KeysValues = Callable[[int], torch.Tensor]
 """Layer -> `[owned, 2, kv_heads, head_dim]`, the cached keys and values of the owned tokens."""
@@ -26,6 +27,13 @@ class RowGroup:
     stats: dict[int, AttentionStats] = field(default_factory=dict)
     kept_queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Per layer, `[R_chunk, H, D]` of each chunk."""
+    _on_device: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """`positions` on `device`: copied once, because all layers show them to policies."""
+        if self._on_device is None or self._on_device.device != device:
+            self._on_device = to_device(self.positions, device)
+        return self._on_device
 
     def within(self, begin: int, end: int) -> torch.Tensor:
         """Those of `positions` that lie in ``[begin, end)``."""
@@ -96,7 +104,7 @@ class Scoring:
         return replace(self.prompt, positions=own[..., : self.prompt.owned])
 
     def rows_in(self, begin: int, end: int) -> bool:
-        """Whether any voting row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
+        """Whether any query row lies in ``[begin, end)``: otherwise a chunk need not be observed."""
         return self.failure is None and any(group.within(begin, end).numel() for group in self._groups.values())
 
     @property
@@ -143,7 +151,7 @@ class Scoring:
             group.add(layer, rows, stats, owned_keys.shape[0])
 
     def count_rows(self, need: Needs) -> int:
-        """Rows that vote for a scorer or allocator with these needs."""
+        """Query rows of a scorer or allocator with these needs."""
         group = self._groups.get(need.rows)
         return 0 if group is None else group.positions.numel()
 
@@ -160,7 +168,7 @@ class Scoring:
         view = LayerView(index=layer)
         group = self._groups.get(need.rows)
         if group is not None:
-            view.row_positions = group.positions.to(self.prompt.device)
+            view.row_positions = group.on(self.prompt.device)
             view = self._with_stats(view, group.stats.get(layer), need)
             if need.queries:
                 kept = group.kept_queries.get(layer, [])

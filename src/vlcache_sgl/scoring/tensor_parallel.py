@@ -78,7 +78,7 @@ class HeadGather:
 
         Args:
             needs: what the allocator declares.
-            rows: how many rows vote for it.
+            rows: how many query rows it has.
         """
         if self._size == 1 or self._group is None:
             return

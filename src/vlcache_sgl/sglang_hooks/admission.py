@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import retract_all
-from sglang.srt.managers.schedule_policy import CacheAgnosticPolicy
+from sglang.srt.managers.schedule_policy import AddReqResult, CacheAgnosticPolicy
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from vlcache_sgl.sglang_hooks.facades import Req, ScheduleBatch, SchedulePolicy, Scheduler
@@ -29,9 +29,20 @@ OVERTAKEN_ATTRIBUTE = "vlcache_overtaken"
 """On SGLang's request: in how many passes others went first."""
 
 
-def consider_request(adder: Any, req: Req, *_: Any, **__: Any) -> None:
-    """Before SGLang decides about one request: tell the budget which."""
+def consider_request(original: Any, adder: Any, req: Req, *arguments: Any, **options: Any) -> Any:
+    """Around SGLang deciding about one request: tell the budget which.
+
+    SGLang knows one request between two chunks.  The chunk that ends with an image leaves room for others, of which the
+    next may be cut too: it is the last of its pass.
+    """
     adder.memory_budget.consider(req)
+    result = original(adder, req, *arguments, **options)
+    if not adder.memory_budget.cuts:
+        return result
+    adder.rem_input_tokens = 0
+    if adder.rem_chunk_tokens is not None:
+        adder.rem_chunk_tokens = 0
+    return AddReqResult.OTHER if result is AddReqResult.CONTINUE else result
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,18 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.capacity import longest_answer
 from vlcache_sgl.memory.accounting import CellAccounting
-from vlcache_sgl.sglang_hooks.arena import KVArena
+from vlcache_sgl.sglang_hooks.arena import arena_of
 from vlcache_sgl.sglang_hooks.prefill_budget import CellPrefillBudget
+
+
+def evict_until(tree: Any, missing: Callable[[], int]) -> None:
+    """Drop prefixes of `tree`, least recently used first, until no tokens are `missing` or nothing can be dropped.
+
+    A compressed token gives back fewer cells than planes, so it may take several rounds.
+    """
+    while (tokens := missing()) > 0:
+        if tree.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted == 0:
+            return
 
 
 class VirtualSlotAllocator(TokenToKVPoolAllocator):
@@ -20,12 +31,15 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
     ``available_size()`` counts virtual slots, as SGLang's leak checks expect; whether cells suffice is asked through
     the capacity hooks that SGLang has for byte-accounted pools.
 
+    Args:
+        pool: SGLang's KV pool, the arena or with the arena in it.
+
     Attributes:
         accounting: who holds the cells.
     """
 
-    def __init__(self, pool: KVArena, *, physical_tokens: int, need_sort: bool) -> None:
-        self.accounting = CellAccounting(pool.arena, physical_tokens)
+    def __init__(self, pool: Any, *, physical_tokens: int, need_sort: bool) -> None:
+        self.accounting = CellAccounting(arena_of(pool).arena, physical_tokens)
         super().__init__(pool.size, pool.dtype, pool.device, pool, need_sort)
 
     def clear(self) -> None:
@@ -33,7 +47,6 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         self.accounting.clear()
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        self.accounting.settle()
         if not self.accounting.has_room(need_size):
             return None
         slots: torch.Tensor | None = super().alloc(need_size)
@@ -57,19 +70,12 @@ class VirtualSlotAllocator(TokenToKVPoolAllocator):
         return CellPrefillBudget(self, self.accounting, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool:
-        if not self.can_allocate(num_tokens):
-            # What compression is about to give back goes before what somebody may still use.
-            self.accounting.settle()
+        if self.can_allocate(num_tokens):  # where compression is about to give back enough, this waits for it
+            return True
         super().evict_to_free_tokens(tree_cache, num_tokens)
-        residency = self.accounting.residency
-        planes = residency.num_planes
         if tree_cache is not None and tree_cache.supports_prefix_sharing():
-            # A compressed token gives back fewer cells than planes, so it may take several rounds.
-            # Prefixes in host memory give back none, and stay.
-            while self.accounting.evictable_cells and (missing := num_tokens * planes - residency.free_cells) > 0:
-                evicted = tree_cache.evict(EvictParams(num_tokens=-(-missing // planes)))
-                if evicted.num_tokens_evicted == 0:
-                    break
+            cells = num_tokens * self.accounting.residency.num_planes
+            evict_until(tree_cache, lambda: self.accounting.tokens_to_evict(cells))
         return self.can_allocate(num_tokens)
 
     def can_allocate(self, num_tokens: int) -> bool:

@@ -18,12 +18,15 @@ from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob
-from vlcache_sgl.compression.recall import Recall
+from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
+from vlcache_sgl.recall.areas import Recall, RecallArea
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
+from vlcache_sgl.sglang_hooks.arena import arena_of, scales_of
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ForwardBatch, GraphForwardBatch, ModelRunner
+from vlcache_sgl.streams import to_device
 
 
 class ResidencyBackend(AttentionBackend):
@@ -31,7 +34,7 @@ class ResidencyBackend(AttentionBackend):
 
     Args:
         model_runner: SGLang's.
-        compressor: is shown the queries of rows that vote.
+        compressor: is shown the queries of the rows that policies ask for.
         provider: the kernels to use, by the name of the backend of SGLang whose place this one takes.
         num_heads: query heads of this rank.
     """
@@ -39,11 +42,15 @@ class ResidencyBackend(AttentionBackend):
     def __init__(self, model_runner: ModelRunner, compressor: Compressor, provider: str, num_heads: int) -> None:
         super().__init__()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.arena: Arena = self.token_to_kv_pool.arena
+        self.arena: Arena = arena_of(self.token_to_kv_pool).arena
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.compressor = compressor
         self._memory = Memory(
-            self.arena.cells, self.arena.residency, self.req_to_token_pool.req_to_token, self.arena.groups
+            self.arena.cells,
+            self.arena.residency,
+            self.req_to_token_pool.req_to_token,
+            self.arena.groups,
+            self.arena.scales,
         )
         shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
@@ -57,10 +64,14 @@ class ResidencyBackend(AttentionBackend):
         self._graph_cells = self._graph_numbers = torch.empty(0)
         self._requests: tuple[ExtendRequest, ...] = ()
         self._observed: list[CompressionJob | None] = []
-        self._voting: BatchScoring | None = None
-        self._watched: list[tuple[int, Recall, torch.Tensor]] = []
+        self._batch_scoring: BatchScoring | None = None
+        self._watched: list[tuple[int, Measured, torch.Tensor]] = []
         self.jobs: list[CompressionJob | None] | None = None
         """Jobs of the forward that runs now, one per request; None when none is to be scored."""
+        self._area_rows = torch.empty(0, dtype=torch.int64)
+        self.areas: list[tuple[int, RecallArea]] = []
+        """Of requests of the forward that runs now which decode and get evicted tokens back, with the rows of their
+        tokens in it."""
         self.rows: list[int] | None = None
         """Request rows of the forward that runs now, where the host knows them: asking the device would wait for it."""
 
@@ -73,8 +84,16 @@ class ResidencyBackend(AttentionBackend):
 
     def fits_graph(self, forward_batch: ForwardBatch) -> bool:
         """Whether the recorded buffers hold what this decode step reads; beyond that it runs without a graph."""
+        if self.areas:
+            return False  # what is brought back is decided on the host
         lengths = forward_batch.seq_lens_cpu.tolist()
         return self.provider.fits_graph(self._rows_of(forward_batch), lengths)
+
+    def _planes_of(self, layer: AttentionLayer) -> slice:
+        """The layer's planes, its scales known; SGLang reads them from the layer each time, too."""
+        planes = self.arena.planes_of(layer.layer_id)
+        self.arena.set_scales(planes, scales_of(layer))
+        return planes
 
     # -- once per forward -------------------------------------------------------------------------------------------
 
@@ -86,11 +105,14 @@ class ResidencyBackend(AttentionBackend):
         if self.provider.on_device:
             self._cells = self._cells.to(torch.int32)
             self._numbers = torch.arange(slots.numel(), device=slots.device)
-        self._voting = None
+        self._batch_scoring = None
         self._watched = []
+        if self.areas:
+            self._recall.step([area for _, area in self.areas])
+            self._area_rows = to_device(torch.tensor([row for row, _ in self.areas]), self.arena.device)
         if forward_batch.forward_mode.is_decode():
             self._plan_decode(forward_batch, self._cells)
-            self._plan_recall(forward_batch)
+            self._plan_watched(forward_batch)
         else:
             self._plan_extend(forward_batch)
 
@@ -122,17 +144,17 @@ class ResidencyBackend(AttentionBackend):
         for row, begin, count, job in zip(
             rows, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, jobs, strict=True
         ):
-            votes = (
+            observed = (
                 job is not None
                 and job.progress.scoring is not None
                 and job.progress.scoring.rows_in(begin, begin + count)
             )
-            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), votes))
-            self._observed.append(job if votes else None)
+            requests.append(ExtendRequest(row, slice(first, first + count), int(begin), observed))
+            self._observed.append(job if observed else None)
             first += count
         self._requests = tuple(requests)
-        if self.provider.on_device and any(request.votes for request in requests):
-            self._voting = self.compressor.plan_batch(
+        if self.provider.on_device and any(request.observed for request in requests):
+            self._batch_scoring = self.compressor.plan_batch(
                 self._memory, self._requests, [None if job is None else job.progress.scoring for job in self._observed]
             )
         self.provider.plan_extend(
@@ -141,16 +163,28 @@ class ResidencyBackend(AttentionBackend):
                 forward_batch.req_pool_indices,
                 forward_batch.extend_prefix_lens,
                 forward_batch.seq_lens,
-                want_lse=self._voting is not None and self._voting.takes_lse,
+                want_lse=self._batch_scoring is not None and self._batch_scoring.takes_lse,
             )
         )
 
-    def _plan_recall(self, forward_batch: ForwardBatch) -> None:
+    def _plan_watched(self, forward_batch: ForwardBatch) -> None:
         """Look up the cells of requests whose attention is looked at: few."""
         for number, (row, job) in enumerate(zip(self._rows_of(forward_batch), self.jobs or (), strict=False)):
-            if job is not None and job.report.recall is not None:
+            if job is not None and job.report.measured is not None:
                 slots = self.req_to_token_pool.req_to_token[row, : int(forward_batch.seq_lens_cpu[number])]
-                self._watched.append((number, job.report.recall, self.arena.write_cells(slots.to(torch.int64))))
+                self._watched.append((number, job.report.measured, self.arena.write_cells(slots.to(torch.int64))))
+
+    @property
+    def _recall(self) -> Recall:
+        """Where there are areas, there is recall."""
+        assert self.compressor.host is not None
+        assert self.compressor.host.recall is not None
+        return self.compressor.host.recall
+
+    def _refresh_areas(self, planes: slice, queries: torch.Tensor, scale: float) -> None:
+        """Bring back what one layer needs for `queries` `[rows, H, D]`."""
+        if self.areas:
+            self._recall.refresh(planes, queries.index_select(0, self._area_rows), scale)
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -195,26 +229,29 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self.arena.planes_of(layer.layer_id)
+        planes = self._planes_of(layer)
         queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         keys = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         values = v.view(-1, layer.tp_v_head_num, layer.head_dim)
         if save_kv_cache:
             self._write(planes, keys, values)
+            if keys.dtype != self.arena.cells.dtype:
+                # What is attended to, now and by later chunks and requests, is what cells hold.
+                stored = self.arena.read(planes, self._cells[planes], keys.dtype)
+                keys, values = stored.unbind(1)
 
         def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
             assert job is not None
-            part = request.tokens
-            self.compressor.observe(
-                job, layer.layer_id, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
-            )
+            part, place = request.tokens, self.arena.number_of(layer.layer_id)
+            self.compressor.observe(job, place, request.begin, queries[part], keys[part], prefix, valid, layer.scaling)
 
         if self.compressor.host is not None:
             self.compressor.host.staging.fill(planes)
+        self._refresh_areas(planes, queries, layer.scaling)
         output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
-        if self._voting is not None:
-            self.compressor.observe_batch(self._voting, planes, queries, layer.scaling, lse)
+        if self._batch_scoring is not None:
+            self.compressor.observe_batch(self._batch_scoring, planes, queries, layer.scaling, lse)
         return output.view(q.shape[0], -1)
 
     def forward_decode(
@@ -228,25 +265,35 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self.arena.planes_of(layer.layer_id)
+        planes = self._planes_of(layer)
         if save_kv_cache:
             shape = (-1, layer.tp_k_head_num, layer.head_dim)
             self._write(planes, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        for number, recall, cells in self._watched:
-            keys = self.arena.cells[cells[planes], 0].transpose(0, 1).flatten(1, 2)
-            recall.observe(layer.layer_id - self.arena.first_layer, queries[number], keys, layer.scaling)
+        for number, measured, cells in self._watched:
+            keys = self.arena.read(planes, cells[planes], queries.dtype)[:, 0]
+            measured.observe(self.arena.number_of(layer.layer_id), queries[number], keys, layer.scaling)
+        self._refresh_areas(planes, queries, layer.scaling)
         output = self.provider.decode(planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 
     def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         cells = self._cells[planes]
+        scales = self.arena.scales_of(planes)
         if not self.provider.on_device:
-            self.arena.write(cells, keys, values)
+            self.arena.write(cells, keys, values, scales)
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens = cells.shape[1]
-        arena_write(self.arena.cells, keys[:tokens], values[:tokens], self._numbers, cells)
+        arena_write(
+            self.arena.cells,
+            keys[:tokens],
+            values[:tokens],
+            self._numbers,
+            cells,
+            key_scale=scales.key,
+            value_scale=scales.value,
+        )
 
 
 def _require_plain(options: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vlcache_sgl.capacity import kv_layer_count
 from vlcache_sgl.sglang_hooks.facades import Req, ServerArgs
 
 TESTED_SGLANG = "0.5.23"
@@ -24,6 +25,9 @@ ATTENTION_BACKENDS = ("torch_native", "triton", "flashinfer")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 """Head dimensions that FlashInfer's kernels are built for."""
 
+KV_CACHE_DTYPES = (None, "auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+"""Values of --kv-cache-dtype that cells can hold."""
+
 _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("speculative_algorithm", bool, "draft tokens are rolled back, evicted tokens cannot be"),
     ("disaggregation_mode", lambda mode: mode not in (None, "null"), "KV transfer sends whole token slots"),
@@ -32,12 +36,16 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("enable_flexkv", bool, "external stores hold whole token slots"),
     ("enable_hisparse", bool, "it replaces the same KV pool"),
     ("enable_unified_memory", bool, "it replaces the same KV pool"),
+    ("enable_page_major_kv_layout", bool, "it lays out the same KV pool"),
+    ("enable_unified_cache_external_linker", bool, "external stores hold whole token slots"),
+    ("kv_canary", lambda mode: mode not in (None, "none"), "it checks KV by slot, and slots are not memory here"),
     ("enable_kv_cache_sharding", bool, "residency is per rank"),
     ("pp_size", lambda size: (size or 1) > 1, "budgets need the statistics of all layers on one rank"),
     ("dcp_size", lambda size: (size or 1) > 1, "a token's keys would be on another rank than its queries"),
     ("attn_cp_size", lambda size: (size or 1) > 1, "a prompt's rows would be on several ranks"),
+    ("enable_prefill_cp", bool, "a prompt's rows would be on several ranks"),
     ("page_size", lambda size: size not in (None, 1), "evicted tokens are single tokens, not pages"),
-    ("kv_cache_dtype", lambda dtype: dtype not in (None, "auto", "bf16", "bfloat16"), "scores read unquantized keys"),
+    ("kv_cache_dtype", lambda dtype: dtype not in KV_CACHE_DTYPES, "cells have a scale per layer, not per block"),
     ("enable_pdmux", bool, "prefill and decode would use one index at once"),
     ("enable_two_batch_overlap", bool, "a batch would be split under the index"),
     ("cuda_graph_backend_prefill", lambda kind: kind not in (None, "disabled"), "prefills are watched layer by layer"),
@@ -48,9 +56,14 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("enable_streaming_session", bool, "sessions keep rows outside the prefix tree"),
     ("enable_session_radix_cache", bool, "sessions keep rows outside the prefix tree"),
     ("enable_dp_attention", bool, "ranks of one group would serve different requests"),
+    ("attn_dp_size", lambda size: (size or 1) > 1, "ranks of one group would serve different requests"),
     ("dllm_algorithm", bool, "diffusion models rewrite their KV cache"),
     ("is_embedding", bool, "there is no decode to compress for"),
     ("prefill_only_disable_kv_cache", bool, "there is no KV cache"),
+    ("encoder_only", bool, "an encoder has no KV cache; the server that it encodes for takes the flag"),
+    ("enable_mis", bool, "items of one prompt must not see each other, and all see what is kept"),
+    ("enable_nvidia_megakernel", bool, "its attention reads the KV cache by slot"),
+    ("enable_amd_monokernel", bool, "its attention reads the KV cache by slot"),
 )
 
 
@@ -59,8 +72,8 @@ def unsupported_arguments(server_args: ServerArgs) -> Iterator[str]:
     for name, is_set, reason in _UNSUPPORTED_ARGUMENTS:
         value = getattr(server_args, name, None)
         if is_set(value):
-            flag = "--" + name.replace("_", "-")
-            yield f"--kv-policy cannot be combined with {flag} {value}: {reason}"
+            flag = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+            yield f"--kv-policy cannot be combined with {flag}: {reason}"
     backend = getattr(server_args, "attention_backend", None)
     supported = ATTENTION_BACKENDS if _has_cuda(server_args) else ATTENTION_BACKENDS[:1]
     if backend is not None and backend not in supported:
@@ -114,23 +127,24 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     return next((config[key] for key in ("text_config", "llm_config", "language_config") if key in config), config)
 
 
-def unsupported_model(config: dict[str, Any]) -> Iterator[str]:
-    """One line per property of a Hugging Face model configuration that we cannot serve."""
+def unsupported_configuration(config: dict[str, Any]) -> Iterator[str]:
+    """One line per property of a Hugging Face model configuration that we cannot serve.
+
+    What can be told without SGLang, whose description of a model says more: see `attention_kinds`.
+    """
     text = _text_config(config)
     if text.get("kv_lora_rank"):
         yield "--kv-policy does not support multi-head latent attention (MLA): a cell holds keys and values of heads"
     kinds = set(text.get("layer_types") or ())
-    window = text.get("sliding_window")
-    slides = text.get("use_sliding_window", window is not None and text.get("model_type") not in _IGNORES_WINDOW)
-    if any("sliding" in kind for kind in kinds) or (window and slides and not kinds):
+    # A window alone says nothing: most families write one into their configuration and use none.
+    if any("sliding" in kind or "chunked" in kind for kind in kinds) or text.get("attention_chunk_size"):
         yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
-    linear = kinds - {"full_attention", "attention", "sliding_attention", "chunked_attention"}
-    if linear or text.get("mamba_d_state") or text.get("linear_num_key_heads"):
-        yield "--kv-policy does not support linear-attention or state-space layers: they have no KV cache to evict"
-
-
-_IGNORES_WINDOW = frozenset({"qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_vl_text"})
-"""Families that write a window into their configuration and leave it off unless `use_sliding_window` is true."""
+    elif kinds and not kv_layer_count(text):
+        yield "--kv-policy needs layers of attention, and this model has none: there is no KV cache to compress"
+    if text.get("cross_attention_layers"):
+        yield "--kv-policy does not support cross-attention: those layers read tokens of an encoder"
+    if text.get("sparse_attention_config") or text.get("index_topk"):
+        yield "--kv-policy does not support sparse attention: its index has keys of its own, which are in no cell"
 
 
 def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
@@ -145,10 +159,10 @@ def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def kv_shape(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Layers and KV heads of a Hugging Face model configuration; None when it does not say."""
+    """Layers with a KV cache, and KV heads, of a Hugging Face model configuration; None when it does not say."""
     text = _text_config(config)
-    layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    return (int(layers), int(text.get("num_key_value_heads") or heads)) if layers and heads else None
+    layers, heads = kv_layer_count(text), text.get("num_attention_heads")
+    return (layers, int(text.get("num_key_value_heads") or heads)) if layers and heads else None
 
 
 def reads_no_images(config: dict[str, Any]) -> bool:

@@ -65,6 +65,8 @@ class RequestKV(Protocol):
     """Its row of `req_to_token`; None: it has none."""
     cache_protected_len: int
     """Leading tokens whose slots belong to the prefix tree."""
+    mamba_last_track_seqlen: int | None
+    """Of a hybrid, with states kept in the middle of prompts: how many tokens the newest of them has seen."""
 
     @property
     def holds_kv(self) -> bool: ...
@@ -74,6 +76,12 @@ class Req(Protocol):
     """A request in a scheduler."""
 
     prefix_len: int
+    extend_end: int
+    """Where the chunk that is computed, or was computed last, ends."""
+    full_untruncated_fill_ids: Any
+    """Prompt and answer so far, an array."""
+    mamba_branching_seqlen: int | None
+    """Of a hybrid: behind how many tokens a state is to be kept."""
     origin_input_ids: Any
     """The prompt's token numbers, an array."""
     output_ids: array[int]
@@ -81,6 +89,8 @@ class Req(Protocol):
     """The request's namespace in the radix tree, text or None."""
     cache_salt: str | None
     kv: RequestKV
+    lock: Any
+    """On what it relies of the prefix tree; None: on nothing."""
     multimodal_inputs: Any
     """`MultimodalInputs` or None."""
     sampling_params: SamplingParams
@@ -103,6 +113,8 @@ class Req(Protocol):
     arrival_processed_tokens: Any
 
     def finished(self) -> bool: ...
+
+    def owned_kv_len(self) -> int: ...
 
     def set_finish_with_abort(self, error_msg: str) -> None: ...
 
@@ -283,7 +295,23 @@ class AttentionLayer(Protocol):
     tp_k_head_num: int
     tp_v_head_num: int
     head_dim: int
+    v_head_dim: int
     scaling: float
+    k_scale: Any
+    v_scale: Any
+    """Tensors or numbers by which the model's 8-bit keys and values are to be multiplied; None: by 1."""
+    k_scale_float: float | None
+    v_scale_float: float | None
+    """The same where they are tensors."""
+    is_cross_attention: bool
+    sliding_window_size: int | None
+    """How many tokens before its own a token sees; negative or None: all."""
+    use_irope: bool
+    """Chunked, in a model that has an attention chunk size."""
+    attn_type: Any
+    logit_cap: float
+    xai_temperature_len: int | None
+    pos_encoding_mode: str
 
 
 # -- the model and its pools ------------------------------------------------------------------------------------------
@@ -316,6 +344,17 @@ class ModelConfig(Protocol):
     num_attention_layers: int
     head_dim: int
     v_head_dim: int
+    context_len: int
+    hf_config: Any
+    hf_text_config: Any
+    attention_arch: Any
+    attention_chunk_size: int | None
+    is_encoder_decoder: bool
+    is_hybrid_swa: bool
+    has_attention_sinks: bool
+
+    @property
+    def has_asymmetric_kv(self) -> bool: ...
 
     def get_total_num_kv_heads(self) -> int: ...
 
@@ -341,7 +380,6 @@ class ModelRunner(Protocol):
 class LayerInfo(Protocol):
     """Layers of this rank."""
 
-    num_effective_layers: int
     start_layer: int
     end_layer: int
 
@@ -351,7 +389,6 @@ class Configurator(Protocol):
 
     use_mla_backend: bool
     is_hybrid_swa: bool
-    mambaish_config: Any
     device: str
     kv_cache_dtype: torch.dtype
     layer_info: LayerInfo

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 
 from vlcache_sgl.config import FLAGS, ConfigError, KVConfig, config_from
 from vlcache_sgl.policy import PolicyError, registry
+from vlcache_sgl.sglang_hooks.attention_kinds import resolved_model, unsupported_model
 from vlcache_sgl.sglang_hooks.compat import (
     choose_defaults,
     kv_shape,
     model_config_dict,
     reads_no_images,
     unsupported_arguments,
-    unsupported_model,
+    unsupported_configuration,
 )
 from vlcache_sgl.sglang_hooks.facades import ServerArgs
 from vlcache_sgl.sglang_hooks.settings import give_config
@@ -126,10 +127,19 @@ def read_command_line(original: Callable[..., Any], cls: Any, args: argparse.Nam
     return server_args
 
 
+REFUSED = 2
+"""Exit code of what a user has to change, argparse's."""
+
+
 def refuse(error: Exception) -> NoReturn:
     """End the process as argparse would."""
     print(f"sglang serve: error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(REFUSED)
+
+
+def is_server() -> bool:
+    """Whether this process is one that a user has started to serve, rather than a program with `sgl.Engine` in it."""
+    return "sglang.launch_server" in sys.modules or "sglang.launch_server" in sys.orig_argv
 
 
 @contextlib.contextmanager
@@ -152,9 +162,12 @@ def attach_config(server_args: ServerArgs, values: Mapping[str, Any]) -> None:
     if config is None:
         return
     model = model_config_dict(server_args)
-    problems = [*unsupported_arguments(server_args), *unsupported_model(model)]
-    if problems:
-        raise ConfigError(problems[0])
+    if problem := next(unsupported_arguments(server_args), None):
+        raise ConfigError(problem)
+    resolved = resolved_model(server_args)
+    problems = unsupported_configuration(model) if resolved is None else unsupported_model(resolved)
+    if problem := next(problems, None):
+        raise ConfigError(problem)
     if config.scope == "vision" and reads_no_images(model):
         raise ConfigError(f"--kv-scope vision: {server_args.model_path} reads no images, use --kv-scope all")
     if config.weights not in ("auto", "off") and (shape := kv_shape(model)) is not None:

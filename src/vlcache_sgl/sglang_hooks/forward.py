@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.counters import Counters
-from vlcache_sgl.sglang_hooks.facades import ForwardBatch, ModelRunner, ScheduleBatch
+from vlcache_sgl.recall.areas import RecallArea
+from vlcache_sgl.sglang_hooks.facades import ForwardBatch, ModelRunner, Req, ScheduleBatch
 from vlcache_sgl.sglang_hooks.host_sharing import prefix_positions
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.model_start import ModelStart
@@ -18,6 +19,8 @@ from vlcache_sgl.sglang_hooks.status import Status
 
 JOBS_ATTRIBUTE = "vlcache_jobs"
 """On SGLang's ForwardBatch: one entry per request, None where nothing is to be scored."""
+AREAS_ATTRIBUTE = "vlcache_areas"
+"""On SGLang's ForwardBatch: requests that decode and get evicted tokens back, by the row that their token has in it."""
 ROWS_ATTRIBUTE = "vlcache_rows"
 """On SGLang's ForwardBatch: the requests' rows of `req_to_token`, a list."""
 
@@ -48,9 +51,11 @@ class Forwards:
             watched = [job if job is not None and job.reads_decode else None for job in map(job_of, batch.reqs)]
             if any(watched):
                 setattr(forward_batch, JOBS_ATTRIBUTE, watched)
+            setattr(forward_batch, AREAS_ATTRIBUTE, _areas(enumerate(batch.reqs)))
             return
         decoding = {id(req) for req in (batch.decoding_reqs or ())}
         jobs: list[CompressionJob | None] = []
+        rows_of_decoding: list[tuple[int, Req]] = []
         first = 0
         for req, begin, count in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
             job = job_of(req) if id(req) not in decoding else None
@@ -61,10 +66,13 @@ class Forwards:
                         device = forward_batch.positions.device
                         job.progress.scoring.add_positions(prefix_positions(req, job.progress.shared, device))
                     job.progress.scoring.add_positions(_positions(forward_batch, first, int(count)))
+            if id(req) in decoding:
+                rows_of_decoding.append((first, req))
             first += int(count)
             jobs.append(job if job is not None and _attends(job) else None)
         if any(jobs):
             setattr(forward_batch, JOBS_ATTRIBUTE, jobs)
+        setattr(forward_batch, AREAS_ATTRIBUTE, _areas(rows_of_decoding))
 
     def run(
         self, original: Callable[..., Any], runner: ModelRunner, forward_batch: ForwardBatch, *args: Any, **kw: Any
@@ -80,6 +88,7 @@ class Forwards:
         # Handed over here, because SGLang's runners may give attention a copy of the batch without our attributes.
         rows: list[int] | None = getattr(forward_batch, ROWS_ATTRIBUTE, None)
         served.backend.jobs, served.backend.rows = jobs, rows
+        served.backend.areas = getattr(forward_batch, AREAS_ATTRIBUTE, [])
         table = runner.req_to_token_pool.req_to_token
         computing = (
             []
@@ -91,11 +100,17 @@ class Forwards:
             ]
         )
         compressor = served.compressor
-        compressor.stage([row[: job.progress.chunk.begin] for job, row in computing if job.host is not None])
+        staged = [
+            (job, row[: job.progress.chunk.begin])
+            for job, row in computing
+            if job.host is not None and not job.host.settled and job.progress.chunk.begin
+        ]
+        compressor.stage([prefix for _, prefix in staged])
         try:
             result = original(runner, forward_batch, *args, **kw)
         finally:
             served.backend.jobs = served.backend.rows = None
+            served.backend.areas = []
             compressor.end_staging()
         if jobs is None or forward_batch.forward_mode.is_decode():
             return result
@@ -107,6 +122,12 @@ class Forwards:
         elapsed = (time.perf_counter() - started) * 1e3
         if scored:
             self._counters.prefill_ms += elapsed
+        if staged:
+            self._counters.staged_forwards += 1
+            self._counters.staged_ms += elapsed
+        for job, prefix in staged:
+            job.report.staged.add(prefix.numel(), elapsed)
+            job.report.fields["staged"] = job.report.staged.as_dict()
         if any(job is not None and job.asked.repeated for job in jobs):
             self._counters.second_reading_ms += elapsed
         for job, row in complete:
@@ -117,6 +138,12 @@ class Forwards:
     def fits_graph(self, result: bool, _: Any, forward_batch: ForwardBatch) -> bool:
         """After SGLang has said whether a recorded decode graph serves a batch: are our buffers large enough?"""
         return bool(result) and (self._model.served is None or self._model.served.backend.fits_graph(forward_batch))
+
+
+def _areas(decoding: Iterable[tuple[int, Req]]) -> list[tuple[int, RecallArea]]:
+    """The areas of requests that decode, with the rows of their tokens."""
+    jobs = ((row, job_of(req)) for row, req in decoding)
+    return [(row, job.recalls) for row, job in jobs if job is not None and job.recalls is not None]
 
 
 def _attends(job: CompressionJob) -> bool:

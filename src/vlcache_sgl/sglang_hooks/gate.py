@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,12 +16,17 @@ import torch
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.config import ConfigError, KVConfig
+from vlcache_sgl.policy import PolicyError
 from vlcache_sgl.policy.choice import Choice, Choices
 from vlcache_sgl.policy.custom_params import RequestParams, misplaced
 from vlcache_sgl.sglang_hooks.facades import ModelConfig, SamplingParams, TokenizedRequest
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 
 NAMESPACE = "|kv:"
 """Begins what is appended to the radix key of a compressed request: a policy's fingerprint follows."""
+
+_HANDED_ON: ContextVar[dict[str, Any] | None] = ContextVar("custom_params", default=None)
+"""`custom_params` of the request that is being read, where SGLang's endpoint does not read them."""
 
 
 def read_request(
@@ -42,8 +48,8 @@ def read_request(
         raise ConfigError(f"extra_key must not contain {NAMESPACE!r}: that is the server's to append")
     params = RequestParams.read(sampling_params.custom_params)
     choice = choices.select(params, length)
-    if params.report == "recall" and stream:
-        raise ConfigError("kv_report recall is known at the end of the answer: ask without stream")
+    if params.report == "attention" and stream:
+        raise ConfigError("kv_report attention is known at the end of the answer: ask without stream")
     return params, choice
 
 
@@ -62,7 +68,7 @@ class Gate:
             length=0,
             start=0,
             vision=(),
-            num_layers=int(model_config.num_attention_layers),
+            num_layers=len(kv_layers(model_config)),
             num_heads=int(model_config.num_attention_heads),
             num_kv_heads=int(model_config.get_total_num_kv_heads()),
             head_dim=int(model_config.head_dim),
@@ -81,6 +87,42 @@ class Gate:
             length=len(tokenized.input_ids or ()),
             stream=tokenized.stream,
         )
+
+    async def hand_on(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Around an endpoint that was given ``(..., request, raw_request)`` and does not read `custom_params`.
+
+        They are checked here as far as that needs no prompt, and reach the scheduler with the request.
+        """
+        from fastapi import HTTPException
+
+        request, raw_request = arguments[-2:]
+        if raw_request is None:  # SGLang asks itself
+            return await original(*arguments, **options)
+        body = await raw_request.json()
+        params = body.get("custom_params")
+        problem = misplaced(body, request, reads=True)
+        try:
+            self._choices.select(RequestParams.read(params), None)
+        except (ConfigError, PolicyError) as error:
+            problem = problem or str(error)
+        if problem:
+            raise HTTPException(400, problem)
+        token = _HANDED_ON.set(params)
+        try:
+            return await original(*arguments, **options)
+        finally:
+            _HANDED_ON.reset(token)
+
+
+def into_chat_request(chat_request: Any, *_: Any, **__: Any) -> None:
+    """After SGLang has turned a request of another API into one of its own."""
+    if (params := _HANDED_ON.get()) is not None:
+        chat_request.custom_params = params
+
+
+def into_sampling_params(params: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+    """After SGLang has read the sampling parameters of a request of another API."""
+    return params if _HANDED_ON.get() is None else {**params, "custom_params": _HANDED_ON.get()}
 
 
 async def refuse_misplaced(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

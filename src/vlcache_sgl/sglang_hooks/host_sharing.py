@@ -5,7 +5,6 @@ See `compression/exact.py` for what happens to tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.api.prompt import select_rows
@@ -23,7 +21,7 @@ from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import ConfigError, HostSize, KVConfig
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import HostShare
-from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
+from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator, evict_until
 from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 from vlcache_sgl.sglang_hooks.prefill_budget import HostCharge
@@ -66,26 +64,18 @@ class TreeRoom:
     def make_host_room(self, tokens: int) -> None:
         host = self._accounting.host
         assert host is not None
-        self._evict(lambda: tokens - host.free_tokens)
+        if not host.has_room(tokens):
+            evict_until(self.tree, lambda: tokens - host.free_tokens)
 
     def make_cells(self, cells: int) -> None:
-        accounting = self._accounting
-        planes = accounting.residency.num_planes
-        # Prefixes in host memory give back none; what policies share does.
-        self._evict(lambda: -((accounting.residency.free_cells - cells) // planes) if accounting.evictable_cells else 0)
+        evict_until(self.tree, lambda: self._accounting.tokens_to_evict(cells))
 
     def take_slots(self, count: int) -> torch.Tensor | None:
-        self._evict(lambda: count - int(self._allocator.available_size()))
+        evict_until(self.tree, lambda: count - int(self._allocator.available_size()))
         return self._allocator.alloc_bare(count)
 
     def give_slots(self, slots: torch.Tensor) -> None:
         self._allocator.free(slots)
-
-    def _evict(self, missing: Callable[[], int]) -> None:
-        """Drop prefixes until no tokens are `missing`, or nothing can be dropped."""
-        while (tokens := missing()) > 0:
-            if self.tree.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted == 0:
-                return
 
 
 class HostSharing:
@@ -116,11 +106,12 @@ class HostSharing:
         accounting = allocator.accounting
         residency = accounting.residency
         try:
-            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.cells)
+            accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, accounting.arena.raw)
         except MemoryError as error:
             raise ConfigError(f"--kv-host-memory {config.host_memory}: {error}") from error
         room = TreeRoom(allocator)
-        return cls(HostMemory(accounting, room), room, accounting.physical_tokens, model)
+        memory = HostMemory(accounting, room, recall=config.recall > 0)
+        return cls(memory, room, accounting.physical_tokens, model)
 
     def attach(self, tree: Any) -> None:
         """The prefix tree exists now."""
@@ -142,10 +133,10 @@ class HostSharing:
         kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
         if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
             kept = owned
-        ratio = min(1.0, (prompt.start + kept) / max(1, job.asked.length))
+        ratio = min(1.0, (prompt.start + kept + job.asked.choice.recall) / max(1, job.asked.length))
 
-        def abort(message: str) -> None:
-            req.to_finish = FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+        def abort(message: str, status: HTTPStatus) -> None:
+            req.to_finish = FINISH_ABORT(message, status, status.phrase.replace(" ", ""))
 
         job.host = HostShare(first_row=first_row, ratio=ratio, abort=abort)
 
@@ -157,7 +148,7 @@ class HostSharing:
             if room is None:
                 return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
         else:
-            charge = HostCharge.of(job, self._model.num_layers)
+            charge = HostCharge.of(job, self._model.num_layers, self.memory.staging.sets)
             room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(last=False)
             if room < 1:
                 return (
@@ -169,7 +160,7 @@ class HostSharing:
         return None
 
     def limit_hit(self, result: int, req: Req, *_: Any) -> int:
-        """After SGLang has said how much of a prompt may come from the prefix cache: no row that votes."""
+        """After SGLang has said how much of a prompt may come from the prefix cache: no query row."""
         job = job_of(req)
         return int(result) if job is None or job.host is None else min(int(result), job.host.first_row)
 

@@ -1,7 +1,7 @@
-"""Where the pictures of a prompt are, how their tokens lie on them, and what they are called in the radix tree.
+"""Where the images of a prompt are, how their tokens lie on them, and what they are called in the radix tree.
 
 SGLang says where in two ways.  Most models give every item its `offsets`.  The LLaVA family in the original checkpoint
-format keeps the offsets of all pictures in one list beside the items, with the length of each.
+format keeps the offsets of all images in one list beside the items, with the length of each.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _found(mm_inputs: MultimodalInputs | None) -> Iterator[tuple[int, int, Any, 
     if not any(item.offsets for item in items):
         begins = getattr(mm_inputs, "image_offsets", None) or ()
         lengths = getattr(mm_inputs, "image_pad_len", None) or ()
-        # Not strict: what SGLang does not say of a picture must not end its scheduler.
+        # Not strict: what SGLang does not say of an image must not end its scheduler.
         for number, (begin, length, item) in enumerate(zip(begins, lengths, items, strict=False)):
             yield int(begin), int(begin) + int(length), item, number
         return
@@ -127,7 +127,7 @@ def _patches(item: MediaItem, tokens: int, of_item: int) -> tuple[Grid, ...]:
 
 
 def _tiles(item: MediaItem, tokens: int, model: Any) -> tuple[Grid, ...]:
-    """LLaVA's: one square look at everything and, with ``anyres``, the tiles that the picture was cut into."""
+    """LLaVA's: one square look at everything and, with ``anyres``, the tiles that the image was cut into."""
     side = getattr(model, "num_patches_per_side", None)
     data = item.model_specific_data
     sizes, ratio = data.get("image_sizes"), str(data.get("image_aspect_ratio") or "")

@@ -15,6 +15,7 @@ from typing import Any
 from vlcache_sgl.compression.exact import HostMemory
 from vlcache_sgl.counters import COUNTED, KEPT_RATIO, TOKENS_KEPT, TOKENS_SEEN, Counters, Figure
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.recall.areas import Recall
 
 MAX_GROUPS = 4
 """Layers are reported in so many groups: one series per layer and modality would be hundreds."""
@@ -51,6 +52,11 @@ PREFIX = "vlcache:"
 def _of_host(read: Callable[[HostMemory], int]) -> Callable[[Present], int]:
     """0 without host memory."""
     return lambda now: 0 if now.memory is None else read(now.memory)
+
+
+def _of_recall(read: Callable[[Recall], int]) -> Callable[[Present], int]:
+    """0 without recall."""
+    return _of_host(lambda memory: 0 if memory.recall is None else read(memory.recall))
 
 
 GAUGES = (
@@ -91,6 +97,23 @@ GAUGES = (
     Gauge(
         Figure("staged_tokens", "gauge", "tokens brought back for a prefill, once per forward, since the start"),
         _of_host(lambda memory: memory.staged_tokens),
+    ),
+    Gauge(
+        Figure(
+            "recalled_tokens",
+            "gauge",
+            "evicted tokens that decode steps have read since the start, once per step and layer (and per KV head with "
+            "`--kv-head-cells`); 0 without `--kv-recall`",
+        ),
+        _of_recall(lambda recall: recall.recalled),
+    ),
+    Gauge(
+        Figure("recalled_tokens_fetched", "gauge", "those of them that were copied from host memory for the step"),
+        _of_recall(lambda recall: recall.fetched),
+    ),
+    Gauge(
+        Figure("recall_sketch_bytes", "gauge", "device memory that holds the sketches of tokens in host memory"),
+        _of_recall(lambda recall: recall.codes.nbytes),
     ),
     Gauge(Figure("cell_bytes", "gauge", "bytes of a cell"), lambda now: now.cells.arena.cell_bytes, "bytes_per_cell"),
     Gauge(

@@ -13,6 +13,8 @@ from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
+from vlcache_sgl.sglang_hooks.arena import arena_of
+from vlcache_sgl.sglang_hooks.attention_kinds import refuse_layers
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 from vlcache_sgl.sglang_hooks.compat import attention_tp, slot_writers
 from vlcache_sgl.sglang_hooks.facades import ModelRunner
@@ -62,17 +64,24 @@ class ModelStart:
         if writers := slot_writers(model_runner.model):
             raise PatchError(f"--kv-policy cannot serve this model: {', '.join(writers)} was imported too early")
         group, rank, size = attention_tp()
-        model = model_runner.model_config
+        model, pool = model_runner.model_config, arena_of(model_runner.token_to_kv_pool)
         prompt = Prompt(
             length=0,
             start=0,
             vision=(),
-            num_layers=int(model_runner.token_to_kv_pool.layer_num),
+            num_layers=int(pool.layer_num),
             num_heads=int(model.num_attention_heads),
             num_kv_heads=int(model.get_total_num_kv_heads()),
             head_dim=int(model.head_dim),
             device=torch.device(model_runner.device),
             rotary=model_rotary(model_runner.model),
+        )
+        refuse_layers(
+            model_runner.model,
+            kept=pool.arena.layer_ids,
+            heads=(prompt.num_heads // size, pool.head_num),
+            widths=(pool.head_dim, pool.v_head_dim),
+            context=int(model.context_len),
         )
         self._choices.serve(prompt, size)
         try:

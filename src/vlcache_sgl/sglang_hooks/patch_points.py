@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from vlcache_sgl.sglang_hooks import admission
+from vlcache_sgl.sglang_hooks import admission, image_states
 from vlcache_sgl.sglang_hooks.compat import ATTENTION_BACKENDS
 from vlcache_sgl.sglang_hooks.media import name_by_arrangement
 from vlcache_sgl.sglang_hooks.patching import PatchPoint
@@ -15,6 +15,7 @@ from vlcache_sgl.sglang_hooks.session import Session
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _COMPONENTS = "sglang.srt.managers.scheduler_components"
+_STATES = "sglang.srt.mem_cache.unified_cache.components.mamba:MambaComponent"
 _REGISTRY = "sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS"
 
 
@@ -40,6 +41,12 @@ def runtime_points(session: Session) -> list[PatchPoint]:
         ),
         PatchPoint(
             f"{_CONFIGURATOR}._build_mha_kv_pool", "around", session.pools.build_pool, "one arena for all layers"
+        ),
+        PatchPoint(
+            f"{_CONFIGURATOR}._build_hybrid_linear_kv_pool",
+            "around",
+            session.pools.build_hybrid_pool,
+            "one arena for the layers of attention of a hybrid",
         ),
         PatchPoint(
             f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator",
@@ -73,16 +80,34 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             "sglang.srt.managers.schedule_batch:Req._compute_max_prefix_len",
             "after",
             session.requests.limit_hit,
-            "computing all rows that vote, whatever the prefix cache has",
+            "computing all query rows, whatever the prefix cache has",
         ),
         *(
             PatchPoint(
                 f"sglang.srt.managers.schedule_policy:PrefillAdder.{method}",
-                "before",
+                "around",
                 admission.consider_request,
-                "charging a prompt in host memory a chunk and what it keeps",
+                "charging a prompt in host memory a chunk and what it keeps, and cutting one of a hybrid at its image",
             )
             for method in ("add_one_req", "add_chunked_req")
+        ),
+        PatchPoint(
+            "sglang.srt.managers.schedule_batch:ScheduleBatch._mamba_radix_cache_v2_req_prepare_for_extend",
+            "before",
+            image_states.choose_branching_point,
+            "keeping the states of a hybrid behind its images",
+        ),
+        PatchPoint(
+            f"{_STATES}.prepare_for_caching_req",
+            "around",
+            image_states.prepare_state,
+            "publishing states only with the tokens that they have seen",
+        ),
+        PatchPoint(
+            f"{_STATES}.cleanup_after_caching_req",
+            "around",
+            image_states.clean_up_state,
+            "publishing states of images without touching those of requests",
         ),
         PatchPoint(
             "sglang.srt.managers.schedule_batch:MultimodalInputs.from_processor_output",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
 from sglang.srt.runtime_context import get_parallel
 
 from vlcache_sgl.capacity import KVShape, compressed_pool
@@ -16,6 +17,7 @@ from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.compat import attention_tp
 from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
 
@@ -53,16 +55,17 @@ class Pools:
             self._config.overcommit_factor,
             graph_lists=configurator.device == "cuda",
             host_tokens=self.host_tokens,
+            sketches=self._config.recall > 0,
         )
         self.physical_tokens = pool.physical_tokens
         config.max_total_num_tokens = pool.slots
 
     def refuse_model(self, configurator: Configurator) -> None:
-        """Raise for models whose KV cache is not plain keys and values of all tokens in all layers."""
+        """Raise for models whose KV cache is not plain keys and values of all tokens in layers of attention."""
         kinds = {
             "multi-head latent attention (MLA)": configurator.use_mla_backend,
             "sliding-window attention": configurator.is_hybrid_swa,
-            "linear-attention or state-space layers": configurator.mambaish_config is not None,
+            "models without layers of attention": not kv_layers(configurator.model_config),
         }
         for kind, present in kinds.items():
             if present:
@@ -74,7 +77,7 @@ class Pools:
         model = configurator.model_config
         heads = int(model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
         return KVShape(
-            layers=int(configurator.layer_info.num_effective_layers),
+            layers=len(kv_layers(configurator.model_config)),
             kv_heads=heads,
             head_dim=int(model.head_dim),
             element_bytes=configurator.kv_cache_dtype.itemsize,
@@ -83,12 +86,13 @@ class Pools:
 
     def build_pool(
         self, _: Callable[..., Any], configurator: Configurator, *, max_total_num_tokens: int, **__: Any
-    ) -> Any:
+    ) -> KVArena:
         """Instead of SGLang's token pool: the arena."""
         shape = self._shape(configurator)
         return KVArena(
             num_cells=self.physical_tokens * shape.planes,
             groups=shape.groups,
+            layer_ids=kv_layers(configurator.model_config),
             size=max_total_num_tokens,
             page_size=1,
             dtype=configurator.kv_cache_dtype,
@@ -101,6 +105,25 @@ class Pools:
             start_layer=configurator.layer_info.start_layer,
             end_layer=configurator.layer_info.end_layer,
             enable_alt_stream=False,
+        )
+
+    def build_hybrid_pool(
+        self, original: Callable[..., Any], configurator: Configurator, *, max_total_num_tokens: int, **arguments: Any
+    ) -> Any:
+        """Instead of SGLang's pool of a model with linear-attention layers: the arena for the others, in the pool that
+        SGLang's own allocator, tree and host copies expect."""
+        arena = self.build_pool(original, configurator, max_total_num_tokens=max_total_num_tokens)
+        return HybridLinearKVPool(
+            size=max_total_num_tokens,
+            dtype=arena.dtype,
+            page_size=1,
+            head_num=arena.head_num,
+            head_dim=arena.head_dim,
+            full_attention_layer_ids=list(kv_layers(configurator.model_config)),
+            device=configurator.device,
+            mamba_pool=arguments["req_to_token_pool"].mamba_pool,
+            start_layer=configurator.layer_info.start_layer,
+            full_kv_pool=arena,
         )
 
     def build_allocator(

@@ -11,7 +11,9 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.staging import staged_layers
 from vlcache_sgl.sglang_hooks.facades import Req
+from vlcache_sgl.sglang_hooks.image_states import tokens_to_image_end
 from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
@@ -25,18 +27,20 @@ class HostCharge:
     layers: int
     kept: int
     """Tokens that it keeps at most, averaged over layers."""
+    staged: int = 1
+    """Layers that are staged at a time."""
 
     @classmethod
-    def of(cls, job: CompressionJob, layers: int, prefix: int = 0) -> HostCharge:
-        """For a request with `job.host`."""
+    def of(cls, job: CompressionJob, layers: int, staged: int, prefix: int = 0) -> HostCharge:
+        """For a request with `job.host`; `staged`: layers that are staged at a time."""
         assert job.host is not None
-        return cls(job.asked.length, prefix, layers, math.ceil(job.host.ratio * job.asked.length))
+        return cls(job.asked.length, prefix, layers, math.ceil(job.host.ratio * job.asked.length), staged)
 
     def beside(self, *, last: bool) -> int:
-        """While a chunk runs, the tokens before it are staged for one layer after another; at the end of the `last`
+        """While a chunk runs, the tokens before it are staged for some layers at a time; at the end of the `last`
         one, what is kept of them takes cells."""
         earlier = self.prefix if last else max(self.prefix, self.length)
-        return max(math.ceil(earlier / self.layers), min(earlier, self.kept))
+        return max(math.ceil(self.staged * earlier / self.layers), min(earlier, self.kept))
 
 
 class CellPrefillBudget(PrefillBudget):
@@ -54,21 +58,36 @@ class CellPrefillBudget(PrefillBudget):
         self._accounting = accounting
         self._parked = False
         self._charge: HostCharge | None = None
+        self._cut: int | None = None
         # Beyond `total_offset`, which counts memory: what admitted prompts take of slots and of host memory.
         self._slots = self._host_tokens = 0
 
     def consider(self, req: Req) -> None:
         """The next questions and reservations are about `req`."""
         job = job_of(req)
+        self._cut = tokens_to_image_end(self.tree_cache, req)
         self._charge = (
             None
             if job is None or job.host is None
-            else HostCharge.of(job, self._accounting.num_layers, int(req.prefix_len))
+            else HostCharge.of(
+                job, self._accounting.num_layers, staged_layers(self._accounting.arena.device), int(req.prefix_len)
+            )
         )
 
     def _available_and_evictable(self) -> int:
         slots = int(super()._available_and_evictable()) - self._slots
         return min(slots, self._accounting.evictable_physical_tokens())
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the next chunk of the request that was considered last goes no further than its image."""
+        return self._cut is not None
+
+    def _until_cut(self, extend_input_len: int, limit: int | None) -> int | None:
+        """The chunk's largest length, where it must not go beyond the end of the image."""
+        if self._cut is None or self._cut >= extend_input_len:
+            return limit
+        return self._cut if limit is None else min(limit, self._cut)
 
     def _chunk(self, charge: HostCharge, extend_input_len: int, limit: int | None, others: int) -> tuple[int, int]:
         """The next chunk of a prompt that shares without loss, and tokens that must be free beside it.
@@ -87,6 +106,7 @@ class CellPrefillBudget(PrefillBudget):
     ) -> tuple[bool, int | None]:
         if self._parked:
             return False, None
+        chunk_limit = self._until_cut(extend_input_len, chunk_limit)
         if self._charge is None:
             fits: tuple[bool, int | None] = super().check_prefill(
                 extend_input_len=extend_input_len, total_tokens=total_tokens, chunk_limit=chunk_limit, **request
@@ -122,6 +142,9 @@ class CellPrefillBudget(PrefillBudget):
         What they are expected to decode stays theirs.  All or nothing: a chunk of the few tokens that are left would
         cost a forward, and the running requests their next step.
         """
+        limit = self._until_cut(extend_input_len, chunk_limit)
+        assert limit is not None
+        chunk_limit = limit
         if self._charge is not None:
             chunk, beside = self._chunk(self._charge, extend_input_len, chunk_limit, 0)
             if chunk + beside <= self.remaining_total:

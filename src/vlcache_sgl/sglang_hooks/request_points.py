@@ -7,14 +7,21 @@ import struct
 from PIL import Image
 
 from vlcache_sgl.sglang_hooks import background_calibration
-from vlcache_sgl.sglang_hooks.gate import Gate, count_placeholders, refuse_misplaced, serve_generate
+from vlcache_sgl.sglang_hooks.gate import (
+    Gate,
+    count_placeholders,
+    into_chat_request,
+    into_sampling_params,
+    refuse_misplaced,
+    serve_generate,
+)
 from vlcache_sgl.sglang_hooks.patching import PatchPoint
 
 _ENTRYPOINTS = "sglang.srt.entrypoints"
 _PROCESSORS = "sglang.srt.multimodal.processors"
 
 UNREADABLE_MEDIA = (OSError, EOFError, struct.error, Image.DecompressionBombError)
-"""What opening a client's picture may raise besides SGLang's own list: no such file, cut off, absurdly large."""
+"""What opening a client's image may raise besides SGLang's own list: no such file, cut off, absurdly large."""
 
 
 def _client_errors(known: tuple[type[Exception], ...]) -> tuple[type[Exception], ...]:
@@ -27,7 +34,7 @@ MEDIA_POINTS = (
             f"{_PROCESSORS}.{module}:CLIENT_MEDIA_EXCEPTIONS",
             "replace",
             _client_errors,
-            "answering unreadable pictures with a 400 instead of a 500",
+            "answering unreadable images with a 400 instead of a 500",
         )
         for module in ("base_processor", "llava")
     ),
@@ -49,13 +56,8 @@ HTTP_POINTS = (
         background_calibration.start,
         "measuring what layers and heads of a model need on its first start",
     ),
-    *(
-        PatchPoint(f"{_ENTRYPOINTS}.{target}", "around", refuse_misplaced, _IGNORED)
-        for target in (
-            "openai.serving_base:OpenAIServingBase.handle_request",
-            "openai.serving_responses:OpenAIServingResponses.create_responses",
-            "anthropic.serving:AnthropicServing.handle_messages",
-        )
+    PatchPoint(
+        f"{_ENTRYPOINTS}.openai.serving_base:OpenAIServingBase.handle_request", "around", refuse_misplaced, _IGNORED
     ),
 )
 """What it does as an HTTP server; not in `sgl.Engine`."""
@@ -70,4 +72,27 @@ def gate_points(gate: Gate) -> list[PatchPoint]:
             gate.check,
             "refusing what cannot be served before a stream begins",
         )
+    ]
+
+
+def gate_http_points(gate: Gate) -> list[PatchPoint]:
+    """Endpoints of other APIs, which do not read `custom_params`; not in `sgl.Engine`."""
+    why = "custom_params on endpoints that do not read them"
+    return [
+        *(
+            PatchPoint(f"{_ENTRYPOINTS}.{target}", "around", gate.hand_on, why)
+            for target in (
+                "openai.serving_responses:OpenAIServingResponses.create_responses",
+                "anthropic.serving:AnthropicServing.handle_messages",
+            )
+        ),
+        PatchPoint(
+            f"{_ENTRYPOINTS}.anthropic.serving:AnthropicServing._convert_to_chat_completion_request",
+            "after",
+            into_chat_request,
+            why,
+        ),
+        PatchPoint(
+            f"{_ENTRYPOINTS}.openai.protocol:ResponsesRequest.to_sampling_params", "after", into_sampling_params, why
+        ),
     ]

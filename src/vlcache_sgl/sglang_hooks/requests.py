@@ -20,7 +20,7 @@ from vlcache_sgl.sglang_hooks.status import Status
 
 REPORT_KEY = "kv_compression"
 """In the response's `meta_info`: a list with one report."""
-UNEVICTED = "|recall"
+UNEVICTED = "|measured"
 """Ends the radix key of a request that only measures: it finds no compressed prefix, and leaves nothing behind."""
 
 
@@ -73,8 +73,8 @@ class Requests:
                 length=len(req.origin_input_ids),
                 stream=bool(req.stream),
             )
-            if params.report == "recall":
-                self._require_recall(choice)
+            if params.report == "attention":
+                self._require_measurable(choice)
         except (ConfigError, PolicyError) as error:
             req.set_finish_with_abort(str(error))
             return
@@ -85,7 +85,8 @@ class Requests:
         if choice.budget.keeps_all:
             reason = "budget"
         elif not vision and self._config.scope == "vision":
-            reason = "scope"
+            # Where images lie in a prompt of vectors nobody says.
+            reason = "scope" if req.input_embeds is None else "embeds"
         elif len(req.origin_input_ids) < self._config.min_tokens:
             reason = "short"
         if reason is not None:
@@ -95,7 +96,7 @@ class Requests:
             if host is not None and (refused := host.fit(req, None)):
                 req.set_finish_with_abort(refused)
             return
-        positions, recall = params.report == "positions", params.report == "recall"
+        positions, measured = params.report == "positions", params.report == "attention"
         asked = Asked(
             choice,
             vision,
@@ -103,10 +104,10 @@ class Requests:
             self._config.min_tokens,
             runs=vision_runs(req.multimodal_inputs, self._served.module),
             positions=positions,
-            measures_recall=recall,
+            measures_attention=measured,
         )
         job = CompressionJob(asked, ReadingState() if choice.policy.reads_twice else None)
-        if choice.share == "exact" and not recall and host is not None and host.admits(job):
+        if choice.share == "exact" and not measured and host is not None and host.admits(job):
             host.begin(req, job)
         if host is not None and (refused := host.fit(req, job)):
             req.set_finish_with_abort(refused)
@@ -122,7 +123,7 @@ class Requests:
             req.extra_key = f"{user_key}{NAMESPACE}exact"
             return
         req.extra_key = f"{user_key}{NAMESPACE}{choice.fingerprint}"
-        if job.asked.measures_recall:
+        if job.asked.measures_attention:
             req.extra_key += UNEVICTED
             req.skip_radix_cache_insert = True
             return
@@ -136,17 +137,21 @@ class Requests:
         host = None if self._model.served is None else self._model.served.host
         return result if host is None else host.limit_hit(result, req, *rest)
 
-    def _require_recall(self, choice: Choice) -> None:
+    def _require_measurable(self, choice: Choice) -> None:
         """
         Raises:
-            ConfigError: where `kv_report: recall` cannot be answered; the message is for the client.
+            ConfigError: where `kv_report: attention` cannot be answered; the message is for the client.
         """
         if self._served.backend.provider.on_device:
-            raise ConfigError("kv_report recall needs a server with --attention-backend torch_native")
+            raise ConfigError("kv_report attention needs a server with --attention-backend torch_native")
         if self._served.ranks > 1:
-            raise ConfigError("kv_report recall needs a server without tensor parallelism: a rank sees its own heads")
+            raise ConfigError(
+                "kv_report attention needs a server without tensor parallelism: a rank sees its own heads"
+            )
         if choice.policy.reads_twice:
-            raise ConfigError(f"kv_report recall cannot be had with {choice.policy.spec}: its prompt is read elsewhere")
+            raise ConfigError(
+                f"kv_report attention cannot be had with {choice.policy.spec}: its prompt is read elsewhere"
+            )
 
 
 def _report(req: Req, report: dict[str, Any]) -> None:

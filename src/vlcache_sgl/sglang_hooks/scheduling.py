@@ -46,6 +46,8 @@ class Scheduling:
                 continue
             if self._model.served is not None:
                 self._model.served.compressor.report_shared(job)
-            if req.finished() and job.report.recall is not None:
-                job.report.fields["recall"] = job.report.recall.report(len(req.output_ids))
+            if req.finished() and job.report.measured is not None:
+                job.report.fields["attention"] = job.report.measured.report(len(req.output_ids))
+            if req.finished() and job.area is not None:
+                job.report.fields["recall"] = job.area.report()
         return original(streamer, answered, *args, **options)

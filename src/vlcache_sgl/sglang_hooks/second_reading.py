@@ -2,9 +2,9 @@
 
 What is read twice is the *prefix* of a request: the prompt up to the end of its last image, or all but the last token
 of one without images.  The *reader* is a request without a client.  Its tokens are the prefix, a request to repeat it,
-and the prefix again from its first image on; images are embedded a second time.  Rows behind the prefix vote, tokens of
-the prefix are evicted, and only the prefix is published.  Requests that need it wait meanwhile in SGLang's queue, where
-an abort finds them, and then find it in the prefix tree like any later question.
+and the prefix again from its first image on; images are embedded a second time.  Rows behind the prefix are the query
+rows, tokens of the prefix are evicted, and only the prefix is published.  Requests that need it wait meanwhile in
+SGLang's queue, where an abort finds them, and then find it in the prefix tree like any later question.
 
 A reader is admitted, chunked, retracted and batched as any request, hence costs what a prompt of twice the length does.
 Every tensor-parallel rank makes the same readers, because all ranks have the same queue and tree.
@@ -97,7 +97,7 @@ class SecondReadings:
         if state.found_at == tree.removals:
             return False
         reader, state.reader = state.reader, None
-        end = job.asked.pictures_end or len(req.origin_input_ids) - 1
+        end = job.asked.images_end or len(req.origin_input_ids) - 1
         found = self._found(req, end)
         done = None if reader is None else job_of(reader)
         if end - found < job.asked.min_tokens:

@@ -69,11 +69,12 @@ class Session:
 
     def _require_ours(self, scheduler: Scheduler) -> ServedModel:
         served = self.model.served
+        attention = scheduler.tp_worker.model_runner.attn_backend
         parts = {
             "the KV allocator": isinstance(scheduler.token_to_kv_pool_allocator, VirtualSlotAllocator),
             "the prefix cache": isinstance(scheduler.tree_cache, CompressedPrefixTree),
             "the attention backend": served is not None
-            and scheduler.tp_worker.model_runner.attn_backend is served.backend,
+            and getattr(attention, "full_attn_backend", attention) is served.backend,
         }
         foreign = [name for name, ours in parts.items() if not ours]
         if served is None or foreign:

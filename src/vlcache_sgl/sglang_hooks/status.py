@@ -93,6 +93,7 @@ class Status:
             "fingerprint": self._choices.default.fingerprint,
             "weights": None if (weights := self._choices.weights) is None else weights.digest,
             "scope": self._config.scope,
+            "layers": list(cells.arena.layer_ids),
             "min_tokens": self._config.min_tokens,
             "overcommit": self._config.overcommit_factor,
             **{gauge.key: gauge.read(now) for gauge in GAUGES},

@@ -130,19 +130,19 @@ def _view(index: int, layer: Layer, prompt: Prompt, needs: Needs, chunk: int) ->
         return view
     ends = range(prompt.start + chunk, prompt.length, chunk) if chunk else ()
     parts = torch.tensor_split(rows, torch.searchsorted(rows, torch.tensor(ends, dtype=rows.dtype)))
-    votes = [_votes(layer, part, owned, needs) for part in parts if part.numel()]
+    found = [_statistics(layer, part, owned, needs) for part in parts if part.numel()]
     if needs.column_sum:
-        view.column_sum = torch.stack([vote.column_sum for vote in votes]).sum(0)
+        view.column_sum = torch.stack([part.column_sum for part in found]).sum(0)
     if needs.column_square_sum:
-        view.column_square_sum = torch.stack([vote.column_square_sum for vote in votes]).sum(0)
+        view.column_square_sum = torch.stack([part.column_square_sum for part in found]).sum(0)
     if needs.column_max:
-        view.column_max = torch.stack([vote.column_max for vote in votes]).amax(0)
+        view.column_max = torch.stack([part.column_max for part in found]).amax(0)
     if needs.probabilities:
-        view.probabilities = torch.cat([vote.probabilities for vote in votes], dim=1)
+        view.probabilities = torch.cat([part.probabilities for part in found], dim=1)
     if needs.entropy:
-        view.entropy = torch.stack([vote.entropy_sum for vote in votes]).sum(0) / rows.numel()
+        view.entropy = torch.stack([part.entropy_sum for part in found]).sum(0) / rows.numel()
     if needs.density is not None:
-        dense, visible = (torch.stack([getattr(vote, name) for vote in votes]).sum(0) for name in ("dense", "visible"))
+        dense, visible = (torch.stack([getattr(part, name) for part in found]).sum(0) for name in ("dense", "visible"))
         view.density = dense / visible
     return view
 
@@ -162,7 +162,7 @@ class _Votes(NamedTuple):
     """Entries that the rows see."""
 
 
-def _votes(layer: Layer, rows: torch.Tensor, owned: slice, needs: Needs) -> _Votes:
+def _statistics(layer: Layer, rows: torch.Tensor, owned: slice, needs: Needs) -> _Votes:
     probabilities, visible = attention(layer.queries[:, rows], layer.keys, rows)
     per_group = probabilities.reshape(layer.keys.shape[0], -1, *probabilities.shape[1:])
     mine = per_group[..., owned]

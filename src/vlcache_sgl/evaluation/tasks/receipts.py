@@ -1,13 +1,13 @@
-"""Receipts: pictures of coloured letters with four-character codes beside them, and questions with known answers.
+"""Receipts: images of coloured letters with four-character codes beside them, and questions with known answers.
 
-A picture is a grid of 28 x 28 pixel cells, which is exactly one image token of Qwen2.5-VL (patch 14, merge 2).  Five
+An image is a grid of 28 x 28 pixel cells, which is exactly one image token of Qwen2.5-VL (patch 14, merge 2).  Five
 cells in a row form a record, a coloured letter and its code; other cells are blank or hold a mark.  "What is the code
 of red K?" is answered by the code of that record, so every question needs five known image tokens and no others.
 
-The same seed gives the same picture, to the bit, wherever numpy and Pillow draw alike:
+The same seed gives the same image, to the bit, wherever numpy and Pillow draw alike:
 
->>> picture = make_picture(seed=1000, rows=16, cols=16)
->>> [(q.text, q.answer) for q in picture.questions[:1]]
+>>> image = make_receipt(seed=1000, rows=16, cols=16)
+>>> [(q.text, q.answer) for q in image.questions[:1]]
 [('red V?', 'YGZR')]
 """
 
@@ -63,7 +63,7 @@ _GREY = (120, 120, 120)
 _MARK_RATE = 0.15
 _MAX_RECORDS = 160
 _STREAM = 77
-"""Last word of the random seed of a held-out picture; training draws from other streams."""
+"""Last word of the random seed of a held-out image; training draws from other streams."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, its answer, and the image tokens that answer it."""
+    """A question about an image, its answer, and the image tokens that answer it."""
 
     text: str
     answer: str
     cells: tuple[int, ...]
     """RECORD_LENGTH cells, row * cols + col, in the order of the record.  As every cell is one image token and image
-    tokens are row-major, `cells` are also positions in the picture's run of image tokens."""
+    tokens are row-major, `cells` are also positions in the image's run of image tokens."""
     record: Record
 
 
 @dataclass(frozen=True)
-class Picture:
+class Receipt:
     """A receipt, drawn, with questions about distinct records of it."""
 
     image: Image.Image
@@ -122,8 +122,8 @@ class Picture:
         return self.rows * self.cols
 
 
-def make_picture(seed: int, rows: int, cols: int, num_questions: int = 4, fill: float | None = None) -> Picture:
-    """Draw a held-out picture with at most `num_questions` questions (as many as it has records).
+def make_receipt(seed: int, rows: int, cols: int, num_questions: int = 4, fill: float | None = None) -> Receipt:
+    """Draw a held-out image with at most `num_questions` questions (as many as it has records).
 
     `fill` is the expected share of the room for records that is used, in [0, 1]; left out, it is drawn from 0.4 to 1.
     Raises ValueError when no record fits.
@@ -140,7 +140,7 @@ def make_picture(seed: int, rows: int, cols: int, num_questions: int = 4, fill: 
         text = record.question(int(rng.integers(0, len(TEMPLATES))))
         first = record.row * cols + record.col
         questions.append(Question(text, record.answer, tuple(range(first, first + RECORD_LENGTH)), record))
-    return Picture(image, rows, cols, tuple(questions))
+    return Receipt(image, rows, cols, tuple(questions))
 
 
 def sample_grid(

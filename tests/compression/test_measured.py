@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlcache_sgl.api import Prompt, Span
-from vlcache_sgl.compression.recall import Recall, Share, share
+from vlcache_sgl.compression.measured import Measured, Share, share
 from vlcache_sgl.config import config_from
 from vlcache_sgl.sglang_hooks.session import Session
 
@@ -80,30 +80,30 @@ def _on_prompt(queries: torch.Tensor, keys: torch.Tensor) -> float:
 def test_a_report_is_the_mean_of_the_steps_that_answered() -> None:
     """Three tokens are the prefill's and two steps; a step that ran ahead of the answer's end does not count."""
     keep = torch.rand(2, 1, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.4
-    recall = Recall(keep, PROMPT)
-    assert recall.report(1) == {"steps": 0, "attention_mass": [], "cache_hit_rate": []}
+    measured = Measured(keep, PROMPT)
+    assert measured.report(1) == {"steps": 0, "attention_mass": [], "cache_hit_rate": []}
     expected = []
     for answered in (1, 2, 3):
         for layer in range(2):
             queries, keys = step(10 * answered + layer, answered)
-            recall.observe(layer, queries, keys, SCALE)
+            measured.observe(layer, queries, keys, SCALE)
             expected.append(reference(queries, keys, keep[layer]))
-    report = recall.report(3)
+    report = measured.report(3)
     assert report["steps"] == 2
     for layer in range(2):
         first, second = expected[layer], expected[2 + layer]
         assert report["attention_mass"][layer] == pytest.approx((first.mass + second.mass) / 2, abs=1e-4)
         assert report["cache_hit_rate"][layer] == pytest.approx((first.hits + second.hits) / 2, abs=1e-4)
-    assert recall.report(4)["steps"] == 3
+    assert measured.report(4)["steps"] == 3
 
 
 def test_what_came_from_the_prefix_cache_counts_as_kept() -> None:
     own = torch.zeros(1, 1, LENGTH - 10, dtype=torch.bool)
-    recall = Recall(own, replace(PROMPT, start=10))
+    measured = Measured(own, replace(PROMPT, start=10))
     queries, keys = step(3, 1)
-    recall.observe(0, queries, keys, SCALE)
+    measured.observe(0, queries, keys, SCALE)
     kept = torch.arange(LENGTH)[None] < 10
-    assert recall.report(2)["attention_mass"] == [pytest.approx(reference(queries, keys, kept).mass, abs=1e-4)]
+    assert measured.report(2)["attention_mass"] == [pytest.approx(reference(queries, keys, kept).mass, abs=1e-4)]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_servers_that_cannot_measure_refuse(on_device: bool, ranks: int, message
     session.model.served = SimpleNamespace(backend=backend, ranks=ranks, module=None, host=None)  # type: ignore[assignment]
     refused: list[str] = []
     request = SimpleNamespace(
-        sampling_params=SimpleNamespace(custom_params={"kv_report": "recall"}, beam_width=None),
+        sampling_params=SimpleNamespace(custom_params={"kv_report": "attention"}, beam_width=None),
         origin_input_ids=[1] * 200,
         multimodal_inputs=None,
         extra_key=None,

@@ -1,4 +1,4 @@
-"""What a policy's choice is worth, measured on the answer itself: `kv_report: recall`.
+"""What a policy's choice is worth, measured on the answer itself: `kv_report: attention`.
 
 A request that asks for it is decided on as ever, but nothing of it is evicted.  On each decode step the full cache says
 where attention falls, and the decision says what of that would have been there.
@@ -46,7 +46,7 @@ def share(queries: torch.Tensor, keys: torch.Tensor, kept: torch.Tensor, scale: 
     return Share(float(mass.mean()), float(hits.mean()))
 
 
-class Recall:
+class Measured:
     """The decode steps of one request.
 
     Args:
