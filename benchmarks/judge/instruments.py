@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Measure, write the result, and the page if the result is the committed one."""
     started = host_block()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.images)
     pictures = [make_picture(seed, SIDE, SIDE, num_questions=QUESTIONS) for seed in seeds]
     rows = []

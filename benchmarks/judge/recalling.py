@@ -81,7 +81,7 @@ class Rule:
     among: Among = "layer"
     rank: Rank = "mass"
     beside: Beside = "evicted"
-    sketch: SketchName = "random"
+    sketch: SketchName = "signs"
     threshold: float = 0.0
     """A layer fetches nothing while the share of attention that its heads miss, on average and by the sketch, is below
     it; needs `beside` other than ``evicted``, where that share is always 1."""

@@ -194,7 +194,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     started = host_block()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     comparison = Comparison(Judge(arguments.model, weights), arguments.policies, arguments.budgets)
     for case in cases:
         comparison.add(case)
