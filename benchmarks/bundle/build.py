@@ -44,7 +44,7 @@ SGLANG_FILES = (
 )
 """Of the installed SGLang."""
 SGLANG_PACKAGES = ("", "kernels", "kernels/ops", "kernels/ops/attention", "srt")
-SGLANG_UTILS = '''"""In the place of SGLang's module of this name: what its Triton attention asks of an NVIDIA machine."""
+SGLANG_UTILS = '''"""In the place of SGLang's module of this name: what its attention asks of an NVIDIA GPU."""
 
 
 def is_cuda():

@@ -1,4 +1,4 @@
-"""How fast prefixes come from pinned memory, one layer of Qwen2.5-VL-7B at a time, against one plain copy of as many bytes.
+"""How fast prefixes come from pinned memory, a layer of Qwen2.5-VL-7B at a time, beside a plain copy of the bytes.
 
 Writes a JSON file after every size, so that a run that is cut off leaves what it has.
 """

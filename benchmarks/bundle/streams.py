@@ -1,8 +1,8 @@
 """The memory of a server on a GPU, where a wait of the host is an error: `torch.cuda.set_sync_debug_mode("error")`.
 
-Cells are handed out, evicted, freed and handed out again; prompts are written to pinned memory, staged layer by layer on
-a stream of their own, and brought back.  In between the device is kept busy, so that it is behind.  At the end the books
-are counted and every copied key compared.
+Cells are handed out, evicted, freed and handed out again; prompts are written to pinned memory, staged layer by layer
+on a stream of their own, and brought back.  In between the device is kept busy, so that it is behind.  At the end the
+books are counted and every copied key compared.
 """
 
 from __future__ import annotations
