@@ -47,7 +47,7 @@ constraints: setup ## Write the versions in .venv to constraints.txt
 	cp $(VENV)/constraints.txt constraints.txt
 
 test: setup ## Run the tests that fit a few minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	VENV=$(VENV) scripts/run_tests.sh $(ARGS)
 
 test-all: setup ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)

@@ -61,7 +61,7 @@ class CaseMaker:
         turn = [{"role": "user", "content": placeholder}]
         template = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         self._before, _, self._after = str(template).partition(placeholder)
-        self.instruction = self._tokens(INSTRUCTION)
+        self.instruction = self.tokens(INSTRUCTION)
 
     def make(self, case: CaseId) -> Case:
         """The first two questions about the case's text."""
@@ -74,13 +74,14 @@ class CaseMaker:
         return self._ask(make_document(case.task, case.tokens, case.seed), question)
 
     def _ask(self, document: Document, question: Question) -> Asked:
-        tokens, lines = [*self._tokens(self._before)], []
+        tokens, lines = [*self.tokens(self._before)], []
         for line in split_text(document.text, self._tokenizer):
-            tokens += self._tokens(FRAME)
+            tokens += self.tokens(FRAME)
             lines.append(Span(len(tokens), len(tokens) + len(line)))
-            tokens += (*line, *self._tokens(FRAME))
-        tokens += self._tokens(f"\n{question.text}{self._after}{question.opening}")
-        return Asked(tuple(tokens), tuple(lines), self._tokens(question.answer))
+            tokens += (*line, *self.tokens(FRAME))
+        tokens += self.tokens(f"\n{question.text}{self._after}{question.opening}")
+        return Asked(tuple(tokens), tuple(lines), self.tokens(question.answer))
 
-    def _tokens(self, text: str) -> tuple[int, ...]:
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Of a text alone."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))

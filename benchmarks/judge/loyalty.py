@@ -31,12 +31,12 @@ from .cases import CaseId
 from .decisions import Decisions
 from .main import MODEL, WEIGHTS, ArgumentError, dump, read_seeds, read_task
 from .network import Past, States
-from .recalling import Recalling, Rule
+from .recalling import DEFAULT, Recalling, Rule, layer_sketches
 from .verdicts import Judge
 
-SEEDS = f"{FIRST_TEST_SEED}-{FIRST_TEST_SEED + 2}"
-TASKS = ("needle:400", "sentence:400")
-POLICIES, BUDGETS, TOKENS = ("vlcache", "keydiff"), (0.2, 0.1), (0, 32, 64, 128)
+SEEDS = str(FIRST_TEST_SEED)
+TASKS = ("needle:400", "list:250", "sentence:400")
+POLICIES, BUDGETS, TOKENS = ("vlcache", "keydiff"), (0.2, 0.1), (0, 64, 128)
 LENGTH = 512
 """Tokens of an answer; its end is ignored."""
 SIZES = (1, 2, 4)
@@ -84,6 +84,7 @@ class Loyalty:
 
     def __init__(self, judge: Judge, policies: Sequence[str], budgets: Sequence[float], tokens: Sequence[int]) -> None:
         self._judge = judge
+        self._sketches = layer_sketches(DEFAULT.sketch, judge.network, judge.cases)
         self._arms = list(itertools.product(policies, budgets, tokens))
         self.same: dict[tuple[str, float, int], list[list[bool]]] = {arm: [] for arm in self._arms}
         self.rates: dict[tuple[str, float, int], list[list[float]]] = {arm: [] for arm in self._arms if arm[2]}
@@ -101,7 +102,8 @@ class Loyalty:
         for arm in self._arms:
             policy, budget, tokens = arm
             keep = decisions.keep(resolve(policy), budget).cells
-            recall = Recalling(states, keep[:, None], Rule(tokens), [tokens], remember=True) if tokens else None
+            rule = Rule(tokens)
+            recall = Recalling(states, keep[:, None], rule, [tokens], self._sketches, remember=True) if tokens else None
             self.same[arm].append((self._choices(states, keep, answer, recall) == full).tolist())
             if recall is not None:
                 chosen = torch.stack(recall.chosen)[:, 0]
@@ -153,7 +155,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     started = host_block()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     judge = Judge(arguments.model, read_weights(WEIGHTS))
     asked = [judge.cases.ask(case, QUESTION) for case in cases]
     given = answers(arguments.model, [one.prompt for one in asked], arguments.length)

@@ -42,12 +42,22 @@ class Past(NamedTuple):
     """`[L, C, K, n]` bool."""
 
 
+class Recalled(NamedTuple):
+    """What comes back for each row."""
+
+    seen: torch.Tensor
+    """`[K or 1, C, t, n]` bool, beside the kept tokens."""
+    rest: torch.Tensor | None = None
+    """`[K, C, g, t, 1]`, the logarithm of what all other tokens add to the softmax's sum; None: nothing."""
+    value: torch.Tensor | None = None
+    """`[K, C, 1, 1, D]`, their value."""
+
+
 class Recall(Protocol):
     """Which evicted tokens come back for which row."""
 
-    def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """`[K, C, t, n]` bool, beside the kept ones.
-
+    def __call__(self, layer: int, rows: torch.Tensor) -> Recalled:
+        """
         Args:
             layer: index.
             rows: `[K, C, g, t, D]`, queries times the scale of attention.
@@ -94,6 +104,11 @@ class Network:
         self._head = weights["lm_head.weight"]
         self._blocks = [_block(weights, f"model.layers.{index}.") for index in range(self.shape.layers)]
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are."""
+        return self._embedding.shape[0]
+
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], past: States | None = None) -> tuple[torch.Tensor, States]:
         """Hidden states `[n, hidden]` behind the last layer, and the states of `tokens`, which follow `past`."""
@@ -135,8 +150,9 @@ class Network:
             own_k, own_v = (part.view(conditions, count, kv_heads, dim).permute(2, 0, 1, 3) for part in (k, v))
             old = torch.bmm(rows, past.states.keys[index].transpose(1, 2)).view(kv_heads, conditions, -1, length)
             seen = past.keep[index].transpose(0, 1)[:, :, None]  # [K, C, 1, n]
-            if recall is not None:
-                seen = seen | recall(index, rows.view(kv_heads, conditions, group, count, dim))
+            by_token = rows.view(kv_heads, conditions, group, count, dim)
+            back = Recalled(seen) if recall is None else recall(index, by_token)
+            seen = seen | back.seen
             split = old.view(kv_heads, conditions, group, count, length)
             split.masked_fill_(~seen[:, :, None], -torch.inf)
             new = rows.view(kv_heads, conditions, -1, dim) @ own_k.transpose(2, 3)
@@ -145,8 +161,14 @@ class Network:
             most = torch.maximum(old.amax(-1, keepdim=True), new.amax(-1, keepdim=True))
             old, new = old.sub_(most).exp_(), new.sub_(most).exp_()
             mass = old.sum(-1, keepdim=True) + new.sum(-1, keepdim=True)
+            others = None if back.rest is None else (back.rest.flatten(2, 3) - most).exp()
+            if others is not None:
+                mass = mass + others
             mixed = torch.bmm(old.view(kv_heads, -1, length), past.states.values[index]).view(*old.shape[:3], dim)
-            mixed = (mixed + new @ own_v) / mass
+            mixed = mixed + new @ own_v
+            if others is not None and back.value is not None:
+                mixed = mixed + others * back.value[:, :, 0]
+            mixed = mixed / mass
             mixed = mixed.view(kv_heads, conditions, group, count, dim).permute(1, 3, 0, 2, 4)
             x = self._finish(block, x, mixed.reshape(conditions * count, -1))
         return self._normed(x, self._norm).view(conditions, count, -1)

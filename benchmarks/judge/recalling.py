@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
+from vlcache_sgl.evaluation.tasks.reading import make_document
+from vlcache_sgl.recall.fitted import FittedSketch, Moments, fit, moments, spread
 from vlcache_sgl.recall.sketch import KeySketch
 
-from .network import States
+from .cases import CaseMaker
+from .network import Network, Recalled, States
 
 Among = Literal["layer", "head"]
 """Whether a layer's KV heads fetch the same tokens or each its own."""
@@ -20,6 +23,53 @@ probabilities, the largest of them, or the largest estimated logit."""
 Beside = Literal["prompt", "kept", "evicted"]
 """What a probability is normalised over: all the prompt by the sketch, the evicted tokens by the sketch and the kept
 ones exactly, or the evicted tokens alone."""
+SketchName = Literal["signs", "random", "text", "keys"]
+"""Signs, coordinates fitted to the model on random tokens or on a text, or the keys themselves, as a bound."""
+FITTED = 1024
+"""Tokens of what a basis is fitted on."""
+
+
+class Sketch(Protocol):
+    """Of one layer; see `KeySketch`."""
+
+    def encode(self, keys: torch.Tensor) -> torch.Tensor: ...
+
+    def scores(self, queries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor: ...
+
+
+class Keys:
+    """A sketch that is the keys."""
+
+    def encode(self, keys: torch.Tensor) -> torch.Tensor:
+        """`[n, K, D]`."""
+        return keys
+
+    def scores(self, queries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`[H, n]`, exact."""
+        by_head = queries.view(codes.shape[1], -1, codes.shape[2])
+        return torch.einsum("kgd,nkd->kgn", by_head, codes).flatten(0, 1)
+
+
+def layer_sketches(name: SketchName, network: Network, cases: CaseMaker) -> list[Sketch]:
+    """One for each layer of the model."""
+    shape = network.shape
+    if name == "keys":
+        return [Keys()] * shape.layers
+    if name == "signs":
+        return [KeySketch(shape.head_dim, "cpu")] * shape.layers
+    return [FittedSketch(fit(spread(seen, network.rotary))) for seen in layer_moments(name, network, cases)]
+
+
+def layer_moments(name: SketchName, network: Network, cases: CaseMaker) -> list[Moments]:
+    """Of each layer, while the model reads random tokens or a text that no question is asked about."""
+    if name == "random":
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, network.vocabulary, (FITTED,), generator=generator).tolist()
+    else:
+        tokens = list(cases.tokens(make_document("several", FITTED, 0).text)[:FITTED])
+    _, states = network.read(tokens)
+    layers = zip(states.keys, states.queries, strict=True)
+    return [moments(keys.transpose(0, 1), queries.transpose(0, 1)) for keys, queries in layers]
 
 
 @dataclass(frozen=True)
@@ -30,12 +80,14 @@ class Rule:
     """Per layer and step, or per KV head and step."""
     among: Among = "layer"
     rank: Rank = "mass"
-    beside: Beside = "prompt"
-    exact: bool = False
-    """Rank by the keys themselves: what no sketch can better."""
+    beside: Beside = "evicted"
+    sketch: SketchName = "signs"
     threshold: float = 0.0
-    """A layer fetches nothing while the largest share of attention that any of its heads misses, by the sketch, is
-    below it."""
+    """A layer fetches nothing while the share of attention that its heads miss, on average and by the sketch, is below
+    it; needs `beside` other than ``evicted``, where that share is always 1."""
+
+    rest: bool = False
+    """What is neither kept nor recalled counts by the sketch: its mass, and the evicted tokens' mean value."""
 
     @property
     def name(self) -> str:
@@ -44,9 +96,9 @@ class Rule:
         parts += [
             str(value)
             for name, value in vars(self).items()
-            if name not in ("tokens", "exact", "threshold") and value != getattr(DEFAULT, name)
+            if name not in ("tokens", "threshold", "rest") and value != getattr(DEFAULT, name)
         ]
-        parts += ["exact"] * self.exact
+        parts += ["rest"] * self.rest
         parts += [f"over {self.threshold:g}"] if self.threshold else []
         return " ".join(parts)
 
@@ -66,26 +118,34 @@ class Recalling:
         keep: `[L, C, K, n]` bool, what each condition kept.
         rule: all conditions'.
         tokens: of each condition, instead of the rule's.
+        sketches: of each layer.
 
     Attributes:
         chosen: per layer `[C, t, most]` token numbers in falling rank, if a layer chooses and `remember` was asked for.
     """
 
     def __init__(
-        self, states: States, keep: torch.Tensor, rule: Rule, tokens: Sequence[int], remember: bool = False
+        self,
+        states: States,
+        keep: torch.Tensor,
+        rule: Rule,
+        tokens: Sequence[int],
+        sketches: Sequence[Sketch],
+        remember: bool = False,
     ) -> None:
         self._rule = rule
         self._keep = keep
-        self._keys = states.keys
+        self._keys, self._values = states.keys, states.values
         self._tokens = torch.tensor(tokens)
         self._most = min(int(self._tokens.max()), states.length)
-        self._sketch = KeySketch(states.keys.shape[-1], "cpu")
-        self._codes = [self._sketch.encode(keys.transpose(0, 1)) for keys in states.keys]
+        self._sketches = sketches
+        layers = zip(sketches, states.keys, strict=True)
+        self._codes = [sketch.encode(keys.transpose(0, 1)) for sketch, keys in layers]
         self._remember = remember
         self.chosen: list[torch.Tensor] = []
         self._needy: list[torch.Tensor] = []
 
-    def __call__(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, rows: torch.Tensor) -> Recalled:
         """See `network.Recall`."""
         rule = self._rule
         kept = self._keep[layer].transpose(0, 1)  # [K, C, n]
@@ -100,13 +160,18 @@ class Recalling:
             candidates = candidates.any(0, keepdim=True)
         best = by_head.masked_fill(~candidates, -torch.inf).topk(self._most, dim=-1).indices
         wanted = torch.arange(self._most) < self._tokens[:, None, None]  # [C, 1, most]
-        missing = shares.sum(-1).amax((0, 2))  # [C, t]
+        missing = shares.sum(-1).mean((0, 2))  # [C, t]
         needy = missing >= rule.threshold
         self._needy.append(needy)
         if self._remember:
             self.chosen.append(best[0])
         wanted = (wanted & needy[..., None]).expand(best.shape)
-        return torch.zeros(by_head.shape, dtype=torch.bool).scatter_(-1, best, wanted)
+        back = torch.zeros(by_head.shape, dtype=torch.bool).scatter_(-1, best, wanted)
+        if not rule.rest:
+            return Recalled(back)
+        others = logits.masked_fill(hidden | back[:, :, None], -torch.inf).logsumexp(-1, keepdim=True)
+        weights = (~kept).float() / (~kept).sum(-1, keepdim=True).clamp(min=1)
+        return Recalled(back, others, (weights @ self._values[layer])[:, :, None, None])
 
     @property
     def fetched(self) -> torch.Tensor:
@@ -115,9 +180,7 @@ class Recalling:
 
     def _logits(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """`[K, C, g, t, n]`, of all tokens of the prompt."""
-        if self._rule.exact:
-            return rows @ self._keys[layer][:, None, None].transpose(-1, -2)
-        return self._sketch.scores(rows.flatten(0, 3), self._codes[layer]).view(*rows.shape[:-1], -1)
+        return self._sketches[layer].scores(rows.flatten(0, 3), self._codes[layer]).view(*rows.shape[:-1], -1)
 
     def _shares(self, layer: int, rows: torch.Tensor, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """`[K, C, g, t, n]`: each head's estimated attention on evicted tokens, in [0, 1]; 0 for the kept ones."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from rich.console import Console
@@ -32,7 +32,7 @@ from .conditions import MEDIA
 from .decisions import Decisions, Medium
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
 from .network import Past, States
-from .recalling import Recalling, Rule
+from .recalling import DEFAULT, Among, Beside, Rank, Recalling, Rule, Sketch, SketchName, layer_sketches
 from .records import digest
 from .verdicts import Judge
 
@@ -78,6 +78,7 @@ class Recalls:
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
+        self._sketches: dict[SketchName, list[Sketch]] = {}
 
     @torch.inference_mode()
     def answers(self, name: CaseId, arms: Sequence[Arm]) -> Found:
@@ -100,7 +101,10 @@ class Recalls:
                     kept[key] = decisions.keep(resolve(arm.policy), arm.budget).cells
         for _, mine in _groups(arms, lambda arm: arm.rule.with_tokens(0)):
             keep = torch.stack([kept[arm.medium, arm.policy, arm.budget] for arm in mine], dim=1)
-            recall = Recalling(states, keep, mine[0].rule, [arm.rule.tokens for arm in mine])
+            rule = mine[0].rule
+            if rule.sketch not in self._sketches:
+                self._sketches[rule.sketch] = layer_sketches(rule.sketch, network, cases)
+            recall = Recalling(states, keep, rule, [arm.rule.tokens for arm in mine], self._sketches[rule.sketch])
             found |= zip((arm.name for arm in mine), self._follow(asked, states, keep, recall, begin), strict=True)
         return found
 
@@ -180,11 +184,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument("--weights", metavar="FILE", default=str(WEIGHTS), help="as for `python -m benchmarks.judge`")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="recalled per layer and step")
-    parser.add_argument("--among", nargs="+", choices=("layer", "head"), default=("layer",))
-    parser.add_argument("--ranks", nargs="+", choices=("mass", "peak", "logit"), default=("mass",))
-    parser.add_argument("--beside", nargs="+", choices=("prompt", "kept", "evicted"), default=("prompt",))
+    parser.add_argument("--among", nargs="+", choices=get_args(Among), default=(DEFAULT.among,))
+    parser.add_argument("--ranks", nargs="+", choices=get_args(Rank), default=(DEFAULT.rank,))
+    parser.add_argument("--beside", nargs="+", choices=get_args(Beside), default=(DEFAULT.beside,))
     parser.add_argument("--thresholds", nargs="+", type=float, default=(0.0,))
-    parser.add_argument("--exact", action="store_true", help="rank by the keys themselves, too")
+    parser.add_argument("--sketches", nargs="+", choices=get_args(SketchName), default=(DEFAULT.sketch,))
+    parser.add_argument("--rest", action="store_true", help="count what does not come back by the sketch")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--answers", type=Path, default=ANSWERS, help="file of answers to go on with")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ for everything, out/ for less")
     parser.add_argument("--page", action="store_true", help="ask nothing, write the page again")
@@ -193,10 +199,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def arms_of(arguments: argparse.Namespace) -> list[Arm]:
     """Everything that is asked of each case."""
     rules = [
-        Rule(tokens, among, rank, beside, exact, threshold)
-        for exact in ((False, True) if arguments.exact else (False,))
-        for among, rank, beside, threshold, tokens in itertools.product(
-            arguments.among, arguments.ranks, arguments.beside, arguments.thresholds, arguments.tokens
+        Rule(tokens, among, rank, beside, sketch, threshold, arguments.rest)
+        for sketch, among, rank, beside, threshold, tokens in itertools.product(
+            arguments.sketches,
+            arguments.among,
+            arguments.ranks,
+            arguments.beside,
+            arguments.thresholds,
+            arguments.tokens,
         )
     ]
     kept = itertools.product(arguments.media, arguments.policies, arguments.budgets)
@@ -222,7 +232,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     arms = arms_of(arguments)
     cases = [CaseId(*read_task(task), seed) for seed in read_seeds(arguments.seeds) for task in arguments.tasks]
     records = read_records(arguments.answers, stamp)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     arguments.answers.parent.mkdir(parents=True, exist_ok=True)
     recalls: Recalls | None = None
     with arguments.answers.open("a") as file:

@@ -30,6 +30,7 @@ from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
+from vlcache_kernels.sketch_scores.triton import sketch_scores
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -141,6 +142,11 @@ def copies(head_dim: int, dtype: torch.dtype) -> None:
     copy_cells(cells, numbers, cells, numbers)
 
 
+def sketches(head_dim: int) -> None:
+    codes = torch.zeros(9, 4, head_dim // 8 + 2, dtype=torch.uint8)
+    sketch_scores(torch.zeros(2, 28, head_dim), codes, torch.zeros(2, 64, dtype=torch.int64))
+
+
 def schedules() -> None:
     layout = ScheduleLayout(
         blocks=66,
@@ -178,6 +184,8 @@ def main() -> None:
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
+    copies(128, torch.uint8)
+    sketches(128)
     schedules()
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -97,8 +97,8 @@ def batch_attention_stats(
     Args:
         queries: `[T, H, D]` float32, bfloat16 or float16, post-RoPE query rows, request after request.
         row_index: `[T]` int; row r sees the whole prefix and owned key j if and only if ``j <= row_index[r]``.
-        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries` or 8-bit floats, whose scale is to
-            be in `scale`.
+        arena: `[num_cells, 2, heads_per_cell, D]`, contiguous, same type as `queries` or 8-bit floats, whose
+            scale is to be in `scale`.
         index: one layer's list from `residency_index(..., group=G)` *before* eviction: `indptr` `[G * B + 1]`,
             `indices` `[*]`, int32.  Of each (plane, request) the last ``batch.owned[b]`` cells are the owned keys,
             what precedes them is the prefix, whose size may differ between planes.

@@ -105,10 +105,7 @@ def row_kernel(
             mask=(pos < end)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        if UPCAST:
-            k = k.to(tl.float32)
-        else:
-            k = k.to(q.dtype)  # 8-bit floats; nothing for others
+        k = k.to(q.dtype)  # 8-bit floats; nothing for others
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2  # [BLOCK_M, BLOCK_N]
         visible = (pos[None, :] <= limit[:, None]) & (pos < end)[None, :]
         logit = tl.where(visible, logit, float("-inf"))
@@ -289,10 +286,8 @@ def column_kernel(
         mask=there[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    if UPCAST:
-        k = k.to(tl.float32)
-    else:
-        k = k.to(queries.dtype.element_ty)  # 8-bit floats; nothing for others
+    # 8-bit floats, and what is multiplied in float32; nothing for others.
+    k = k.to(tl.float32) if UPCAST else k.to(queries.dtype.element_ty)
     acc_sum = tl.zeros([BLOCK_N], tl.float32)
     acc_square = tl.zeros([BLOCK_N], tl.float32)
     acc_max = tl.zeros([BLOCK_N], tl.float32)

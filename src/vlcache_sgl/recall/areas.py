@@ -10,13 +10,16 @@ the step's queries alone, not of the steps before: a request that was retracted,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.memory.own_slots import OwnSlots
+from vlcache_sgl.memory.residency import PADDING
 from vlcache_sgl.recall.sketch import KeySketch
 
 EMPTY = -1
@@ -35,27 +38,63 @@ class RecallArea:
     positions: torch.Tensor
     """`[planes, tokens]` int64, position in the prompt of the token that each cell holds, or EMPTY."""
     cells: torch.Tensor
-    """`[planes, tokens]` int64, cells of the arena; the padding cell where EMPTY."""
-    counts: list[int] = field(default_factory=list)
-    """Per plane, tokens that the area holds."""
+    """`[planes, tokens]` int64, cells of the arena; -1 where EMPTY."""
+    fetched: torch.Tensor
+    """`[]` int64 on the device, tokens copied from host memory so far, in all planes and steps."""
     steps: int = 0
     """Decode steps so far."""
-    recalled: int = 0
-    """Tokens read from the area so far, in all planes and steps."""
-    fetched: int = 0
-    """Those of them that had to be copied from host memory."""
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """`[length]` int64, where the prompt lies in host memory during the present step."""
 
     def report(self) -> dict[str, float]:
-        """For the response: tokens read per layer (and KV head with cells of its own) and step, and the share of
-        them that was copied from the host; the others were still there."""
-        reads = self.steps * self.positions.shape[0]
+        """For the response: tokens read per layer (and KV head with cells of its own) and step, and the share of them
+        that was copied from the host for the step; the others were still there.  Waits for the device."""
+        planes, held = len(self.positions), int((self.positions != EMPTY).sum())
         return {
             "steps": self.steps,
-            "tokens": round(self.recalled / max(1, reads), 2),
-            "from_host": round(self.fetched / max(1, self.recalled), 4),
+            "tokens": round(held / planes, 2),
+            "from_host": round(int(self.fetched) / max(1, held * self.steps), 4),
         }
+
+
+class AreaBatch:
+    """The areas of the requests that one decode step computes, side by side.
+
+    From now on the areas' own tensors are parts of this one's, so that a step's changes are theirs.
+
+    Attributes:
+        shared: `[B, n]` int64, slots of the prompts; the padding slot behind the shorter ones.
+        rows: `[B, n]` int64, rows of host memory, 0 there.
+        fixed: `[planes, B, n]` bool, set there.
+        positions, cells: `[planes, B, tokens]` int64.
+        fetched: `[B]` int64.
+    """
+
+    def __init__(self, areas: Sequence[RecallArea]) -> None:
+        self.areas = tuple(areas)
+        length = max(area.fixed.shape[1] for area in areas)
+        tokens = max(area.positions.shape[1] for area in areas)
+        self.fixed = torch.stack([_widened(area.fixed, length, True) for area in areas], dim=1)
+        self.positions = torch.stack([_widened(area.positions, tokens, EMPTY) for area in areas], dim=1)
+        self.cells = torch.stack([_widened(area.cells, tokens, -1) for area in areas], dim=1)
+        self.fetched = torch.stack([area.fetched for area in areas])
+        self.held = self.positions != EMPTY
+        self.shared = self.rows = torch.empty(0, dtype=torch.int64)
+        self._named: list[torch.Tensor] = []
+        for number, area in enumerate(areas):
+            area.positions = self.positions[:, number, : area.positions.shape[1]]
+            area.fetched = self.fetched[number]
+
+    def step(self, host: HostPool) -> None:
+        """A decode step begins."""
+        for area in self.areas:
+            area.steps += 1
+        named = [area.own.shared for area in self.areas]
+        if len(named) == len(self._named) and all(map(operator.is_, named, self._named)):
+            return
+        # Another request may have published the same tokens first, and own them now.
+        length = self.fixed.shape[2]
+        self.shared = torch.stack([_widened(slots[None], length, PADDING)[0] for slots in named])
+        self.rows = host.rows[self.shared].to(torch.int64).clamp(min=0)
+        self._named = named
 
 
 class Recall:
@@ -68,16 +107,26 @@ class Recall:
     Attributes:
         codes: `[planes, rows, heads_per_cell, bytes]` uint8 on the arena's device: the sketch of each token in host
             memory, by its row there.
-        recalled, fetched: as of `RecallArea`, of all requests that have ended or run.
     """
 
     def __init__(self, arena: Arena, host: HostPool) -> None:
         self._arena = arena
         self._host = host
         self._sketch = KeySketch(arena.head_dim, arena.device)
-        shape = (arena.num_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
+        shape = (arena.counted_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
         self.codes = torch.zeros(shape, dtype=torch.uint8, device=arena.device)
-        self.recalled = self.fetched = 0
+        self._recalled, self._fetched = torch.zeros(2, dtype=torch.int64, device=arena.device)
+        self._batch: AreaBatch | None = None
+
+    @property
+    def recalled(self) -> int:
+        """Tokens that decode steps have read from areas so far, in all planes; waits for the device."""
+        return int(self._recalled)
+
+    @property
+    def fetched(self) -> int:
+        """Those of them that had to be copied from host memory; waits for the device."""
+        return int(self._fetched)
 
     # -- the prefill ------------------------------------------------------------------------------------------------
 
@@ -89,11 +138,11 @@ class Recall:
             cells: `[planes, tokens]` int, where they are in the arena.
         """
         rows, groups = self._host.rows[slots].to(torch.int64), self._arena.groups
-        for layer in range(self._arena.num_planes // groups):
-            planes = self._arena.planes_at(layer)
-            keys = self._arena.read(planes, cells[planes].to(torch.int64), torch.float32)[:, 0]
+        for layer_id in self._arena.layer_ids:
+            layer = self._arena.layer(layer_id)
+            keys = self._arena.read(layer, cells[layer.planes].to(torch.int64), torch.float32)[:, 0]
             codes = self._sketch.encode(keys).unflatten(1, (groups, -1))  # [tokens, G, K/G, bytes]
-            self.codes[planes, rows] = codes.transpose(0, 1)
+            self.codes[layer.planes, rows] = codes.transpose(0, 1)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.
@@ -102,81 +151,91 @@ class Recall:
             slots: `[length]` int64, of the prompt, as in `OwnSlots.shared`.
             keep: `[planes, length]` bool.
         """
-        return ~keep & self._host.has(slots)
+        found = ~keep & self._host.has(slots)
+        found[self._arena.counted_planes :] = False  # what has left a window is not seen any more
+        return found
 
     @staticmethod
     def places(candidates: torch.Tensor, tokens: int) -> torch.Tensor:
         """`[planes, length]` bool: in each plane the first `tokens` candidates, under whose slots the area lies."""
         return candidates & (candidates.cumsum(1) <= tokens)
 
-    def begin(self, own: OwnSlots, candidates: torch.Tensor, places: torch.Tensor) -> RecallArea:
+    def begin(self, own: OwnSlots, candidates: torch.Tensor, places: torch.Tensor, tokens: int) -> RecallArea:
         """The area of a request whose private slots have cells where `places` says; it holds the tokens of its places.
 
         Args:
             candidates, places: `[planes, length]` bool.
+            tokens: which `places` has at most in a plane.
         """
-        counts = places.sum(1)
-        most = int(counts.max())
-        order = torch.argsort(places.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
-        there = torch.arange(most, device=order.device) < counts[:, None]
+        order = torch.argsort(places.to(torch.int8), dim=1, descending=True, stable=True)[:, :tokens]
+        there = places.gather(1, order)
         cells = self._arena.residency.table[:, own.private].gather(1, order).to(torch.int64)
         return RecallArea(
             own,
             ~candidates,
             torch.where(there, order, EMPTY),
-            torch.where(there, cells, 0),
-            counts=counts.tolist(),
+            torch.where(there, cells, -1),
+            torch.zeros((), dtype=torch.int64, device=order.device),
         )
 
     # -- decode -----------------------------------------------------------------------------------------------------
 
-    def step(self, area: RecallArea) -> None:
-        """A decode step of the area's request begins."""
-        # Anew for each step: another request may have published the same tokens first, and own them now.
-        area.rows = self._host.rows[area.own.shared].to(torch.int64)
-        area.steps += 1
+    def step(self, areas: Sequence[RecallArea]) -> None:
+        """A decode step of the requests of `areas`, at least one, begins.  Does not wait for the device."""
+        if (
+            self._batch is None
+            or len(areas) != len(self._batch.areas)
+            or not all(map(operator.is_, areas, self._batch.areas))
+        ):
+            self._batch = AreaBatch(areas)
+        self._batch.step(self._host)
+        self._recalled += self._batch.held.sum()
 
-    def refresh(self, area: RecallArea, planes: slice, queries: torch.Tensor, scale: float) -> None:
-        """Bring what one layer needs in this step.
+    def refresh(self, planes: slice, queries: torch.Tensor, scale: float) -> None:
+        """Bring what one layer needs in this step, for all requests.  Does not wait for the device.
 
         Args:
             planes: the layer's.
-            queries: `[H, D]` of the step's token.
+            queries: `[B, H, D]` of the step's tokens, in the order of the areas.
             scale: of attention.
         """
-        groups = planes.stop - planes.start
-        for plane, own in enumerate(queries.view(groups, -1, queries.shape[-1]), planes.start):
-            count = area.counts[plane]
-            if not count:
-                continue
-            area.recalled += count
-            self.recalled += count
-            if count < area.positions.shape[1]:
-                continue  # all that was evicted is there
-            need = self._needs(area, plane, own, scale)
-            self._bring(area, plane, need.topk(count).indices)
+        batch, groups = self._batch, planes.stop - planes.start
+        assert batch is not None
+        by_group = queries.unflatten(1, (groups, -1)).unbind(1)
+        for plane, own in enumerate(by_group, planes.start):
+            logits = self._sketch.batch_scores(own, self.codes[plane], batch.rows).mul_(scale)
+            # Attention among the evicted by their sketches, summed over query heads.
+            fixed = batch.fixed[plane]
+            needs = logits.masked_fill_(fixed[:, None], -torch.inf).softmax(-1).sum(1).masked_fill_(fixed, -1.0)
+            self._bring(batch, plane, needs.topk(batch.positions.shape[2]).indices)
 
-    def _needs(self, area: RecallArea, plane: int, queries: torch.Tensor, scale: float) -> torch.Tensor:
-        """`[length]` float32, attention that the prompt's tokens would get by their sketches, summed over the query
-        heads `[H, D]` of a plane; higher = needed more, -1 for those that cannot be recalled."""
-        codes = self.codes[plane].index_select(0, area.rows)
-        logits = self._sketch.scores(queries, codes).mul_(scale)
-        return logits.softmax(-1).sum(0).masked_fill_(area.fixed[plane], -1.0)
-
-    def _bring(self, area: RecallArea, plane: int, wanted: torch.Tensor) -> None:
-        """Let the area of a plane hold the tokens at `wanted` `[tokens]`."""
-        held = area.positions[plane]
-        marks = torch.zeros(area.fixed.shape[1], dtype=torch.int8, device=held.device)
-        marks[held] = 1
-        missing = wanted[marks[wanted] == 0]
-        count = missing.numel()
-        if not count:
-            return
-        marks.zero_()
-        marks[wanted] = 1
-        free = (marks[held] == 0).nonzero()[:, 0]
-        held[free] = missing
+    def _bring(self, batch: AreaBatch, plane: int, wanted: torch.Tensor) -> None:
+        """Let the areas of a plane hold the tokens at `wanted` `[B, tokens]`, those needed most first."""
+        held, positions = batch.held[plane], batch.positions[plane]
+        length = batch.fixed.shape[2]
+        # An area that is smaller than others holds as many of the first; behind the end stands what nobody has.
+        wanted = torch.where(
+            torch.arange(wanted.shape[1], device=held.device) < held.sum(1, keepdim=True), wanted, length
+        )
+        there = positions.new_zeros((len(positions), length + 1), dtype=torch.bool)
+        missing = ~there.scatter(1, torch.where(held, positions, length), True).gather(1, wanted) & (wanted < length)
+        spare = ~there.scatter(1, wanted, True).gather(1, positions.clamp(min=0)) & held
+        # As many are missing as are spare: the first of those takes the place of the first of these, and so on.
+        first_missing, first_spare = (
+            torch.argsort(which.to(torch.int8), dim=1, descending=True, stable=True) for which in (missing, spare)
+        )
+        changes = missing.gather(1, first_missing)
+        new = torch.where(changes, wanted.gather(1, first_missing), 0)
+        positions.scatter_(1, first_spare, torch.where(changes, new, positions.gather(1, first_spare)))
+        to = torch.where(changes, batch.cells[plane].gather(1, first_spare), -1)
+        count = changes.sum(1)
+        batch.fetched += count
+        total = count.sum()
+        self._fetched += total
         here = slice(plane, plane + 1)
-        self._arena.raw[area.cells[plane, free]] = self._host.load(here, area.own.shared[missing])[0]
-        area.fetched += count
-        self.fetched += count
+        self._host.copy(here, batch.shared.gather(1, new).flatten(), self._arena.raw[None], to.flatten()[None], total)
+
+
+def _widened(rows: torch.Tensor, width: int, filler: int) -> torch.Tensor:
+    """`[planes, m]` with `filler` behind, `[planes, width]`."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=filler)

@@ -13,14 +13,12 @@ not on other tokens, on where a chunk ends, or on who asked before.
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import embedding_bag
 
+from vlcache_kernels.sketch_scores import sketch_scores
 from vlcache_sgl.capacity import code_bytes
 
 SEED = 0
 """Of the rotation: sketches of one head size are alike in every process and on every device."""
-SCALE_BYTES = 2
-"""One float16 behind the signs."""
 
 
 class KeySketch:
@@ -52,9 +50,6 @@ class KeySketch:
         orthogonal, upper = torch.linalg.qr(drawn)
         self.rotation = (orthogonal * upper.diagonal().sign()).float().to(device)
         self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
-        every = torch.arange(256, device=device)
-        self._signs = ((every >> torch.arange(8, device=device)[:, None]) & 1).float() * 2 - 1
-        """`[8, 256]`, the signs of every byte."""
 
     def encode(self, keys: torch.Tensor) -> torch.Tensor:
         """Codes of keys.
@@ -84,16 +79,18 @@ class KeySketch:
         Returns:
             `[H, n]` float32, estimates of `q . k` without the scale of attention; higher = more attention.
         """
-        count, kv_heads, _ = codes.shape
-        packed, factor = codes.split([self.bytes - SCALE_BYTES, SCALE_BYTES], dim=-1)
-        # What each value of each byte adds to each query, looked up and summed: no sign is ever unpacked.
-        turned = (queries.float() @ self.rotation).view(kv_heads, -1, self.head_dim // 8, 8)
-        sums = (turned @ self._signs).permute(0, 2, 3, 1)  # [K, D / 8, 256, H / K]
-        bags = (packed.reshape(count, -1) + self._tables(kv_heads)).view(count * kv_heads, -1)
-        logits = embedding_bag(bags, sums.reshape(-1, sums.shape[-1]), mode="sum").view(count, kv_heads, -1)
-        logits *= factor.contiguous().view(torch.float16)
-        return logits.view(count, -1).T.contiguous()
+        rows = torch.arange(codes.shape[0], device=codes.device)
+        return self.batch_scores(queries[None], codes, rows[None])[0]
 
-    def _tables(self, kv_heads: int) -> torch.Tensor:
-        """`[K * D / 8]` int32, where the sums of each byte of a token's code begin."""
-        return torch.arange(0, 256 * kv_heads * self.head_dim // 8, 256, dtype=torch.int32, device=self._bits.device)
+    def batch_scores(self, queries: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`scores` of several requests.
+
+        Args:
+            queries: `[B, H, D]`.
+            codes: `[R, K, bytes]`.
+            rows: `[B, n]` int, which codes are of each request's tokens; not negative.
+
+        Returns:
+            `[B, H, n]` float32.
+        """
+        return sketch_scores(queries.float() @ self.rotation, codes, rows)

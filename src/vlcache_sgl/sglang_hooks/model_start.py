@@ -83,6 +83,7 @@ class ModelStart:
             heads=(prompt.num_heads // size, pool.head_num),
             widths=(pool.head_dim, pool.v_head_dim),
             context=int(model.context_len),
+            window=pool.arena.window,
         )
         self._choices.serve(prompt, size)
         try:

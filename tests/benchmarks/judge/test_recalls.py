@@ -10,13 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.judge import loyalty, recall_page, recalls
+from benchmarks.judge import loyalty, recall_page, recalls, sketches, sketching
 from benchmarks.judge.cases import CaseId
 from benchmarks.judge.conditions import FULL, Condition
 from benchmarks.judge.recalling import Rule
 from benchmarks.judge.recalls import Answer, Arm, Recalls
 from benchmarks.judge.verdicts import Judge
+from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.policy import resolve
+from vlcache_sgl.recall.fitted import moments
 
 CASE = CaseId("needle", 60, 100)
 
@@ -47,7 +49,8 @@ def test_answers_without_recall_are_the_judges(judge: Judge, medium: str) -> Non
 def test_an_arm_has_a_name_of_its_own() -> None:
     parser = argparse.ArgumentParser()
     recalls.add_arguments(parser)
-    line = "--among layer head --ranks mass peak logit --beside prompt kept evicted --thresholds 0 0.1 --exact"
+    line = "--among layer head --ranks mass peak logit --beside prompt kept evicted"
+    line += " --thresholds 0 0.1 --sketches signs keys"
     arms = recalls.arms_of(parser.parse_args(line.split()))
     assert len(arms) == 2 * 6 * 2 * 5 * 2 * 3 * 3 * 2 * 2
     assert len({arm.name for arm in arms}) == len(arms)
@@ -136,3 +139,69 @@ def test_a_cell_is_bold_where_the_target_is_met() -> None:
     assert recall_page._cell(row) == "**0.76, -1.40**"
     assert recall_page._cell({**row, "score": 0.75}) == "0.75, -1.40"
     assert recall_page._cell({**row, "log_probability": -1.41}) == "0.76, -1.41"
+
+
+# -- sketches ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_keys_themselves_find_everything(judge: Judge) -> None:
+    """And no sketch finds more; every count of every kept set has a row."""
+    comparison = sketches.Comparison(judge, ("keydiff",), (0.2,))
+    comparison.add(CASE)
+    rows = comparison.summary()
+    assert len(rows) == len(comparison.sketches) * len(sketches.COUNTS)
+    best = {row["tokens"]: row for row in rows if row["sketch"] == "the keys themselves"}
+    assert all(row["found"] == 1.0 for row in best.values())
+    # Ranked by shares of the evicted tokens alone, which differ from shares of all by a factor per head.
+    assert all(row["mass"] <= best[row["tokens"]]["mass"] + 0.05 for row in rows)
+    table = recall_page.sketches_table({"summary": rows}, "keydiff", 0.2)
+    assert len(table.splitlines()) == 2 + len(comparison.sketches)
+
+
+def text(count: int = 400, dim: int = 32) -> sketching.Text:
+    """Keys and queries whose logits lie in few dimensions, two heads of which differ."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(2, dim, dim, generator=generator) * torch.logspace(0, -0.5, dim)[:, None]
+    keys = torch.randn(2, count, dim, generator=generator) @ mix
+    rows = torch.randn(2, 50, dim, generator=generator) @ mix
+    return sketching.Text(keys, rows, moments(keys.transpose(0, 1), rows.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_levels_are_those_of_a_gaussian(bits: int) -> None:
+    """The distortion that the literature gives (Max 1960)."""
+    drawn = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    error = float((sketching.quantised(drawn, bits) - drawn).square().mean())
+    assert error == pytest.approx({1: 0.3634, 2: 0.1175, 4: 0.0095}[bits], rel=0.03)
+
+
+def test_more_bits_are_nearer() -> None:
+    given = text()
+    true = sketching.exact(given)
+    errors = [
+        float((estimate(given) - true).square().mean())
+        for estimate in (
+            lambda t: sketching.own_basis(t, ((32, 6),)),
+            lambda t: sketching.own_basis(t, ((12, 4), (16, 2))),
+            lambda t: sketching.own_basis(t, ((12, 4),)),
+            lambda t: sketching.own_basis(t, ((6, 4),)),
+        )
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.01 * errors[-1]
+
+
+def test_an_upper_bound_is_one() -> None:
+    """Pages of extremes never underestimate; pages of one key are exact, whichever way."""
+    given = text()
+    true = sketching.exact(given)
+    assert bool((sketching.extremes(given, 13) >= true - 1e-2).all())
+    for one in (sketching.extremes(given, 1), sketching.page_means(given, 1)):
+        torch.testing.assert_close(one, true, rtol=1e-3, atol=1e-2)
+
+
+def test_a_rotary_basis_with_all_dimensions_is_exact() -> None:
+    given = text()
+    near = sketching.before_rotary(given, ((32, 8),), PlainRotary())
+    error = (near - sketching.exact(given)).square().mean().sqrt() / sketching.exact(given).square().mean().sqrt()
+    assert float(error) < 0.02
