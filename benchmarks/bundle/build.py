@@ -47,8 +47,11 @@ SGLANG_PACKAGES = ("", "kernels", "kernels/ops", "kernels/ops/attention", "srt")
 SGLANG_UTILS = '''"""In the place of SGLang's module of this name: what its attention asks of an NVIDIA GPU."""
 
 
+import torch
+
+
 def is_cuda():
-    return True
+    return torch.cuda.is_available()
 
 
 def is_hip():
@@ -64,8 +67,6 @@ def is_gfx1250_supported():
 
 
 def get_device_core_count(device_id=0):
-    import torch
-
     return torch.cuda.get_device_properties(device_id).multi_processor_count
 '''
 PYTEST = """[pytest]

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -29,9 +32,11 @@ def measure(tokens: int, device: torch.device) -> dict[str, object]:
         "rows in order": torch.arange(tokens, dtype=torch.int32, device=device)[None],
         "rows in any order": torch.randperm(tokens, device=device).to(torch.int32)[None],
     }
-    calls = {name: (lambda rows=rows: copy_cells(arena, cells, host, rows)) for name, rows in orders.items()}
-    calls["plain copy"] = lambda: arena[0, 1:].copy_(host[0], non_blocking=True)
-    calls["written back"] = lambda: copy_cells(host, orders["rows in order"], arena, cells)
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(copy_cells, arena, cells, host, rows) for name, rows in orders.items()
+    }
+    calls["plain copy"] = partial(arena[0, 1:].copy_, host[0], non_blocking=True)
+    calls["written back"] = partial(copy_cells, host, orders["rows in order"], arena, cells)
     found: dict[str, object] = {"tokens": tokens, "bytes": host.nbytes}
     for name, call in calls.items():
         samples, _ = samples_of([call], graph=False)
@@ -45,7 +50,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="one small size on a CPU; its times mean nothing")
     args = parser.parse_args()
     device = torch.device("cpu" if args.dry_run else "cuda")
-    result = {"task": "staging", "dry_run": args.dry_run, "host": host_block(), "sizes": []}
+    result: dict[str, Any] = {"task": "staging", "dry_run": args.dry_run, "host": host_block(), "sizes": []}
     for tokens in (64,) if args.dry_run else TOKENS:
         result["sizes"].append(measure(tokens, device))
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bundle import build
+from benchmarks.bundle import build, carry
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the parts themselves run")
 
@@ -96,3 +96,29 @@ def test_a_part_that_fails_is_named_and_run_again(bundle: Path, tmp_path: Path) 
 def test_a_bundle_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "MOST_BYTES", 1000)
     assert build.main(["--out", str(tmp_path / "bundle")]) == 2
+
+
+def test_packages_travel_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut anywhere, put together again; what is missing or damaged is named, and what the machine has stays here."""
+    site = tmp_path / "packages"
+    for name in ("sglang/a.py", "torch/b.so", "sgl_kernel/c.so", "sglang/__pycache__/a.pyc"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(os.urandom(5000))
+    names = carry.pack(site, tmp_path / "parts", most=3000)
+    assert len(names) > 3
+    damaged = tmp_path / "parts" / names[1]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (tmp_path / "parts" / names[2]).rename(tmp_path / "late")
+    command = ["unpack", str(tmp_path / "parts"), "--site", str(tmp_path / "there")]
+    assert carry.main(command) == 2
+    assert capsys.readouterr().err == f"carry: {names[2]} is missing; {names[1]} is damaged\n"
+    damaged.write_bytes(content)
+    (tmp_path / "late").rename(tmp_path / "parts" / names[2])
+    assert carry.main(command) == 0
+    there = tmp_path / "there"
+    found = {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()}
+    assert found == {"sglang/a.py", "sgl_kernel/c.so"}
+    assert (there / "sglang/a.py").read_bytes() == (site / "sglang/a.py").read_bytes()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_gpu import CUDA, DEFAULT, LOG, STREAMS, Tensor, pretend_gpu
+from pretend_gpu import CUDA, DEFAULT, LOG, STREAMS, Tensor, pretend_gpu, values
 from provider_bench import StandIn, use_flashinfer_stand_in
 
 pytest.importorskip("sglang")
@@ -93,6 +93,10 @@ def gpu() -> Iterator[None]:
         yield
 
 
+def give_up(message: str, *_: Any) -> None:
+    pytest.fail(message)
+
+
 class Room:
     """What gives way: nothing does."""
 
@@ -167,7 +171,7 @@ class Server:
         repeated = 40 if choice.policy.reads_twice else 0
         job = CompressionJob(Asked(choice, (Span(4, length - 30),), length, 8, repeated=repeated))
         if host:
-            job.host = HostShare(first_row=length - 30, ratio=1.0, abort=lambda message: pytest.fail(message))
+            job.host = HostShare(first_row=length - 30, ratio=1.0, abort=give_up)
         return job
 
     def _batch(self, mode: ForwardMode, rows: list[int], counts: list[int], padding: int) -> SimpleNamespace:
@@ -361,9 +365,9 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
     residency, planes = server.arena.residency, server.arena.planes_of
     STREAMS.clear()
     host.stage([slots])
-    first, second = (residency.table[layer, slots].inner.clone() for layer in (0, 1))
+    first, second = (values(residency.table[layer, slots]).clone() for layer in (0, 1))
     assert not torch.isin(first, second).any()
-    assert torch.equal(residency.table[2, slots].inner, first)
+    assert torch.equal(values(residency.table[2, slots]), first)
     for layer in range(LAYERS):
         host.staging.fill(planes(layer))
         STREAMS.append(("attention", DEFAULT, None))
@@ -377,7 +381,7 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
         assert not runs_behind(reads[0], copies[1]), "a layer need not wait for the next one's copy"
         if layer >= 2:
             assert runs_behind(copies[layer], reads[layer - 2]), "cells are overwritten under the attention"
-    assert (residency.table[:, slots] == EVICTED).inner.all()
+    assert values(residency.table[:, slots] == EVICTED).all()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -385,12 +389,12 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
 def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bool) -> None:
     """All that serving launches later has been launched before, and nothing has changed by it."""
     server = Server(provider, head_cells=head_cells, host=True, recall=True)
-    before = server.arena.raw.inner.clone()
+    before = values(server.arena.raw).clone()
     LOG.clear()
     job = server.job("vlcache", 200)
     server.backend.compile_kernels(lambda: wanted_statistics(job.asked.choice.policy.needs, server.model))
     started = {name for name in LOG.operations if name.startswith("kernel")}
-    assert torch.equal(server.arena.raw.inner, before)
+    assert torch.equal(values(server.arena.raw), before)
     LOG.clear()
     server.prefill([1], [200], [job])
     recalls = server.job("vlcache", 90, host=True, recall=4)

@@ -50,6 +50,7 @@ def pretend() -> None:
 
 def pretend_memory() -> None:
     """Of the device, which SGLang asks a program for."""
+    module: Any
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("sglang") and hasattr(module, "get_device_memory_capacity"):
             module.get_device_memory_capacity = lambda *_, **__: MEMORY_MIB
@@ -109,7 +110,9 @@ def main() -> None:
     load_plugins()
     pretend_memory()
     common = ["--model-path", str(Path(model)), "--load-format", "dummy"]
-    found = {"platform": type(importlib.import_module("sglang.srt.platforms").current_platform).__name__}
+    found: dict[str, Any] = {
+        "platform": type(importlib.import_module("sglang.srt.platforms").current_platform).__name__
+    }
     found["stock"] = resolved(common)
     found["ours"] = resolved([*common, "--kv-policy", "vlcache", *flags])
     found["installed"] = installed()

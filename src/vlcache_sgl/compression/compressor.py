@@ -375,9 +375,9 @@ class Compressor:
             return
         job.report.counted = True
         front = prompt.start - job.first_kept
-        kept = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
+        by_layer = [front * arena.groups + int(tokens) for tokens in counts.sum(-1).tolist()]
         seen = (front + slots.numel()) * arena.groups
-        self.counters.compressed(kept, seen, prompt.owned_vision * arena.groups)
+        self.counters.compressed(by_layer, seen, prompt.owned_vision * arena.groups)
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
 
