@@ -28,6 +28,7 @@ from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
+from vlcache_kernels.sketch_scores.triton import sketch_scores
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -37,6 +38,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -138,6 +140,11 @@ def copies(head_dim: int, dtype: torch.dtype) -> None:
     copy_cells(cells, numbers, cells, numbers)
 
 
+def sketches(head_dim: int) -> None:
+    codes = torch.zeros(9, 4, head_dim // 8 + 2, dtype=torch.uint8)
+    sketch_scores(torch.zeros(2, 28, head_dim), codes, torch.zeros(2, 64, dtype=torch.int64))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="all head dims, types, row counts and statistics")
@@ -155,6 +162,7 @@ def main() -> None:
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
+    sketches(128)
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):

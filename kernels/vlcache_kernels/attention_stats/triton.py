@@ -97,10 +97,7 @@ def row_kernel(
             mask=(pos < end)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        if UPCAST:
-            k = k.to(tl.float32)
-        else:
-            k = k.to(q.dtype)  # 8-bit floats; nothing for others
+        k = k.to(tl.float32) if UPCAST else k.to(q.dtype)  # of 8-bit floats; nothing for others
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2  # [BLOCK_M, BLOCK_N]
         visible = (pos[None, :] <= limit[:, None]) & (pos < end)[None, :]
         logit = tl.where(visible, logit, float("-inf"))
@@ -265,10 +262,7 @@ def column_kernel(
         mask=there[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    if UPCAST:
-        k = k.to(tl.float32)
-    else:
-        k = k.to(queries.dtype.element_ty)  # 8-bit floats; nothing for others
+    k = k.to(tl.float32) if UPCAST else k.to(queries.dtype.element_ty)  # of 8-bit floats; nothing for others
     acc_sum = tl.zeros([BLOCK_N], tl.float32)
     acc_square = tl.zeros([BLOCK_N], tl.float32)
     acc_max = tl.zeros([BLOCK_N], tl.float32)
