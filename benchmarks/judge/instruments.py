@@ -34,7 +34,7 @@ from .recalling import FITTED, Keys, Sketch
 MODELS = ("grounded", "ungrounded")
 FIRST_SEED = 3000
 """Images that nothing else was tuned or measured on."""
-IMAGES, QUESTIONS = 25, 4
+IMAGES, QUESTIONS = 10, 4
 SIDE = 24
 BUDGET = 0.1
 TOKENS = (0, 4, 8, 16, 32, 64)
