@@ -137,6 +137,42 @@ def qwen3_5(folder: Path, *, moe: bool = False) -> None:
     _processor(folder, "Qwen3VLProcessor", patch=16)
 
 
+def gemma3(folder: Path) -> None:
+    """`Gemma3ForConditionalGeneration`: layers 0 and 2 see the last 64 tokens, 1 and 3 all; 64 tokens to an image."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        **TEXT,
+        "head_dim": HEAD_DIM,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+        "query_pre_attn_scalar": HEAD_DIM,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    ids = {"boi_token_index": 369, "eoi_token_index": 370, "image_token_index": 372}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=64, **ids)
+    _save(Gemma3ForConditionalGeneration(config), folder)
+    tokens = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    _copy_renamed(folder, tokens, shown="<start_of_image>")
+    image = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 224, "width": 224},
+        "image_seq_length": 64,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=1))
+    processor = {"processor_class": "Gemma3Processor", "image_seq_length": 64}
+    (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
+
+
 def llava(folder: Path) -> None:
     """`LlavaQwenForCausalLM` with tiles of any resolution (``anyres``, unpadded)."""
     import torch
@@ -194,6 +230,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": partial(qwen3_5, moe=True),
+    "gemma3": gemma3,
     "llava": llava,
 }
 
@@ -236,6 +273,26 @@ def _copy(folder: Path) -> None:
     """Tokenizer and chat template of the bundled model."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
         shutil.copy(BUNDLED / name, folder / name)
+
+
+def _copy_renamed(folder: Path, tokens: dict[str, str], shown: str) -> None:
+    """`_copy` with names of another family.
+
+    Args:
+        tokens: what the family calls the tokens that begin and end an image and that stand for a part of it, by
+            `boi_token`, `eoi_token` and `image_token`.
+        shown: what its chat template writes for an image.
+    """
+    _copy(folder)
+    ours = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}
+    for file in ("tokenizer.json", "chat_template.jinja", "chat_template.json"):
+        text = (folder / file).read_text().replace("".join(ours[name] for name in ("boi_token", "image_token")), "@")
+        text = text.replace("@" + ours["eoi_token"], shown)
+        for name, token in ours.items():
+            text = text.replace(token, tokens[name])
+        (folder / file).write_text(text)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | tokens
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "extra_special_tokens": tokens}, indent=1))
 
 
 def _processor(folder: Path, name: str, patch: int) -> None:

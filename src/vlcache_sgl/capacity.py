@@ -19,6 +19,37 @@ MAX_CELLS = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class WindowShape:
+    """Layers of a model that attend to the last tokens only, on one rank."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    """How many tokens before its own a token sees."""
+
+    def heads_per_cell(self, width: int) -> int:
+        """KV heads in a cell that holds `width` numbers of keys: as many as fit and leave no cell half empty.
+
+        Raises:
+            ValueError: not one fits.
+        """
+        fitting = [heads for heads in range(1, self.kv_heads + 1) if self.kv_heads % heads == 0]
+        fitting = [heads for heads in fitting if heads * self.head_dim <= width]
+        if not fitting:
+            raise ValueError(f"heads of {self.head_dim} numbers do not fit cells of {width}")
+        return fitting[-1]
+
+    def layers_per_cell(self, width: int) -> int:
+        """Layers that share a cell, where all heads of several fit one."""
+        return max(1, width // (self.kv_heads * self.head_dim))
+
+    def planes(self, width: int) -> int:
+        """Cells of one token in all these layers."""
+        return -(-self.layers // self.layers_per_cell(width)) * (self.kv_heads // self.heads_per_cell(width))
+
+
+@dataclass(frozen=True)
 class KVShape:
     """What a model stores per token on one rank."""
 
@@ -28,15 +59,33 @@ class KVShape:
     element_bytes: int
     groups: int = 1
     """Cells per (layer, token): 1, or the number of KV heads."""
+    window: WindowShape | None = None
+    """Layers beside these `layers` that attend to the last tokens only."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of keys in a cell."""
+        return (self.kv_heads // self.groups) * self.head_dim
+
+    @property
+    def window_planes(self) -> int:
+        return 0 if self.window is None else self.window.planes(self.width)
 
     @property
     def planes(self) -> int:
-        return self.layers * self.groups
+        return self.layers * self.groups + self.window_planes
+
+    def resident(self, kept: float, length: int) -> float:
+        """Uncompressed tokens that a prompt of `length` tokens takes where each of the `layers` keeps `kept`."""
+        if self.window is None:
+            return kept
+        seen = min(length, self.window.tokens)
+        return (self.layers * self.groups * kept + self.window_planes * seen) / self.planes
 
     @property
     def cell_bytes(self) -> int:
         """K and V of one token in one plane."""
-        return 2 * (self.kv_heads // self.groups) * self.head_dim * self.element_bytes
+        return 2 * self.width * self.element_bytes
 
     @property
     def token_bytes(self) -> int:

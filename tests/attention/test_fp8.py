@@ -156,7 +156,7 @@ def test_backend_stores_and_attends_to_what_it_has_stored(
             computed[number] = torch.cat([computed[number], both])
             want = (computed[number] / factors.to(DTYPE)).to(stored).double() * factors
             cells = arena.residency.table[arena.planes_of(number)][:, table[1, :length].long()].long()
-            assert torch.equal(arena.read(arena.planes_of(number), cells, torch.float64), want)
+            assert torch.equal(arena.read(arena.layer(number), cells, torch.float64), want)
             visible = torch.ones(count, length, dtype=torch.bool, device=DEVICE).tril(length - count)
             out = reference(q, want[:, 0], want[:, 1], SCALE, visible)
             assert (got.double() - out).abs().max() < tolerance(name, stored, scales)

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vlcache_kernels.arena_write.triton import arena_write
+from vlcache_kernels.attention_schedule import ScheduleLayout
+from vlcache_kernels.attention_schedule.triton import write_schedules
 from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
 from vlcache_kernels.copy_cells.triton import copy_cells
@@ -145,6 +147,26 @@ def sketches(head_dim: int) -> None:
     sketch_scores(torch.zeros(2, 28, head_dim), codes, torch.zeros(2, 64, dtype=torch.int64))
 
 
+def schedules() -> None:
+    layout = ScheduleLayout(
+        blocks=66,
+        rows=3,
+        tile=16,
+        group=7,
+        limit=66,
+        total_rows=0,
+        request=0,
+        qo_tile=0,
+        kv_tile=0,
+        merge=0,
+        outputs=0,
+        chunk=0,
+        mask=0,
+    )
+    indptr = torch.zeros(2, 4, dtype=torch.int32)
+    write_schedules(indptr, indptr[0], layout, torch.zeros(2, 256, dtype=torch.uint8))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="all head dims, types, row counts and statistics")
@@ -162,7 +184,9 @@ def main() -> None:
         statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True), stored)
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
+    copies(128, torch.uint8)
     sketches(128)
+    schedules()
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):

@@ -7,7 +7,12 @@ import torch
 
 from vlcache_kernels.copy_cells import copy_cells
 
-SHAPES = [(1, 5, (2, 2, 16), torch.float32), (3, 40, (2, 1, 80), torch.bfloat16), (2, 9, (2, 8, 256), torch.float16)]
+SHAPES = [
+    (1, 5, (2, 2, 16), torch.float32),
+    (3, 40, (2, 1, 80), torch.bfloat16),
+    (2, 9, (2, 8, 256), torch.float16),
+    (2, 7, (2, 2, 32), torch.uint8),  # 8-bit floats
+]
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
@@ -17,12 +22,12 @@ def test_cells_arrive(
 ) -> None:
     """Into an arena that all planes share, from rows that are the same for all planes, some of them missing."""
     rng = torch.Generator().manual_seed(tokens)
-    source = torch.randn(planes, 2 * tokens, *cell, generator=rng).to(dtype)
+    source = torch.randint(8, 100, (planes, 2 * tokens, *cell), generator=rng).to(dtype)
     rows = torch.randperm(2 * tokens, generator=rng)[:tokens].to(torch.int32)
     rows[tokens // 2] = -1
     to = (torch.randperm(planes * tokens, generator=rng) + 1).view(planes, tokens)
     to[-1, 0] = -1
-    arena = torch.full((planes * tokens + 1, *cell), -7.0).to(dtype)
+    arena = torch.full((planes * tokens + 1, *cell), 7).to(dtype)
     expected = arena.clone()
     for plane in range(planes):
         for token in range(tokens):

@@ -77,7 +77,7 @@ class World:
         assert recall is not None
         recall.step([self.area])
         for layer in range(LAYERS):
-            recall.refresh(self.arena.planes_at(layer), queries[layer][None], SCALE)
+            recall.refresh(self.arena.planes_of(layer), queries[layer][None], SCALE)
 
 
 def world(tokens: int, groups: int = 1, seed: int = 0, kept: float = 0.2, dtype: torch.dtype = torch.float32) -> World:
@@ -99,7 +99,7 @@ def world(tokens: int, groups: int = 1, seed: int = 0, kept: float = 0.2, dtype:
     slots = torch.arange(1, LENGTH + 1)
     arena.residency.attach(slots)
     for layer in range(LAYERS):
-        planes = arena.planes_at(layer)
+        planes = arena.planes_of(layer)
         cells = arena.residency.table[planes, slots].to(torch.int64)
         arena.write(cells, keys_values[layer, :, 0], keys_values[layer, :, 1])
     assert memory.write_back(slots)
@@ -161,11 +161,11 @@ def test_requests_side_by_side() -> None:
         asked = torch.randn(LAYERS, len(members), HEADS, DIM, generator=generator)
         recall.step([areas[member] for member in members])
         for layer in range(LAYERS):
-            recall.refresh(w.arena.planes_at(layer), asked[layer], SCALE)
+            recall.refresh(w.arena.planes_of(layer), asked[layer], SCALE)
         for place, member in enumerate(members):
             recall.step([alone[member]])
             for layer in range(LAYERS):
-                recall.refresh(w.arena.planes_at(layer), asked[layer, place][None], SCALE)
+                recall.refresh(w.arena.planes_of(layer), asked[layer, place][None], SCALE)
             ours, theirs = areas[member], alone[member]
             assert torch.equal(ours.positions.sort(1).values, theirs.positions.sort(1).values)
             assert ours.report() == theirs.report()

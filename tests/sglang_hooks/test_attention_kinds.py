@@ -17,11 +17,10 @@ from vlcache_sgl.config import ConfigError
 from vlcache_sgl.sglang_hooks.attention_kinds import attention_layers, refuse_layers, resolved_model, unsupported_model
 from vlcache_sgl.sglang_hooks.compat import _UNSUPPORTED_ARGUMENTS, unsupported_arguments, unsupported_configuration
 from vlcache_sgl.sglang_hooks.flags import attach_config
-from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers, window_layers, window_tokens
 
 REFUSED = {
     "cohere2_vision": "sliding-window",
-    "gemma3": "sliding-window",
     "gemma3n": "sliding-window",
     "gemma4": "sliding-window",
     "kimi_k25": "MLA",
@@ -57,6 +56,20 @@ def test_gated_delta_nets_are_served(tmp_path: Path, name: str) -> None:
     layers = kv_layers(model)
     assert len(layers) == model.num_attention_layers // 4
     assert layers[0] == 3
+
+
+@pytest.mark.parametrize("name", ["gemma3"])
+def test_windows_are_served(tmp_path: Path, name: str) -> None:
+    """Layers of both kinds, every sixth of them counted; a token sees as many before it as SGLang says."""
+    server_args = ServerArgs(model_path=str(describe(name, tmp_path)))
+    attach_config(server_args, {"kv_policy": "vlcache"})
+    model = resolved_model(server_args)
+    assert model is not None
+    assert list(unsupported_model(model)) == []
+    both = sorted([*kv_layers(model), *window_layers(model)])
+    assert both == list(range(model.num_attention_layers))
+    assert kv_layers(model)[0] == 5
+    assert window_tokens(model) == model.hf_text_config.sliding_window - 1
 
 
 @pytest.mark.parametrize("name", ["llama4", "kimi_vl", "minimax_m3", "mllama", "nemotron", "step3p7"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pretend_gpu import CUDA, DEFAULT, LOG, STREAMS, Tensor, pretend_gpu
-from provider_bench import use_flashinfer_stand_in
+from provider_bench import StandIn, use_flashinfer_stand_in
 
 pytest.importorskip("sglang")
 
@@ -29,6 +29,7 @@ from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.policy.manager import registry
 from vlcache_sgl.policy.policy import resolve
 from vlcache_sgl.scoring.asked import Asked
+from vlcache_sgl.scoring.scoring import wanted_statistics
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks import triton_kernels
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
@@ -36,7 +37,7 @@ from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 
 LAYERS, HEADS, KV_HEADS, DIM = 3, 8, 2, 16
-PROVIDERS = ("triton",)
+PROVIDERS = ("triton", "flashinfer")
 
 
 class Rotary:
@@ -57,12 +58,31 @@ def use_attention_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "attention_kernels", lambda: AttentionKernels(kernel, kernel))
 
 
+class QuietFlashInfer(StandIn):
+    """FlashInfer that plans and computes nothing."""
+
+    def plan(self, *arguments: Any) -> list[int]:
+        LOG.operations["flashinfer plan"] += 1
+        return super().plan(*arguments)
+
+    def paged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        assert not [value for value in arguments if type(value) is torch.Tensor], "a tensor of the host"
+        if arguments[11] is not None:
+            arguments[11].zero_()
+
+    def ragged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        if arguments[9] is not None:
+            arguments[9].zero_()
+
+
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "triton":
         use_attention_without_values(monkeypatch)
     else:
-        use_flashinfer_stand_in(monkeypatch)
+        use_flashinfer_stand_in(monkeypatch, QuietFlashInfer())
     return str(request.param)
 
 
@@ -126,7 +146,7 @@ class Server:
             layer_weights=(0.5,) * LAYERS,
             head_weights=weights,
         )
-        accounting = self.allocator.accounting
+        self.model, accounting = model, self.allocator.accounting
         self.compressor = Compressor(model, HeadGather(None, 0, 1), Counters(), accounting)
         if host:
             residency = accounting.residency
@@ -182,7 +202,8 @@ class Server:
             layer = SimpleNamespace(
                 layer_id=number, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=DIM
             )
-            layer.scaling = DIM**-0.5
+            layer.scaling, layer.k_scale, layer.v_scale = DIM**-0.5, None, None
+            layer.k_scale_float = layer.v_scale_float = None
             run(random(tokens, HEADS * DIM), random(tokens, KV_HEADS, DIM), random(tokens, KV_HEADS, DIM), layer, batch)
 
     def prefill(self, rows: list[int], counts: list[int], jobs: list[CompressionJob]) -> None:
@@ -233,9 +254,14 @@ def test_no_decode_step_waits(provider: str, head_cells: bool, graph: int) -> No
     server.prefill([1, 2], [300, 200], jobs)
     assert all(job.progress.compressed for job in jobs)
     LOG.clear()
-    for _ in range(3):
+    server.decode([1, 2], graph=graph)
+    assert not LOG.waits, f"first step\n{LOG}"
+    LOG.clear()
+    for _ in range(2):
         server.decode([1, 2], graph=graph)
     assert not LOG.waits, f"continuing\n{LOG}"
+    assert not LOG.copies, "host and device exchange nothing"
+    assert not LOG.operations["flashinfer plan"], "a batch size is planned once"
     server.prefill([3], [150], [server.job("vlcache", 150)])
     LOG.clear()
     server.decode([1, 2, 3], graph=graph)
@@ -329,6 +355,27 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
         if layer >= 2:
             assert runs_behind(copies[layer], reads[layer - 2]), "cells are overwritten under the attention"
     assert (residency.table[:, slots] == EVICTED).inner.all()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
+def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bool) -> None:
+    """All that serving launches later has been launched before, and nothing has changed by it."""
+    server = Server(provider, head_cells=head_cells, host=True)
+    before = server.arena.raw.inner.clone()
+    LOG.clear()
+    job = server.job("vlcache", 200)
+    server.backend.compile_kernels(lambda: wanted_statistics(job.asked.choice.policy.needs, server.model))
+    started = {name for name in LOG.operations if name.startswith("kernel")}
+    assert torch.equal(server.arena.raw.inner, before)
+    LOG.clear()
+    server.prefill([1], [200], [job])
+    server.prefill([2], [90], [server.job("vlcache", 90, host=True)])
+    server.decode([1, 2])
+    server.decode([1, 2])
+    served = {name for name in LOG.operations if name.startswith("kernel")}
+    # FlashInfer's schedules are compared with its own when the provider is made.
+    assert served - {"kernel write_schedules"} == started
 
 
 @pytest.mark.usefixtures("gpu")

@@ -26,8 +26,8 @@ def copy_cells(
     skipped.  What is read and what is written must not overlap.
 
     Args:
-        out: `[P, N, 2, heads_per_cell, D]` of any type; on the device of the lists, or in pinned host memory.  Planes
-            may lie on top of each other (``arena.expand(P, ...)``); a cell itself is contiguous.
+        out: `[P, N, 2, heads_per_cell, D]` of any type, 8-bit floats as bytes; on the device of the lists, or in pinned
+            host memory.  Planes may lie on top of each other (``arena.expand(P, ...)``); a cell itself is contiguous.
         to: `[P, n]` int32 or int64.
         source: `[P, M, 2, heads_per_cell, D]`, same type as `out`; where `out` may be.
         numbers: `[P, n]` int32 or int64, on the device of `to`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch
+from vlcache_sgl.memory.layers import LayerCells
 
 Observe = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
 """``observe(number, prefix, valid)``: what scoring needs to know of the `number`-th request in the layer that was just
@@ -32,6 +33,9 @@ class Provider(Protocol):
 
     on_device: bool
     """Kernels of a GPU: batches carry device tensors, decode can be recorded in CUDA graphs."""
+
+    lists: torch.dtype | None
+    """Type of the lists of cells that its kernels read; None: it reads none."""
 
     def invalidate(self, row: int) -> None:
         """The slots of a request row have changed: forget what is known of its cells."""
@@ -68,6 +72,14 @@ class Provider(Protocol):
 
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
         """One layer of the planned step, `[B, H, D]` to `[B, H, D]`; rows of padding are undefined."""
+
+    def extend_in_window(
+        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """`extend` of a layer with a window, whose rows do not vote; not by a provider with `on_device`."""
+
+    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        """`decode` of a layer with a window; not by a provider with `on_device`."""
 
     def init_graphs(self, max_batch: int) -> None:
         """Lay out what captured graphs read, for batches of up to `max_batch` requests."""

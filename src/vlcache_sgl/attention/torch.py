@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from vlcache_sgl.attention import window
 from vlcache_sgl.attention.base import Observe
+from vlcache_sgl.attention.gather import Gather, attend
 from vlcache_sgl.memory.arena import merge_groups
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.decode_index import DecodeIndex, RowCells, collect
-from vlcache_sgl.memory.scales import UNSCALED, Scales, as_bytes
+from vlcache_sgl.memory.layers import LayerCells
+from vlcache_sgl.memory.scales import UNSCALED, Scales
 
 GATHER_BYTES = 8 << 20
 """Keys and values gathered before they are attended to: about a processor's last-level cache, so that attention
@@ -20,10 +22,13 @@ class TorchProvider:
     """Plain torch, on any device; no CUDA graphs, and the host reads sizes from the device."""
 
     on_device = False
+    lists = None
 
     def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
         self._memory = memory
+        self._dtype = dtype
         self._gather = Gather(memory.arena, dtype)
+        self._gathers: dict[tuple[int, int, int], Gather] = {}
         self._batch: ExtendBatch | None = None
         self._prefixes: list[RowCells | None] = []
         self.index = DecodeIndex(memory.residency, memory.req_to_token)
@@ -69,6 +74,31 @@ class TorchProvider:
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
         return decode(queries, self.index, planes, self._gather, scale, self._memory.scales_of(planes))
 
+    def extend_in_window(
+        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        assert self._batch is not None
+        assert layer.window is not None
+        gather, scales = self._gather_of(layer), self._memory.scales_in_window(layer)
+        output = torch.empty_like(queries)
+        for request, cells in zip(self._batch.requests, self._prefixes, strict=True):
+            part = request.tokens
+            prefix = None if cells is None else window.last_of_prefix(gather, cells, layer, scales)
+            output[part] = window.extend(queries[part], keys[part], values[part], prefix, layer.window, scale)
+        return output
+
+    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        return window.decode(
+            queries, self.index, layer, self._gather_of(layer), scale, self._memory.scales_in_window(layer)
+        )
+
+    def _gather_of(self, layer: LayerCells) -> Gather:
+        """For a layer that divides cells its own way."""
+        kind = (layer.part, layer.heads, layer.head_dim)
+        if kind not in self._gathers:
+            self._gathers[kind] = Gather(layer.view(self._memory.arena), self._dtype)
+        return self._gathers[kind]
+
     def init_graphs(self, max_batch: int) -> None:
         raise NotImplementedError("attention in plain torch cannot be recorded in a CUDA graph")
 
@@ -81,36 +111,6 @@ def kept_prefix(memory: Memory, row: int, length: int) -> RowCells | None:
     if not length:
         return None
     return collect(memory.residency, memory.req_to_token[row, :length].to(torch.int64))
-
-
-class Gather:
-    """Collects cells in one reused buffer: fresh memory of this size would be paged in anew each time.
-
-    Args:
-        arena: `[cells + 1, 2, heads_per_cell, head_dim]`.
-        dtype: of queries, in which keys and values are attended to.
-    """
-
-    def __init__(self, arena: torch.Tensor, dtype: torch.dtype) -> None:
-        self._flat = as_bytes(arena).flatten(1)
-        self._stored = arena.dtype
-        self._dtype = dtype
-        self._shape = arena.shape[1:]
-        self._scratch = self._flat.new_empty((0, self._flat.shape[1]))
-
-    @property
-    def cell_bytes(self) -> int:
-        """Of a cell that is attended to."""
-        return self._flat.shape[1] * self._dtype.itemsize
-
-    def __call__(self, cells: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """`cells` `[...]` int32 -> `[..., 2, heads_per_cell, head_dim]` as numbers; valid until the next call."""
-        count = cells.numel()
-        if count > self._scratch.shape[0]:
-            self._scratch = self._flat.new_empty((count, self._flat.shape[1]))
-        out = self._scratch[:count]
-        torch.index_select(self._flat, 0, cells.reshape(-1), out=out)
-        return scales.load(out.view(self._stored).view(*cells.shape, *self._shape), self._dtype)
 
 
 def prefix_keys_values(
@@ -247,27 +247,8 @@ def decode(
             every = part.numel() == queries.shape[0]
             cells = index.cells[planes, :, :length] if every else index.cells[planes, part, :length]
             used = counts if every else counts[:, part]
-            out = _attend(queries if every else queries[part], gather(cells, scales), used, scale)
+            out = attend(queries if every else queries[part], gather(cells, scales), used, scale)
             if every:
                 return out.view(-1, num_heads, dim)
             output[part] = out.view(-1, num_heads, dim)
     return output
-
-
-def _attend(queries: torch.Tensor, both: torch.Tensor, counts: torch.Tensor, scale: float) -> torch.Tensor:
-    """`queries` `[b, H, D]` over keys and values `[G, b, n, 2, heads, D]`, of which `counts` `[G, b]` are valid."""
-    batch, num_heads, dim = queries.shape
-    groups, _, length, _, heads, _ = both.shape
-    both = both.view(groups * batch, length, 2, heads, dim)
-    # The query heads of a KV head become rows of one small query: no key is read twice.
-    per_head = num_heads // (groups * heads)
-    q = queries.view(batch, groups, heads, per_head, dim).transpose(0, 1).reshape(groups * batch, heads, per_head, dim)
-    mask = None
-    if bool((counts != length).any()):
-        seen = torch.arange(length, device=q.device)[None] < counts.reshape(-1, 1)
-        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
-        mask = mask[:, None, None, :]
-    out = scaled_dot_product_attention(
-        q, both[:, :, 0].transpose(1, 2), both[:, :, 1].transpose(1, 2), attn_mask=mask, scale=scale
-    )
-    return out.view(groups, batch, heads * per_head, dim).transpose(0, 1).reshape(batch, num_heads, dim)

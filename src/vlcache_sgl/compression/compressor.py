@@ -273,13 +273,14 @@ class Compressor:
         numbers = torch.arange(slots.numel(), device=slots.device)
 
         def keys_values(layer: int) -> torch.Tensor:
-            planes = arena.planes_at(layer)
+            where = arena.layer(arena.layer_ids[layer])
+            planes = where.planes
             cells = arena.residency.cells_of(planes, slots)
             both = arena.raw[cells.clamp(min=0).to(torch.int64)]
             if memory is not None:
                 away = torch.where(cells == EVICTED, numbers, EVICTED)
                 memory.host.copy(planes, slots, both, away, (away >= 0).sum())
-            return arena.join(planes, both, arena.wide_dtype)
+            return arena.join(where, both, arena.wide_dtype)
 
         return keys_values
 
@@ -322,9 +323,9 @@ class Compressor:
         """
         if job.host is None or job.host.settled:
             return
-        keep = torch.ones((self._arena.num_planes, job.asked.length), dtype=torch.bool, device=row.device)
+        keep = torch.ones((self._arena.counted_planes, job.asked.length), dtype=torch.bool, device=row.device)
         job.host.ratio = 1.0
-        self._take_own(job, row, keep, keep.numel())
+        self._take_own(job, row, *self._with_window(keep, keep.numel(), job))
 
     def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int) -> None:
         """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all."""
@@ -359,16 +360,17 @@ class Compressor:
         arena = self._arena
         slots = row[prompt.start : prompt.length].to(torch.int64)
         keep = self._heads.own_groups(plan.keep, arena.groups)
-        keep = keep.expand(-1, arena.groups, -1).reshape(arena.num_planes, -1)
+        keep = keep.expand(-1, arena.groups, -1).reshape(arena.counted_planes, -1)
         vision_kept = to_host((keep & prompt.is_vision()).sum(-1).view(prompt.num_layers, -1).sum(-1))
         # From the plan, not from the device: the host need not wait to know them.
         counts = self._heads.own_groups(plan.counts, arena.groups).expand(-1, arena.groups)
         if job.host is not None:
             everything = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
-            self._take_own(job, row, everything, prompt.start * arena.num_planes + int(counts.sum()))
+            kept = prompt.start * arena.counted_planes + int(counts.sum())
+            self._take_own(job, row, *self._with_window(everything, kept, job))
             done = passed_event(slots.device)
         else:
-            done = self.accounting.evict(slots, keep)
+            done = self.accounting.evict(slots, self._with_window(keep, 0, job)[0])
         if job.report.counted:  # it was retracted: what was done before is what counts
             return
         job.report.counted = True
@@ -379,10 +381,30 @@ class Compressor:
         self._uncounted.append((done, vision_kept))
         self.settle_counts()
 
+    def _with_window(self, keep: torch.Tensor, kept: int, job: CompressionJob) -> tuple[torch.Tensor, int]:
+        """What all planes keep of the last tokens of a prompt.
+
+        Layers with a window give back what no later token sees; all of it stays where other requests may find the
+        prompt, because theirs may go on from any point of it.
+
+        Args:
+            keep: `[counted planes, tokens]` bool, `kept` in all.
+
+        Returns:
+            `[planes, tokens]` bool, and how many are kept in all.
+        """
+        window = self._arena.window
+        if window is None:
+            return keep, kept
+        tokens = keep.shape[1]
+        seen = tokens if job.publishes_cells else min(tokens, window.tokens)
+        last = torch.arange(tokens, device=keep.device) >= tokens - seen
+        return torch.cat([keep, last.expand(window.planes, -1)]), kept + window.planes * seen
+
     def _kept_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, Any | None]:
         """Share of `slots` that each layer has; see `Report.shared_kept`.  Nobody waits for it here."""
         arena = self._arena
-        resident = arena.residency.table[:, slots.to(torch.int64)] != EVICTED
+        resident = arena.residency.table[: arena.counted_planes, slots.to(torch.int64)] != EVICTED
         shares = to_host(resident.view(-1, arena.groups * slots.numel()).float().mean(1))
         return shares, passed_event(slots.device)
 
@@ -421,7 +443,7 @@ class Compressor:
             row: `[context]`, the request's row of `req_to_token`.
         """
         arena = self._arena
-        cells = arena.residency.table[:, row[: job.asked.length].to(torch.int64)]
+        cells = arena.residency.table[: arena.counted_planes, row[: job.asked.length].to(torch.int64)]
         resident = (cells != EVICTED).view(-1, arena.groups, job.asked.length).any(1)
         job.report.fields["kept_positions"] = [layer.nonzero().flatten().tolist() for layer in resident.cpu()]
         job.report.fields["vision"] = [run.as_dict() for run in job.asked.runs]

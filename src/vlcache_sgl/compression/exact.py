@@ -73,6 +73,19 @@ class HostMemory:
         """Tokens staged so far, counted once per forward; waits for the device."""
         return int(self._staged_tokens)
 
+    @property
+    def layers(self) -> int:
+        """See `CellAccounting.num_layers`."""
+        return self._accounting.num_layers
+
+    def share_kept(self, counted: float, length: int) -> float:
+        """Share of a prompt of `length` tokens that stays in the arena, `counted` of them in the counted layers."""
+        arena = self._accounting.arena
+        if arena.window is None:
+            return counted
+        inside = min(1.0, arena.window.tokens / length)
+        return (arena.counted_planes * counted + arena.window.planes * inside) / arena.num_planes
+
     # -- one forward ------------------------------------------------------------------------------------------------
 
     def stage(self, prefixes: Sequence[torch.Tensor]) -> None:

@@ -142,6 +142,11 @@ class CompressionJob:
         """Where the tokens begin about which this request decides: its own, or all where nothing is lost."""
         return 0 if self.host is not None else self.progress.shared
 
+    @property
+    def publishes_cells(self) -> bool:
+        """Whether other requests may come to attend to the cells of this prompt."""
+        return self.host is None and self.asked.choice.share == "policy"
+
     def first_evictable(self) -> int:
         """Where the tokens begin that this request may evict.
 

@@ -53,8 +53,8 @@ class CellAccounting:
 
     @property
     def num_layers(self) -> int:
-        """Layers of this rank."""
-        return self.residency.num_planes // self.arena.groups
+        """Layers of this rank: a token of one of them takes at most this part of an uncompressed token."""
+        return self.residency.num_planes // self.arena.planes_per_layer
 
     # -- cells of slots ---------------------------------------------------------------------------------------------
 

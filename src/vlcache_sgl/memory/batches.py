@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlcache_sgl.memory.layers import LayerCells
 from vlcache_sgl.memory.residency import Residency
 from vlcache_sgl.memory.scales import UNSCALED, Scales
 
@@ -23,7 +24,7 @@ class Memory:
     groups: int
     """Cells per (layer, token): 1, or the number of KV heads."""
     scales: Sequence[Scales] = ()
-    """Of each layer; none: 1."""
+    """Of each counted layer, then of those with a window; none: 1."""
 
     @property
     def num_layers(self) -> int:
@@ -36,6 +37,10 @@ class Memory:
     def scales_of(self, planes: slice) -> Scales:
         """What stored keys and values of a layer are multiplied by."""
         return self.scales[self.layer_of(planes)] if self.scales else UNSCALED
+
+    def scales_in_window(self, layer: LayerCells) -> Scales:
+        """The same of a layer with a window."""
+        return self.scales[layer.place] if self.scales else UNSCALED
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class Staging:
         self._arena = arena
         self._residency = arena.residency
         self._host = host
-        self._layers = self._residency.num_planes // arena.groups
+        self._layers = arena.planes_of_layers
+        self._places = {planes.start: place for place, planes in enumerate(self._layers)}
         self._staged: Staged | None = None
         self._owner = torch.zeros(self._residency.num_slots + 1, dtype=torch.int64, device=arena.device)
         self._stream = None if arena.device.type == "cpu" else torch.get_device_module(arena.device).Stream()
@@ -77,7 +78,7 @@ class Staging:
 
     def cells_for(self, tokens: int) -> int:
         """Cells that are borrowed for so many tokens of prefixes."""
-        return self.sets * self._arena.groups * tokens
+        return self.sets * self._arena.planes_per_layer * tokens
 
     def begin(self, slots: torch.Tensor) -> torch.Tensor:
         """Map those of `slots` `[tokens]` that no plane has; they may repeat.  Does not wait for the device.
@@ -89,15 +90,16 @@ class Staging:
             OutOfCells: too few cells are free for all of them; nothing has changed then.
         """
         assert self._staged is None, "the forward before has not ended"
-        count, groups = slots.numel(), self._arena.groups
-        cells = self._residency.borrow(self.cells_for(count)).view(self.sets, groups, count)
+        count = slots.numel()
+        cells = self._residency.borrow(self.cells_for(count)).view(self.sets, -1, count)
         # A slot that repeats is staged where it is named last: whoever finds its own number is that one.
         numbers = torch.arange(count, device=slots.device)
         self._owner[slots] = numbers
         there = (self._residency.table[0, slots] == EVICTED) & self._host.has(slots) & (self._owner[slots] == numbers)
         # The others write the padding slot's own cell to the padding slot.
         slots = torch.where(there, slots, PADDING)
-        by_layer = cells.repeat(-(-self._layers // self.sets), 1, 1)[: self._layers].flatten(0, 1)
+        widths = [planes.stop - planes.start for planes in self._layers]
+        by_layer = torch.cat([cells[place % self.sets, :width] for place, width in enumerate(widths)])
         self._residency.table[:, slots] = torch.where(there, by_layer, PADDING)
         self._staged = Staged(slots, there, torch.where(there, cells, EVICTED), there.sum())
         if self._stream is not None:
@@ -110,24 +112,23 @@ class Staging:
         staged = self._staged
         if staged is None:
             return
-        layer = planes.start // self._arena.groups
+        layer = self._places[planes.start]
         if layer not in staged.copied:
             self._copy(layer)
         if self._stream is None:
             return
         module = torch.get_device_module(self._arena.device)
-        if layer + 1 < self._layers and layer + 1 not in staged.copied:
+        if layer + 1 < len(self._layers) and layer + 1 not in staged.copied:
             self._stream.wait_event(passed_event(self._arena.device))
             self._copy(layer + 1)
         module.current_stream().wait_event(staged.copied[layer])
 
     def _copy(self, layer: int) -> None:
         """Bring one layer's keys and values to its set of cells, on the stream of our own where there is one."""
-        staged, groups = self._staged, self._arena.groups
+        staged, planes = self._staged, self._layers[layer]
         assert staged is not None
-        planes = slice(layer * groups, (layer + 1) * groups)
-        arena = self._arena.raw
-        target = (arena.expand(groups, *arena.shape), staged.cells[layer % self.sets], staged.count * groups)
+        arena, width = self._arena.raw, planes.stop - planes.start
+        target = (arena.expand(width, *arena.shape), staged.cells[layer % self.sets, :width], staged.count * width)
         if self._stream is None:
             self._host.copy(planes, staged.slots, *target)
             staged.copied = {layer: None}

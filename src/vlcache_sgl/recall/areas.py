@@ -113,7 +113,7 @@ class Recall:
         self._arena = arena
         self._host = host
         self._sketch = KeySketch(arena.head_dim, arena.device)
-        shape = (arena.num_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
+        shape = (arena.counted_planes, host.num_tokens, arena.heads_per_cell, self._sketch.bytes)
         self.codes = torch.zeros(shape, dtype=torch.uint8, device=arena.device)
         self._recalled, self._fetched = torch.zeros(2, dtype=torch.int64, device=arena.device)
         self._batch: AreaBatch | None = None
@@ -138,11 +138,11 @@ class Recall:
             cells: `[planes, tokens]` int, where they are in the arena.
         """
         rows, groups = self._host.rows[slots].to(torch.int64), self._arena.groups
-        for layer in range(self._arena.num_planes // groups):
-            planes = self._arena.planes_at(layer)
-            keys = self._arena.read(planes, cells[planes].to(torch.int64), torch.float32)[:, 0]
+        for layer_id in self._arena.layer_ids:
+            layer = self._arena.layer(layer_id)
+            keys = self._arena.read(layer, cells[layer.planes].to(torch.int64), torch.float32)[:, 0]
             codes = self._sketch.encode(keys).unflatten(1, (groups, -1))  # [tokens, G, K/G, bytes]
-            self.codes[planes, rows] = codes.transpose(0, 1)
+            self.codes[layer.planes, rows] = codes.transpose(0, 1)
 
     def candidates(self, slots: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """`[planes, length]` bool: tokens that are not kept and can be brought back.
@@ -151,7 +151,9 @@ class Recall:
             slots: `[length]` int64, of the prompt, as in `OwnSlots.shared`.
             keep: `[planes, length]` bool.
         """
-        return ~keep & self._host.has(slots)
+        found = ~keep & self._host.has(slots)
+        found[self._arena.counted_planes :] = False  # what has left a window is not seen any more
+        return found
 
     @staticmethod
     def places(candidates: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -9,8 +9,22 @@ import torch
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool, unwrap_write_loc
 
 from vlcache_sgl.memory.arena import Arena
+from vlcache_sgl.memory.layers import Window
 from vlcache_sgl.memory.scales import UNSCALED, Scales
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer
+
+
+class _NoSlots(Sequence[torch.Tensor]):
+    """In the place of SGLang's lists of buffers: whoever wants to index by slot would get somebody else's cell."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, layer: Any) -> Any:
+        raise RuntimeError("with --kv-policy keys and values lie in cells, which slots do not number")
+
+    def __iter__(self) -> Any:
+        return self[0]
 
 
 class KVArena(MHATokenToKVPool):
@@ -18,15 +32,23 @@ class KVArena(MHATokenToKVPool):
 
     Args:
         groups: cells per (layer, token): 1, or the number of KV heads.
-        layer_ids: which layers of the model keep their tokens here; None: all, from 0.
+        layer_ids: the layers among whose tokens policies choose; None: all, from 0.
+        window: layers that attend to the last tokens only.
     """
 
     def __init__(
-        self, *, num_cells: int, groups: int, layer_ids: Sequence[int] | None = None, **pool_arguments: Any
+        self,
+        *,
+        num_cells: int,
+        groups: int,
+        layer_ids: Sequence[int] | None = None,
+        window: Window | None = None,
+        **pool_arguments: Any,
     ) -> None:
         self._num_cells = num_cells
         self._groups = groups
         self._layer_ids = layer_ids
+        self._window = window
         super().__init__(**pool_arguments)
 
     def _create_buffers(self) -> None:
@@ -42,9 +64,9 @@ class KVArena(MHATokenToKVPool):
             dtype=self.dtype,  # SGLang stores 8-bit floats as bytes, see `Arena.raw`
             device=self.device,
             layer_ids=self._layer_ids,
+            window=self._window,
         )
-        self.k_buffer = [self.arena.cells[:, 0]] * self.layer_num
-        self.v_buffer = [self.arena.cells[:, 1]] * self.layer_num
+        self.k_buffer = self.v_buffer = _NoSlots()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         half = self.arena.nbytes // 2
@@ -54,9 +76,9 @@ class KVArena(MHATokenToKVPool):
         self, layer: AttentionLayer, loc_info: Any, cache_k: torch.Tensor, cache_v: torch.Tensor, *_: Any
     ) -> None:
         slots, _, _ = unwrap_write_loc(loc_info)
-        planes = self.arena.planes_of(layer.layer_id)
-        self.arena.set_scales(planes, scales_of(layer))
-        self.arena.write(self.arena.write_cells(slots)[planes], cache_k, cache_v, self.arena.scales_of(planes))
+        where = self.arena.layer(layer.layer_id)
+        self.arena.set_scales(where, scales_of(layer))
+        self.arena.write(self.arena.write_cells(slots)[where.planes], cache_k, cache_v, where)
 
     def get_cpu_copy(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("a compressed KV cache has no host copy")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlcache_sgl.config import ConfigError
+from vlcache_sgl.memory.layers import Window
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer, ModelConfig, ServerArgs
 
 # -- before weights are loaded ----------------------------------------------------------------------------------------
@@ -47,7 +48,11 @@ def _has_no_attention(model: ModelConfig) -> bool:
 
 
 def _has_sliding_layers(model: ModelConfig) -> bool:
+    from vlcache_sgl.sglang_hooks.kv_layers import has_windows
+
     text = model.hf_text_config
+    if has_windows(model):
+        return False
     named = any("sliding" in str(kind) for kind in getattr(text, "layer_types", None) or ())
     return bool(model.is_hybrid_swa) or (named and getattr(text, "model_type", None) not in _IGNORE_WINDOWS)
 
@@ -114,43 +119,58 @@ def _has_sinks(owner: torch.nn.Module) -> bool:
 
 
 def refuse_layers(
-    model: torch.nn.Module, *, kept: Collection[int], heads: tuple[int, int], widths: tuple[int, int], context: int
+    model: torch.nn.Module,
+    *,
+    kept: Collection[int],
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    context: int,
+    window: Window | None = None,
 ) -> None:
     """Look at every attention layer whose keys are in the arena.
 
     Args:
         model: SGLang's, loaded.
-        kept: numbers of the layers that the arena has planes for.
+        kept: numbers of the layers that the arena has planes for, those with a window left out.
         heads: query heads and KV heads of this rank.
         widths: of a head's key and value, in elements.
         context: tokens of the longest prompt with its answer.
+        window: layers that attend to the last tokens only.
 
     Raises:
         ConfigError: one line with the name of a layer that would be served wrongly, and why.
     """
     found: dict[int, str] = {}
+    sliding = () if window is None else window.layer_ids
     for name, layer, owner in attention_layers(model):
-        if layer.layer_id not in kept:
+        if layer.layer_id in sliding:
+            assert window is not None
+            own_heads, own_widths = (layer.tp_q_head_num, window.kv_heads), (window.head_dim, window.head_dim)
+            problem = _problem(layer, own_heads, own_widths, context, window.tokens)
+        elif layer.layer_id in kept:
+            problem = _problem(layer, heads, widths, context)
+        else:
             continue
-        problem = _problem(layer, heads, widths, context)
         if problem is None and _has_sinks(owner):
             problem = "attention sinks"
-        if problem is None and layer.layer_id in found:
+        if problem is None and layer.layer_id in found and not getattr(owner, "is_kv_shared_layer", False):
             problem = f"keys that are those of {found[layer.layer_id]}"
         if problem is not None:
             raise ConfigError(f"--kv-policy does not support layer {name} of this model: it has {problem}")
         found[layer.layer_id] = name
-    if missing := sorted(set(kept) - found.keys()):
+    if missing := sorted({*kept, *sliding} - found.keys()):
         raise ConfigError(f"--kv-policy does not support this model: layer {missing[0]} has no attention that is known")
 
 
-def _problem(layer: AttentionLayer, heads: tuple[int, int], widths: tuple[int, int], context: int) -> str | None:
-    """What attention over cells would leave out of a layer; None: nothing."""
+def _problem(
+    layer: AttentionLayer, heads: tuple[int, int], widths: tuple[int, int], context: int, known: int | None = None
+) -> str | None:
+    """What attention over cells would leave out of a layer, whose window is `known`; None: nothing."""
     from sglang.srt.layers.radix_attention import AttentionType
 
     window, kind = layer.sliding_window_size, layer.attn_type
     # SGLang counts a window without the token itself; one that no prompt outgrows hides nothing.
-    slides = window is not None and 0 <= window < context - 1
+    slides = window is not None and 0 <= window < context - 1 and window != known
     own_heads, own_widths = (layer.tp_q_head_num, layer.tp_k_head_num), (layer.head_dim, layer.v_head_dim)
     scales = layer.xai_temperature_len
     reasons = {

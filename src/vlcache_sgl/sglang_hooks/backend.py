@@ -8,19 +8,23 @@ scheduler's writes behind the reads of the running forward, therefore holds for 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from vlcache_kernels.arena_write import arena_write
+from vlcache_kernels.attention_stats import StatsRequest
 from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
+from vlcache_sgl.attention.warm_up import compile_kernels
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.measured import Measured
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, ExtendRequest, Memory
+from vlcache_sgl.memory.layers import LayerCells
 from vlcache_sgl.recall.areas import Recall, RecallArea
 from vlcache_sgl.scoring.batch import BatchScoring
 from vlcache_sgl.sglang_hooks import triton_kernels
@@ -52,10 +56,10 @@ class ResidencyBackend(AttentionBackend):
             self.arena.groups,
             self.arena.scales,
         )
-        shape = HeadShape(num_heads, model_runner.dtype)
+        self._shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
         self.provider: Provider = make_provider(
-            provider, self._memory, shape, triton_kernels.attention_kernels, kv_splits=splits
+            provider, self._memory, self._shape, triton_kernels.attention_kernels, kv_splits=splits
         )
         # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
         self._cells = torch.empty(0)
@@ -75,6 +79,11 @@ class ResidencyBackend(AttentionBackend):
         self.rows: list[int] | None = None
         """Request rows of the forward that runs now, where the host knows them: asking the device would wait for it."""
 
+    def compile_kernels(self, wants: Callable[[], Iterable[StatsRequest]]) -> None:
+        """Compile what a GPU runs, before requests come; `wants` says which statistics the default policy asks for."""
+        if self.provider.lists is not None:
+            compile_kernels(self._memory, self._shape, self.provider.lists, wants())
+
     def support_triton(self) -> bool:
         return self.provider.on_device
 
@@ -89,11 +98,11 @@ class ResidencyBackend(AttentionBackend):
         lengths = forward_batch.seq_lens_cpu.tolist()
         return self.provider.fits_graph(self._rows_of(forward_batch), lengths)
 
-    def _planes_of(self, layer: AttentionLayer) -> slice:
-        """The layer's planes, its scales known; SGLang reads them from the layer each time, too."""
-        planes = self.arena.planes_of(layer.layer_id)
-        self.arena.set_scales(planes, scales_of(layer))
-        return planes
+    def _cells_of(self, layer: AttentionLayer) -> LayerCells:
+        """Where the layer's tokens are, its scales known; SGLang reads them from the layer each time, too."""
+        where = self.arena.layer(layer.layer_id)
+        self.arena.set_scales(where, scales_of(layer))
+        return where
 
     # -- once per forward -------------------------------------------------------------------------------------------
 
@@ -181,10 +190,10 @@ class ResidencyBackend(AttentionBackend):
         assert self.compressor.host.recall is not None
         return self.compressor.host.recall
 
-    def _refresh_areas(self, planes: slice, queries: torch.Tensor, scale: float) -> None:
+    def _refresh_areas(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> None:
         """Bring back what one layer needs for `queries` `[rows, H, D]`."""
         if self.areas:
-            self._recall.refresh(planes, queries.index_select(0, self._area_rows), scale)
+            self._recall.refresh(layer.planes, queries.index_select(0, self._area_rows), scale)
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -229,29 +238,37 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self._planes_of(layer)
+        where = self._cells_of(layer)
         queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        keys = k.view(-1, layer.tp_k_head_num, layer.head_dim)
-        values = v.view(-1, layer.tp_v_head_num, layer.head_dim)
-        if save_kv_cache:
-            self._write(planes, keys, values)
-            if keys.dtype != self.arena.cells.dtype:
-                # What is attended to, now and by later chunks and requests, is what cells hold.
-                stored = self.arena.read(planes, self._cells[planes], keys.dtype)
-                keys, values = stored.unbind(1)
+        if k is not None:
+            keys = k.view(-1, layer.tp_k_head_num, layer.head_dim)
+            values = v.view(-1, layer.tp_v_head_num, layer.head_dim)
+            if save_kv_cache:
+                self._write(where, keys, values)
+        if k is None or (save_kv_cache and keys.dtype != self.arena.cells.dtype):
+            # What is attended to, now and by later chunks and requests, is what cells hold.  Of a layer without keys of
+            # its own they are another layer's.
+            keys, values = self.arena.read(where, self._cells[where.planes], queries.dtype).unbind(1)
 
         def observe(number: int, prefix: torch.Tensor | None, valid: torch.Tensor | None) -> None:
             job, request = self._observed[number], self._requests[number]
             assert job is not None
-            part, place = request.tokens, self.arena.number_of(layer.layer_id)
-            self.compressor.observe(job, place, request.begin, queries[part], keys[part], prefix, valid, layer.scaling)
+            if k is None:  # another layer's keys, which its own rows have voted on
+                return
+            part = request.tokens
+            self.compressor.observe(
+                job, where.number, request.begin, queries[part], keys[part], prefix, valid, layer.scaling
+            )
 
         if self.compressor.host is not None:
-            self.compressor.host.staging.fill(planes)
-        self._refresh_areas(planes, queries, layer.scaling)
-        output, lse = self.provider.extend(planes, queries, keys, values, layer.scaling, observe)
+            self.compressor.host.staging.fill(where.planes)
+        if where.window is not None:
+            output = self.provider.extend_in_window(where, queries, keys, values, layer.scaling)
+            return output.view(q.shape[0], -1)
+        self._refresh_areas(where, queries, layer.scaling)
+        output, lse = self.provider.extend(where.planes, queries, keys, values, layer.scaling, observe)
         if self._batch_scoring is not None:
-            self.compressor.observe_batch(self._batch_scoring, planes, queries, layer.scaling, lse)
+            self.compressor.observe_batch(self._batch_scoring, where.planes, queries, layer.scaling, lse)
         return output.view(q.shape[0], -1)
 
     def forward_decode(
@@ -265,26 +282,27 @@ class ResidencyBackend(AttentionBackend):
         **options: Any,
     ) -> torch.Tensor:
         _require_plain(options)
-        planes = self._planes_of(layer)
-        if save_kv_cache:
+        where = self._cells_of(layer)
+        if save_kv_cache and k is not None:
             shape = (-1, layer.tp_k_head_num, layer.head_dim)
-            self._write(planes, k.view(shape), v.view(shape))
+            self._write(where, k.view(shape), v.view(shape))
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        if where.window is not None:
+            return self.provider.decode_in_window(where, queries, layer.scaling).reshape(queries.shape[0], -1)
         for number, measured, cells in self._watched:
-            keys = self.arena.read(planes, cells[planes], queries.dtype)[:, 0]
-            measured.observe(self.arena.number_of(layer.layer_id), queries[number], keys, layer.scaling)
-        self._refresh_areas(planes, queries, layer.scaling)
-        output = self.provider.decode(planes, queries, layer.scaling)
+            keys = self.arena.read(where, cells[where.planes], queries.dtype)[:, 0]
+            measured.observe(where.number, queries[number], keys, layer.scaling)
+        self._refresh_areas(where, queries, layer.scaling)
+        output = self.provider.decode(where.planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 
-    def _write(self, planes: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        cells = self._cells[planes]
-        scales = self.arena.scales_of(planes)
+    def _write(self, layer: LayerCells, keys: torch.Tensor, values: torch.Tensor) -> None:
+        cells = self._cells[layer.planes]
         if not self.provider.on_device:
-            self.arena.write(cells, keys, values, scales)
+            self.arena.write(cells, keys, values, layer)
             return
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
-        tokens = cells.shape[1]
+        tokens, scales = cells.shape[1], self.arena.scales_of(layer)
         arena_write(
             self.arena.cells,
             keys[:tokens],

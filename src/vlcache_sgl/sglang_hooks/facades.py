@@ -344,6 +344,7 @@ class ModelConfig(Protocol):
     num_attention_layers: int
     head_dim: int
     v_head_dim: int
+    swa_head_dim: int
     context_len: int
     hf_config: Any
     hf_text_config: Any
@@ -359,6 +360,8 @@ class ModelConfig(Protocol):
     def get_total_num_kv_heads(self) -> int: ...
 
     def get_num_kv_heads(self, tensor_parallel_size: int, dcp_size: int) -> int: ...
+
+    def get_swa_num_kv_heads(self, tensor_parallel_size: int) -> int: ...
 
 
 class ModelRunner(Protocol):

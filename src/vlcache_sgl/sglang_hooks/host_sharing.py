@@ -133,7 +133,8 @@ class HostSharing:
         kept = job.asked.choice.budget.target(owned, job.asked.length, self._model.num_layers) / self._model.num_layers
         if getattr(job.asked.choice.policy.allocator, "budget_sum", "exact") == "free" or owned < job.asked.min_tokens:
             kept = owned
-        ratio = min(1.0, (prompt.start + kept + job.asked.choice.recall) / max(1, job.asked.length))
+        length = max(1, job.asked.length)
+        ratio = self.memory.share_kept(min(1.0, (prompt.start + kept + job.asked.choice.recall) / length), length)
 
         def abort(message: str, status: HTTPStatus) -> None:
             req.to_finish = FINISH_ABORT(message, status, status.phrase.replace(" ", ""))
@@ -148,7 +149,7 @@ class HostSharing:
             if room is None:
                 return f"the prompt has {length} tokens, and the KV cache holds {self._physical} uncompressed"
         else:
-            charge = HostCharge.of(job, self._model.num_layers, self.memory.staging.sets)
+            charge = HostCharge.of(job, self.memory.layers, self.memory.staging.sets)
             room = self._physical - RESERVED_TOKENS - MIN_CHUNK - charge.beside(last=False)
             if room < 1:
                 return (

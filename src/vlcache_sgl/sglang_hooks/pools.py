@@ -9,15 +9,16 @@ from typing import Any
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
 from sglang.srt.runtime_context import get_parallel
 
-from vlcache_sgl.capacity import KVShape, compressed_pool
+from vlcache_sgl.capacity import KVShape, WindowShape, compressed_pool
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.memory.accounting import CellAccounting
+from vlcache_sgl.memory.layers import Window
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
 from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.compat import attention_tp
 from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
-from vlcache_sgl.sglang_hooks.kv_layers import kv_layers
+from vlcache_sgl.sglang_hooks.kv_layers import has_windows, kv_layers, window_layers, window_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
 
@@ -62,9 +63,11 @@ class Pools:
 
     def refuse_model(self, configurator: Configurator) -> None:
         """Raise for models whose KV cache is not plain keys and values of all tokens in layers of attention."""
+        windows = has_windows(configurator.model_config)
         kinds = {
             "multi-head latent attention (MLA)": configurator.use_mla_backend,
             "sliding-window attention": configurator.is_hybrid_swa,
+            "sliding-window attention on a GPU": windows and configurator.device == "cuda",
             "models without layers of attention": not kv_layers(configurator.model_config),
         }
         for kind, present in kinds.items():
@@ -76,12 +79,31 @@ class Pools:
         parallel = get_parallel()
         model = configurator.model_config
         heads = int(model.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size))
+        sliding = window_layers(model)
+        window = None
+        if sliding:
+            own_heads = int(model.get_swa_num_kv_heads(parallel.attn_tp_size))
+            window = WindowShape(len(sliding), own_heads, int(model.swa_head_dim), window_tokens(model))
         return KVShape(
-            layers=len(kv_layers(configurator.model_config)),
+            layers=len(kv_layers(model)),
             kv_heads=heads,
             head_dim=int(model.head_dim),
             element_bytes=configurator.kv_cache_dtype.itemsize,
             groups=heads if self._config.head_cells else 1,
+            window=window,
+        )
+
+    def _window(self, configurator: Configurator, shape: KVShape) -> Window | None:
+        """How layers with a window use cells."""
+        if shape.window is None:
+            return None
+        return Window(
+            window_layers(configurator.model_config),
+            shape.window.kv_heads,
+            shape.window.head_dim,
+            shape.window.tokens,
+            heads_per_cell=shape.window.heads_per_cell(shape.width),
+            layers_per_cell=shape.window.layers_per_cell(shape.width),
         )
 
     def build_pool(
@@ -93,6 +115,7 @@ class Pools:
             num_cells=self.physical_tokens * shape.planes,
             groups=shape.groups,
             layer_ids=kv_layers(configurator.model_config),
+            window=self._window(configurator, shape),
             size=max_total_num_tokens,
             page_size=1,
             dtype=configurator.kv_cache_dtype,

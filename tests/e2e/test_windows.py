@@ -1,0 +1,126 @@
+"""Models with layers that see the last tokens only, on CPU servers with tiny random weights.
+
+Stock SGLang keeps all tokens of these layers and masks; ours keeps the last ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.models.make_tiny import make_tiny
+
+pytestmark = pytest.mark.slow
+
+COUNTED, SLIDING, WINDOW = 2, 2, 63
+"""Layers of each kind, and tokens before its own that a token sees in the latter."""
+IMAGE_TOKENS = 64
+COMMON = (
+    *("--dtype", "float32", "--chunked-prefill-size", "128", "--max-total-tokens", "16384"),
+    *("--max-running-requests", "8", "--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
+)
+TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+TEXT = "Which code is printed after the green letter T? " * 5
+"""With an image three chunks, the last of which begins far behind the first window."""
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_tiny("gemma3", tmp_path_factory.mktemp("windows") / "gemma3")
+
+
+@pytest.fixture
+def stock(servers: Any, gemma3: Any) -> Any:
+    return servers.get(model=gemma3, common=COMMON)
+
+
+@pytest.fixture
+def ours(servers: Any, gemma3: Any) -> Any:
+    server = servers.get(*TENTH, model=gemma3, common=COMMON)
+    server.flush()
+    return server
+
+
+def picture(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (224, 224, 3)).astype(np.uint8))
+
+
+def options(tokens: int = 40, **params: Any) -> dict[str, Any]:
+    return {"max_tokens": tokens, "ignore_eos": True, "logprobs": True, "custom_params": params}
+
+
+def test_budget_one_is_stock(stock: Any, ours: Any, an_ask: Any) -> None:
+    """Prompts on both sides of the window's edge, answers that cross it, prefix hits, several at once."""
+    asked = [("red K?", ()), (TEXT, ()), (TEXT, (picture(1),)), ("blue A? " + TEXT, (picture(1),)), (TEXT[:80], ())]
+    stock.flush()
+    for at_once in (1, 5):
+        asks = [an_ask(text, images, options()) for text, images in asked]
+        theirs = stock.ask_all(asks, at_once)
+        mine = ours.ask_all([an_ask(text, images, options(kv_budget=1.0)) for text, images in asked], at_once)
+        for number, (a, b) in enumerate(zip(theirs, mine, strict=True)):
+            assert b.prompt_tokens == a.prompt_tokens
+            assert b.choices[0].tokens == a.choices[0].tokens, f"request {number}, {at_once} at once"
+            assert np.allclose(b.choices[0].logprobs, a.choices[0].logprobs, atol=1e-3)
+        if at_once == 1:
+            assert [a.cached_tokens for a in mine] == [a.cached_tokens for a in theirs]
+            assert max(a.cached_tokens for a in mine) >= IMAGE_TOKENS
+
+
+def test_books_of_both_kinds_of_layers(ours: Any) -> None:
+    """The budget is that of the counted layers; where a prompt may be found again, windows keep all of it."""
+    answer = ours.ask(TEXT, picture(2), return_meta_info=True, **options(4, kv_share="policy", kv_report="positions"))
+    state, report = ours.settled(), answer.report
+    (run,) = report["vision"]
+    assert run["end"] - run["begin"] == IMAGE_TOKENS
+    front, length = run["begin"], answer.prompt_tokens
+    kept = [len(layer) for layer in report["kept_positions"]]
+    assert len(kept) == COUNTED
+    assert sum(kept) == COUNTED * front + round(0.1 * COUNTED * (length - front))
+    held = state["cells_used"] - sum(kept) - SLIDING * length
+    assert 0 <= held <= 4 * (COUNTED + SLIDING)  # the answer
+    assert state["cells_per_token"] == COUNTED + SLIDING
+    assert state["integrity"] == []
+    assert state["policy_failures"] == 0
+
+
+def test_what_has_left_the_window_is_given_back(ours: Any) -> None:
+    """While an answer is decoded, its request holds the last tokens in layers with a window."""
+    done: list[Any] = []
+    reader = threading.Thread(target=lambda: done.append(ours.ask(TEXT, picture(3), **options(300))))
+    before = ours.kv_state()["requests_compressed"]
+    reader.start()
+    held = []
+    while reader.is_alive():
+        state = ours.kv_state()
+        if state["requests_compressed"] > before and state["cells_requests"]:
+            held.append(state["cells_requests"])
+        time.sleep(0.05)
+    reader.join()
+    (answer,) = done
+    length = answer.prompt_tokens
+    kept = round(0.1 * COUNTED * length)
+    assert held
+    assert min(held) <= kept + SLIDING * WINDOW + (COUNTED + SLIDING) * 60 + COUNTED * 40
+    assert max(held) <= kept + SLIDING * WINDOW + (COUNTED + SLIDING) * 301 + COUNTED * 40
+    assert max(held) < (COUNTED + SLIDING) * (length + 300)
+
+
+def test_shared_without_loss(ours: Any, an_ask: Any) -> None:
+    """Questions about one image, found in host memory, are answered as if alone."""
+    questions = [f"What is the code of {colour} {letter}? " + TEXT for colour, letter in ("aK", "bL", "cM", "dN")]
+    shared = [ours.ask(text, picture(4), **options(12)) for text in questions]
+    alone = [ours.ask(text, picture(4), **options(12, kv_share="off")) for text in questions]
+    assert [a.choices[0].tokens for a in shared] == [a.choices[0].tokens for a in alone]
+    assert all(a.cached_tokens >= IMAGE_TOKENS for a in shared[1:])
+    assert ours.settled()["staged_tokens"] > 0
+    ours.flush()
+    state = ours.settled()
+    assert state["cells_used"] == state["host_tokens_used"] == 0
+    assert state["integrity"] == []
+    ours.assert_alive()
