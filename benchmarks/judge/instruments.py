@@ -22,7 +22,8 @@ from models.tinyvlm.probe import Probe, Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.evaluation.stats import interval
 from vlcache_sgl.evaluation.tasks.receipts import Picture, Question, make_picture
-from vlcache_sgl.recall.fitted import FittedSketch, fit, moments, spread
+from vlcache_sgl.recall.sketch import KeySketch
+from vlcache_sgl.recall.turn import balanced, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -33,7 +34,7 @@ from .recalling import FITTED, Keys, Sketch
 MODELS = ("grounded", "ungrounded")
 FIRST_SEED = 3000
 """Images that nothing else was tuned or measured on."""
-IMAGES, QUESTIONS = 25, 4
+IMAGES, QUESTIONS = 10, 4
 SIDE = 24
 BUDGET = 0.1
 TOKENS = (0, 4, 8, 16, 32, 64)
@@ -41,8 +42,8 @@ POLICIES = (
     CachePolicy("post-vision, density", "post-vision", "density", 0.5),
     CachePolicy("sliding window", "sliding window", sink=4),
 )
-SKETCHES = ("model", "keys")
-"""In coordinates fitted to the model on random tokens; the keys themselves."""
+SKETCHES = ("signs", "model", "keys")
+"""Signs; signs after a turn that was fitted to the model on random tokens; the keys themselves."""
 QUICK = ROOT / "out/judge/instruments.json"
 
 
@@ -58,6 +59,7 @@ class RecallingProbe(Probe):
         self._layers_sketch: list[Sketch] = []
         self._prompt_keys: list[torch.Tensor] = []
         self.sketches: dict[str, list[Sketch]] = {
+            "signs": [KeySketch(text.hidden_size // text.num_attention_heads, "cpu")] * self.layers,
             "model": list(self._fitted(text.rope_parameters["rope_theta"], text.vocab_size)),
             "keys": [Keys()] * self.layers,
         }
@@ -70,7 +72,7 @@ class RecallingProbe(Probe):
             self.model(input_ids=ids)
         for queries, keys in seen:
             found = moments(keys[0].transpose(0, 1), queries[0].transpose(0, 1))
-            yield FittedSketch(fit(spread(found, PlainRotary(theta=theta))))
+            yield KeySketch(found.keys.shape[-1], "cpu", turn=balanced(spread(found, PlainRotary(theta=theta))))
 
     @contextmanager
     def _states(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
