@@ -21,14 +21,9 @@ from models.tinyvlm.caches import CachePolicy
 from models.tinyvlm.probe import Probe, Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.evaluation.stats import interval
-<<<<<<< HEAD
-from vlcache_sgl.evaluation.tasks.receipts import Picture, Question, make_picture
+from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
 from vlcache_sgl.recall.sketch import KeySketch
 from vlcache_sgl.recall.turn import balanced, moments, spread
-=======
-from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
-from vlcache_sgl.recall.fitted import FittedSketch, fit, moments, spread
->>>>>>> h-fin
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
