@@ -134,7 +134,7 @@ def test_other_custom_params_are_not_ours() -> None:
 
 def test_read_once_whole() -> None:
     asked = {"kv_policy": "snapkv", "kv_budget": 64, "kv_share": "off", "kv_report": "positions", "other": []}
-    assert RequestParams.read(asked) == RequestParams("snapkv", KVBudget(tokens=64), "off", "positions")
+    assert RequestParams.read(asked) == RequestParams("snapkv", KVBudget(tokens=64), "off", report="positions")
 
 
 @pytest.mark.parametrize("budget", [0.25, 1.0, 2, 100, 4096])

@@ -14,7 +14,6 @@ from vlcache_sgl.memory.host_pool import HostPool
 from vlcache_sgl.recall.areas import EMPTY, RecallArea
 
 LAYERS, HEADS, KV_HEADS, DIM, LENGTH = 2, 4, 2, 16, 40
-SCALE = DIM**-0.5
 
 
 class Slots:
@@ -77,7 +76,7 @@ class World:
         assert recall is not None
         recall.step([self.area])
         for layer in range(LAYERS):
-            recall.refresh(self.arena.planes_of(layer), queries[layer][None], SCALE)
+            recall.refresh(self.arena.planes_of(layer), queries[layer][None])
 
 
 def world(tokens: int, groups: int = 1, seed: int = 0, kept: float = 0.2, dtype: torch.dtype = torch.float32) -> World:
@@ -126,8 +125,14 @@ def test_attention_reads_the_best_of_the_evicted(groups: int, tokens: int) -> No
             layer, group = divmod(plane, groups)
             own = asked[layer].view(groups, -1, DIM)[group]
             codes = recall.codes[plane][w.memory.host.rows[w.area.own.shared].to(torch.int64)]
-            logits = (recall._sketch.scores(own, codes) * SCALE).masked_fill(w.keep[plane], -torch.inf)
-            best = logits.softmax(-1).sum(0).topk(tokens).indices.sort().values
+            best = (
+                recall._sketch.scores(own, codes)
+                .amax(0)
+                .masked_fill(w.keep[plane], -torch.inf)
+                .topk(tokens)
+                .indices.sort()
+                .values
+            )
             assert torch.equal(w.there(plane), best)
             assert torch.equal(w.cells_of(plane), w.expected(plane, best))
     assert w.accounting.residency.check_integrity() == []
@@ -150,7 +155,8 @@ def test_requests_side_by_side() -> None:
     w = world(5)
     recall, slots = w.memory.recall, w.area.own.shared
     assert recall is not None
-    areas, alone = [], []
+    areas: list[RecallArea] = []
+    alone: list[RecallArea] = []
     for length, tokens, seed in ((LENGTH, 5, 1), (25, 9, 2), (12, 3, 3), (30, 40, 4)):
         generator = torch.Generator().manual_seed(seed)
         keep = torch.rand(LAYERS, length, generator=generator) < 0.3
@@ -161,11 +167,11 @@ def test_requests_side_by_side() -> None:
         asked = torch.randn(LAYERS, len(members), HEADS, DIM, generator=generator)
         recall.step([areas[member] for member in members])
         for layer in range(LAYERS):
-            recall.refresh(w.arena.planes_of(layer), asked[layer], SCALE)
+            recall.refresh(w.arena.planes_of(layer), asked[layer])
         for place, member in enumerate(members):
             recall.step([alone[member]])
             for layer in range(LAYERS):
-                recall.refresh(w.arena.planes_of(layer), asked[layer, place][None], SCALE)
+                recall.refresh(w.arena.planes_of(layer), asked[layer, place][None])
             ours, theirs = areas[member], alone[member]
             assert torch.equal(ours.positions.sort(1).values, theirs.positions.sort(1).values)
             assert ours.report() == theirs.report()

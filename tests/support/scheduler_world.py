@@ -399,7 +399,7 @@ class World:
         recall.step(areas)
         for plane in range(PLANES):
             numbers = [self.random.gauss(0, 1) for _ in range(len(areas) * HEAD_DIM)]
-            recall.refresh(slice(plane, plane + 1), torch.tensor(numbers).view(len(areas), 1, HEAD_DIM), 1.0)
+            recall.refresh(slice(plane, plane + 1), torch.tensor(numbers).view(len(areas), 1, HEAD_DIM))
 
     def _publish(self) -> None:
         """The results of the last step are there."""

@@ -26,4 +26,5 @@ def sketch_scores(queries: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor
     bags = packed + first.view(batch, 1, kv_heads, size)
     logits = embedding_bag(bags.view(-1, size), sums.reshape(-1, sums.shape[-1]), mode="sum")
     logits = logits.view(batch, count, kv_heads, -1) * factor.contiguous().view(torch.float16)
-    return logits.flatten(2).transpose(1, 2).contiguous()
+    by_query: torch.Tensor = logits.flatten(2).transpose(1, 2).contiguous()
+    return by_query

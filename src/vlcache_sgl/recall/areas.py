@@ -197,22 +197,20 @@ class Recall:
         self._batch.step(self._host)
         self._recalled += self._batch.held.sum()
 
-    def refresh(self, planes: slice, queries: torch.Tensor, scale: float) -> None:
+    def refresh(self, planes: slice, queries: torch.Tensor) -> None:
         """Bring what one layer needs in this step, for all requests.  Does not wait for the device.
 
         Args:
             planes: the layer's.
             queries: `[B, H, D]` of the step's tokens, in the order of the areas.
-            scale: of attention.
         """
         batch, groups = self._batch, planes.stop - planes.start
         assert batch is not None
         by_group = queries.unflatten(1, (groups, -1)).unbind(1)
         for plane, own in enumerate(by_group, planes.start):
-            logits = self._sketch.batch_scores(own, self.codes[plane], batch.rows).mul_(scale)
-            # Attention among the evicted by their sketches, summed over query heads.
-            fixed = batch.fixed[plane]
-            needs = logits.masked_fill_(fixed[:, None], -torch.inf).softmax(-1).sum(1).masked_fill_(fixed, -1.0)
+            # The largest logit of any query head: as good as sums of attention, and of each token alone.
+            logits = self._sketch.batch_scores(own, self.codes[plane], batch.rows).amax(1)
+            needs = logits.masked_fill_(batch.fixed[plane], -torch.inf)
             self._bring(batch, plane, needs.topk(batch.positions.shape[2]).indices)
 
     def _bring(self, batch: AreaBatch, plane: int, wanted: torch.Tensor) -> None:

@@ -192,10 +192,10 @@ class ResidencyBackend(AttentionBackend):
         assert self.compressor.host.recall is not None
         return self.compressor.host.recall
 
-    def _refresh_areas(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> None:
+    def _refresh_areas(self, layer: LayerCells, queries: torch.Tensor) -> None:
         """Bring back what one layer needs for `queries` `[rows, H, D]`."""
         if self.areas:
-            self._recall.refresh(layer.planes, queries.index_select(0, self._area_rows), scale)
+            self._recall.refresh(layer.planes, queries.index_select(0, self._area_rows))
 
     def _rows_of(self, forward_batch: ForwardBatch | GraphForwardBatch) -> list[int]:
         if self.rows is not None and len(self.rows) <= forward_batch.batch_size:
@@ -267,7 +267,7 @@ class ResidencyBackend(AttentionBackend):
         if where.window is not None:
             output = self.provider.extend_in_window(where, queries, keys, values, layer.scaling)
             return output.view(q.shape[0], -1)
-        self._refresh_areas(where, queries, layer.scaling)
+        self._refresh_areas(where, queries)
         output, lse = self.provider.extend(where.planes, queries, keys, values, layer.scaling, observe)
         if self._batch_scoring is not None:
             self.compressor.observe_batch(self._batch_scoring, where.planes, queries, layer.scaling, lse)
@@ -294,7 +294,7 @@ class ResidencyBackend(AttentionBackend):
         for number, measured, cells in self._watched:
             keys = self.arena.read(where, cells[where.planes], queries.dtype)[:, 0]
             measured.observe(where.number, queries[number], keys, layer.scaling)
-        self._refresh_areas(where, queries, layer.scaling)
+        self._refresh_areas(where, queries)
         output = self.provider.decode(where.planes, queries, layer.scaling)
         return output.reshape(queries.shape[0], -1)
 
