@@ -95,6 +95,20 @@ def test_a_flag(servers: Any, forked_servers: Any, picture: Any, an_ask: Any, na
 
 
 @pytest.mark.slow
+def test_a_prompt_of_vectors_is_left_whole(forked_servers: Any) -> None:
+    """Where images lie in it nobody says; the report does."""
+    server = forked_servers.get(*POLICY, *FLAGS["no prefix cache"])
+    width = json.loads((BUNDLED / "config.json").read_text())["text_config"]["hidden_size"]
+    sampling = {"max_new_tokens": 2, "temperature": 0.0}
+    body = {"input_embeds": torch.randn(200, width).tolist(), "sampling_params": sampling}
+    reply = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["meta_info"]["kv_compression"] == [{"skipped": "embeds"}]
+    assert server.settled()["requests_skipped"]["embeds"] >= 1
+    server.assert_alive()
+
+
+@pytest.mark.slow
 def test_a_language_model_beside_an_encoder(picture: Any) -> None:
     """What the encoder has made of an image is compressed like what a server makes itself."""
     common = ("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle")

@@ -8,16 +8,25 @@ as well, where SGLang would start Python anew.  `--load-format dummy` makes the 
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
 import runpy
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = (
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+)
+"""Beside the models: what a server's process and its scheduler import."""
 
 
 def start(arguments: list[str], log: str, env: dict[str, str]) -> int:
@@ -53,21 +62,31 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
     return {"code": os.waitstatus_to_exitcode(status) if pid else None}
 
 
-def forget_models() -> None:
-    """Let a forked process import SGLang's models itself: a policy replaces what they import before they do."""
-    for name in [name for name in sys.modules if name.startswith("sglang.srt.models.")]:
-        del sys.modules[name]
+class Spreading(types.ModuleType):
+    """`sglang.srt.models.utils`, with all models imported: what a policy replaces there, it replaces in them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get(name)
+        super().__setattr__(name, value)
+        for module in list(sys.modules.values()):
+            if before is not None and vars(module).get(name) is before:
+                vars(module)[name] = value
 
 
 def prepare() -> None:
     """Import what a server and its scheduler import, and let schedulers be forked."""
     sys.path.insert(0, str(ROOT))
     warnings.simplefilter("ignore")
+    for module in IMPORTED:
+        importlib.import_module(module)
     from sglang.srt.model_loader import loader
+    from sglang.srt.models import utils
+    from sglang.srt.models.registry import ModelRegistry
 
     from models.tiny.weights import random_weights
 
-    os.register_at_fork(after_in_child=forget_models)
+    ModelRegistry.get_supported_archs()
+    utils.__class__ = Spreading
     loader.initialize_dummy_weights = random_weights
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None

@@ -173,6 +173,8 @@ def unsupported_configuration(config: dict[str, Any]) -> Iterator[str]:
         yield "--kv-policy does not support cross-attention: those layers read tokens of an encoder"
     if text.get("sparse_attention_config") or text.get("index_topk"):
         yield "--kv-policy does not support sparse attention: its index has keys of its own, which are in no cell"
+    if any(text.get(name) for name in ("mamba_d_state", "mamba_num_heads", "linear_attn_config")):
+        yield "--kv-policy does not support state-space layers, or linear attention that is not Gated DeltaNet"
 
 
 def model_config_dict(server_args: ServerArgs) -> dict[str, Any]:
