@@ -83,4 +83,3 @@ def test_budget_in_tokens_and_in_shares(layers: int) -> None:
     assert resident_tokens(1000, shape, KVBudget(tokens=64)) == pytest.approx(64)
     assert resident_tokens(1000, shape, KVBudget(fraction=0.1)) == pytest.approx(100)
     assert resident_tokens(1000, shape, KVBudget(fraction=1.0)) == resident_tokens(1000, shape, None) == 1000
-    )
