@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup constraints test test-all test-models lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e clean
+.PHONY: help setup constraints test test-all test-models lint fix docs wheel-check demo bench bench-quick bench-capacity bench-sharing bench-policies fidelity judge soak real-model gpu-check gpu-e2e gpu-bundle clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,7 @@ constraints: setup ## Write the versions in .venv to constraints.txt
 	cp $(VENV)/constraints.txt constraints.txt
 
 test: setup ## Run the tests that fit a few minutes on two cores
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	VENV=$(VENV) scripts/run_tests.sh $(ARGS)
 
 test-all: setup ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
@@ -100,6 +100,9 @@ soak: setup ## Abuse one server for 20 minutes, then check its books, answers an
 
 gpu-check: ## Check and time the kernels on a CUDA device; needs torch, triton and pytest, no .venv and no network
 	$(GPU_PYTHON) -m benchmarks.gpu.check $(ARGS)
+
+gpu-bundle: setup ## Write out/gpu-bundle: all checks of a GPU in a folder of 60 MB at most that needs only PyTorch, Triton and pytest there
+	$(BIN)/python -m benchmarks.bundle.build $(ARGS)
 
 gpu-e2e: ## Time whole servers on a CUDA device, budget 1.0 against 0.1; GPU_PYTHON needs SGLang and this package
 	$(GPU_PYTHON) -m benchmarks.gpu.e2e $(ARGS)

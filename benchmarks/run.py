@@ -17,6 +17,8 @@ from rich.console import Console  # noqa: E402
 
 TASKS = {
     "speed": "benchmarks.speed.main",
+    "recall": "benchmarks.speed.recall",
+    "recalled": "benchmarks.fidelity.recalled",
     "capacity": "benchmarks.capacity.main",
     "soak": "benchmarks.capacity.soak",
     "fidelity": "benchmarks.fidelity.main",

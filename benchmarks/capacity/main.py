@@ -22,7 +22,18 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from benchmarks.capacity.loads import LOADS, SIDE, Ask, Load, Outcome, Sender, about
-from benchmarks.capacity.report import PAGE, STOCK, add_ratios, check_targets, plot, rendered, result_paths, table_of
+from benchmarks.capacity.report import (
+    EXACT,
+    EXACT_ALL,
+    PAGE,
+    STOCK,
+    add_ratios,
+    check_targets,
+    plot,
+    rendered,
+    result_paths,
+    table_of,
+)
 from benchmarks.common.host import ROOT, command_line, device_name, host_block
 from benchmarks.common.results import folder, save
 from benchmarks.models.make_model import make_model
@@ -65,8 +76,18 @@ def compressing(budget: str, share: str) -> tuple[str, ...]:
 CONTENDERS = (
     Contender(STOCK, ()),
     *(Contender(f"ours {budget}", compressing(budget, "policy")) for budget in ("1.0", "0.2", "0.1")),
-    Contender("ours 0.1, exact", compressing("0.1", "exact")),
+    Contender(EXACT, compressing("0.1", "exact")),
 )
+HOST_FOR_ALL = {"tinyvlm": "140MB", MODEL_NAME: "560MB"}
+"""`--kv-host-memory` for 45,000 tokens: the 40 images of the working set with their questions; 4.7 pools."""
+
+
+NAMES = [*(contender.name for contender in CONTENDERS), EXACT_ALL]
+
+
+def contenders(model: str) -> tuple[Contender, ...]:
+    """All servers for one model."""
+    return (*CONTENDERS, Contender(EXACT_ALL, (*compressing("0.1", "exact"), "--kv-host-memory", HOST_FOR_ALL[model])))
 
 
 _STEP = re.compile(r"Decode batch, #running-req: (\d+), #token: (\d+), token usage: ([\d.]+).*#queue-req: (\d+)")
@@ -153,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="tensor parallel ranks, one core each if 2")
     parser.add_argument("--model", choices=MODELS, default="tinyvlm", help=", ".join(MODELS) + "; default tinyvlm")
-    parser.add_argument("--only", nargs="+", metavar="SERVER", help="some of: " + ", ".join(c.name for c in CONTENDERS))
+    parser.add_argument("--only", nargs="+", metavar="SERVER", help=f"some of: {', '.join(map(repr, NAMES))}")
     parser.add_argument("--flags", default="", help="further flags for all servers, as one text")
     parser.add_argument("--page", action="store_true", help="only draw the results again and rewrite docs/capacity.md")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/, out/ for anything but a whole run")
@@ -168,7 +189,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         PAGE.write_text(rendered(PAGE.read_text()))
         return 0
     loads = [load for load in LOADS if load.name in arguments.loads]
-    contenders = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
+    chosen = [c for c in contenders(arguments.model) if not arguments.only or c.name in arguments.only]
     flags = [*FLAGS, *(TWO_RANKS if arguments.tp == 2 else ()), *arguments.flags.split()]
     counts = {load.name: arguments.requests or (load.quick_count if arguments.quick else load.count) for load in loads}
     environment = ENVIRONMENT | (ONE_CORE_EACH if arguments.tp == 2 else {})
@@ -178,7 +199,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         prepared = {load.name: load.prepare(counts[load.name]) for load in loads}
     rows: dict[str, list[dict[str, Any]]] = {load.name: [] for load in loads}
     with interruptible():
-        for contender in contenders:
+        for contender in chosen:
             with ServerProcess(
                 model, [*flags, *contender.flags], title=contender.name, env=environment, console=console
             ) as server:
@@ -203,7 +224,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
             "tensor_parallel": arguments.tp,
             "server_flags": flags,
             "environment": environment,
-            "servers": {c.name: list(c.flags) for c in contenders},
+            "servers": {c.name: list(c.flags) for c in chosen},
             "load_average_at_end": round(os.getloadavg()[0], 2),
             "targets": check_targets(load.name, rows[load.name]),
             "rows": rows[load.name],

@@ -2,12 +2,15 @@
 
 Drawn from a seed: images that recur and images that do not, in several sizes, texts, streams, long and short
 answers, policies and budgets per request, requests that are aborted or whose client goes away, requests that are wrong,
-and flushes under load.  The pool makes requests wait, evict and retract each other.  Questions whose answers stock
-SGLang gave before are asked again and again at budget 1.0.
+and flushes under load.  The pool makes requests wait, evict and retract each other, and host memory is too small for
+the images.  The same questions are asked again and again: at budget 1.0, where stock SGLang's answers are known, and at
+the server's budget, where the answers of the same questions asked alone (`kv_share: off`, nobody else there) are known.
 
 The exit code is 0 when every request was answered as it should be (wrong ones with a 4xx), the answers at budget 1.0
-are stock's, requests were retracted, no cell was lost, the processes' memory stayed bounded and the server lives.  The
-JSON file has the outcomes, and memory and cells over time.
+are stock's and those at the server's budget are the ones that were given alone, requests were retracted, host memory
+overflowed, no cell and no row of host memory was lost, the processes' memory stayed bounded and the server lives.  An
+answer of a request that was retracted is only counted at the server's budget: what it had answered is computed again
+behind another selection.  The JSON file has the outcomes, and memory, cells and host memory over time.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerProcess, interruptible
 from vlcache_sgl.evaluation.tasks.receipts import CELL, Receipt, make_receipt
 
-POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
+POLICY = ("--kv-policy", "vlcache", "--kv-budget", "0.1", "--kv-host-memory", "12MB")
+"""Host memory for 4,096 tokens: five of the larger images, or one of the longest prompts and little beside it."""
 FLAGS = (
     *("--dtype", "float32", "--chunked-prefill-size", "512", "--max-total-tokens", "3072"),
     *("--max-running-requests", "16", "--schedule-conservativeness", "0.1", "--skip-server-warmup"),
@@ -72,6 +76,7 @@ POPULAR = 10
 KNOWN = 16
 ANSWER_TOKENS = 12
 MINUTES = 20.0
+COMPARED = ("in full, as stock", "compressed, as alone")
 FAILED = "failed"
 """How outcomes begin that should not be."""
 
@@ -86,15 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def known_questions(seed: int) -> list[dict[str, Any]]:
-    """Requests whose answers end by themselves: images of all sizes, and texts."""
+    """Requests whose answers end by themselves: three questions about each of some images, and texts."""
     bodies = []
     for number in range(KNOWN):
-        if number % 4 == 3:
+        image, question = divmod(number, 4)
+        if question == 3:
             text, images = f"Number {number}?", []
         else:
-            rows, cols = GRIDS[number % len(GRIDS)]
-            drawn = make_receipt(70_000 + 1000 * seed + number, rows, cols, num_questions=1)
-            text, images = drawn.questions[0].text, [data_url(drawn.image)]
+            drawn = sheet(70_000 + 1000 * seed + image, *GRIDS[-1 - image])
+            text, images = drawn.questions[question].text, [data_url(drawn.image)]
         bodies.append(
             {
                 "text": f"<|im_start|>user\n{PLACE * len(images)}{text}<|im_end|>\n<|im_start|>assistant\n",
@@ -147,6 +152,8 @@ class Plan:
     known: Sequence[dict[str, Any]]
     answers: Sequence[str]
     """Of stock SGLang, to `known`."""
+    alone: Sequence[str]
+    """Of the server itself, to `known`, each computed alone."""
     wrong: Sequence[Any]
 
 
@@ -175,7 +182,7 @@ class Client(threading.Thread):
         return httpx.post(f"{self._plan.url}{path}", content=content, headers=headers, timeout=600)
 
     def _check_known(self) -> str:
-        """A question that stock was asked: in full it must have stock's answer, compressed it must have one."""
+        """A question that was asked before: in full it must have stock's answer, compressed its own of when alone."""
         number = self._random.randrange(len(self._plan.known))
         choice = self._random.choice([{"kv_budget": 1.0}, {"kv_budget": 1.0}, None])
         reply = self._post("/generate", with_choice(self._plan.known[number], choice))
@@ -183,7 +190,11 @@ class Client(threading.Thread):
             return f"{FAILED}: a known question: status {reply.status_code}: {reply.text[:200]}"
         text = reply.json()["text"]
         if choice is None:
-            return "compressed, as stock" if text == self._plan.answers[number] else "compressed, not as stock"
+            if reply.json()["meta_info"]["num_retractions"]:
+                return "compressed, retracted"
+            if text != self._plan.alone[number]:
+                return f"{FAILED}: question {number}: {text!r}, alone it was {self._plan.alone[number]!r}"
+            return "compressed, as alone"
         if text != self._plan.answers[number]:
             return f"{FAILED}: question {number} in full: {text!r}, stock said {self._plan.answers[number]!r}"
         return "in full, as stock"
@@ -265,6 +276,13 @@ def ask_stock(model: str, known: Sequence[dict[str, Any]], console: Console) -> 
     return [reply.raise_for_status().json()["text"] for reply in replies]
 
 
+def ask_alone(server: ServerProcess, known: Sequence[dict[str, Any]]) -> list[str]:
+    """What the server answers to each when it computes it alone and has nothing else to do."""
+    bodies = [with_choice(body, {"kv_share": "off"}) for body in known]
+    replies = [httpx.post(f"{server.url}/generate", json=body, timeout=300) for body in bodies]
+    return [reply.raise_for_status().json()["text"] for reply in replies]
+
+
 def main(arguments: argparse.Namespace, console: Console) -> int:
     """Run for the given minutes and write a JSON file; the exit code says whether all was well."""
     host = host_block()
@@ -273,8 +291,9 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         answers = ask_stock(arguments.model, known, console)
         flags = [*FLAGS, *POLICY]
         with ServerProcess(arguments.model, flags, title="soak", env=ENVIRONMENT, console=console) as server:
+            alone = ask_alone(server, known)
             deadline = time.monotonic() + 60 * arguments.minutes
-            plan = Plan(server.url, deadline, known, answers, wrong_requests())
+            plan = Plan(server.url, deadline, known, answers, alone, wrong_requests())
             clients = [
                 Client(plan, 1000 * arguments.seed + number, talks=number < TALKERS)
                 for number in range(arguments.clients)
@@ -301,6 +320,8 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         "requests": outcomes.total(),
         "outcomes": dict(sorted(outcomes.items())),
         "retracted": retracted,
+        "alone_as_stock": sum(ours == theirs for ours, theirs in zip(alone, answers, strict=True)),
+        "known": len(known),
         "kv_policy_at_end": {key: value for key, value in state.items() if not isinstance(value, list)},
         "samples": [list(sample) for sample in samples],
     }
@@ -312,9 +333,9 @@ def write(result: dict[str, Any], arguments: argparse.Namespace, console: Consol
     """The result on the console and as JSON."""
     stem = f"{device_name()}-{result['model']}-soak-sglang{result['host']['packages']['sglang']}"
     path = folder(arguments.output, arguments.minutes >= MINUTES) / f"{stem}.json"
-    text = re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(result, indent=1))
+    text = re.sub(r"\[\s+([\d.]+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", json.dumps(result, indent=1))
     written = save(path, result, text)
-    memory = max((memory for _, memory, _ in result["samples"]), default=0)
+    memory = max((memory for _, memory, *_ in result["samples"]), default=0)
     console.print(result["outcomes"])
     console.print(f"{result['retracted']} requests were retracted; resident memory at most {memory / 1e9:.2f} GB")
     for problem in result["problems"]:
@@ -331,6 +352,7 @@ class Sample(NamedTuple):
     memory: int
     """Resident bytes of all its processes."""
     cells_used: int
+    host_tokens_used: int
 
 
 def watch(server: ServerProcess, clients: Sequence[Client], console: Console) -> tuple[list[str], list[Sample]]:
@@ -348,7 +370,7 @@ def watch(server: ServerProcess, clients: Sequence[Client], console: Console) ->
             state = server.kv_policy()
             problems += unbalanced(state)
             memory, used = server.memory_bytes(), state["cells_used"]
-            samples.append(Sample(round(time.monotonic() - started, 1), memory, used))
+            samples.append(Sample(round(time.monotonic() - started, 1), memory, used, state["host_tokens_used"]))
             sent = sum((client.outcomes for client in clients), Counter())
             status.update(f"{sent.total()} requests, {used} of {state['cells_total']} cells, {memory / 1e9:.2f} GB")
     return problems, samples
@@ -357,8 +379,7 @@ def watch(server: ServerProcess, clients: Sequence[Client], console: Console) ->
 def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
     """What is wrong when all clients have gone."""
     problems = [outcome for outcome in outcomes if outcome.startswith(FAILED)]
-    if not outcomes["in full, as stock"]:
-        problems.append("no answer at budget 1.0 was compared")
+    problems += [f"no answer was compared: {what}" for what in COMPARED if not outcomes[what]]
     if server.running:
         server.flush_cache()
         time.sleep(1)
@@ -367,6 +388,10 @@ def aftermath(server: ServerProcess, outcomes: Counter[str]) -> list[str]:
         problems += state["integrity"]
         if state["cells_used"]:
             problems.append(f"{state['cells_used']} cells are still used after the flush")
+        if state["host_tokens_used"]:
+            problems.append(f"{state['host_tokens_used']} tokens are still in host memory after the flush")
+        if state["host_bytes_written"] <= state["host_bytes_per_token"] * state["host_tokens_total"]:
+            problems.append("host memory never overflowed: it is too large to show anything")
         if not state["prefix_hits"]:
             problems.append("nobody found a compressed prefix")
         if state["policy_failures"]:

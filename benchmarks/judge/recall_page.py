@@ -15,7 +15,9 @@ from ..common.results import RESULTS
 
 PAGE = ROOT / "docs/recall.md"
 FIGURE = ROOT / "docs/figures/recall.png"
-ANSWERS, SKETCHES, LOYALTY = (RESULTS / f"judge-{name}.json" for name in ("recalls", "sketches", "loyalty"))
+ANSWERS, SKETCHES, LOYALTY, INSTRUMENTS = (
+    RESULTS / f"judge-{name}.json" for name in ("recalls", "sketches", "loyalty", "instruments")
+)
 NOTHING = "Not measured yet."
 
 Result = Mapping[str, Any]
@@ -88,6 +90,18 @@ def hits_table(result: Result) -> str:
     return markdown_table(("policy", "budget", "tokens", *(f"{size}x" for size in sizes)), lines)
 
 
+def instruments_table(result: Result) -> str:
+    """Models and kept sets down, tokens that come back across."""
+    rows = result["summary"]
+    counts = list(dict.fromkeys(row["tokens"] for row in rows))
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        key = (row["model"], row["policy"], row["sketch"])
+        line = lines.setdefault(key, [f"`{row['model']}`", row["policy"], row["sketch"], str(row["count"])])
+        line.append(f"{row['same']:.2f}")
+    return markdown_table(("model", "kept by", "ranked by", "questions", *map(str, counts)), list(lines.values()))
+
+
 Maker = Callable[[Result], str]
 BLOCKS: Mapping[str, tuple[Path, Maker]] = {
     "recall-sketches-keydiff": (SKETCHES, lambda result: sketches_table(result, "keydiff", 0.1)),
@@ -96,6 +110,7 @@ BLOCKS: Mapping[str, tuple[Path, Maker]] = {
     "recall-text": (ANSWERS, lambda result: answers_table(result, "text")),
     "recall-loyalty": (LOYALTY, loyalty_table),
     "recall-hits": (LOYALTY, hits_table),
+    "recall-instruments": (INSTRUMENTS, instruments_table),
 }
 """File and maker of each generated part of the page, by the name of its markers."""
 

@@ -80,11 +80,11 @@ class Rule:
     """Per layer and step, or per KV head and step."""
     among: Among = "layer"
     rank: Rank = "mass"
-    beside: Beside = "prompt"
-    sketch: SketchName = "random"
+    beside: Beside = "evicted"
+    sketch: SketchName = "signs"
     threshold: float = 0.0
-    """A layer fetches nothing while the largest share of attention that any of its heads misses, by the sketch, is
-    below it."""
+    """A layer fetches nothing while the share of attention that its heads miss, on average and by the sketch, is below
+    it; needs `beside` other than ``evicted``, where that share is always 1."""
 
     rest: bool = False
     """What is neither kept nor recalled counts by the sketch: its mass, and the evicted tokens' mean value."""
@@ -160,7 +160,7 @@ class Recalling:
             candidates = candidates.any(0, keepdim=True)
         best = by_head.masked_fill(~candidates, -torch.inf).topk(self._most, dim=-1).indices
         wanted = torch.arange(self._most) < self._tokens[:, None, None]  # [C, 1, most]
-        missing = shares.sum(-1).amax((0, 2))  # [C, t]
+        missing = shares.sum(-1).mean((0, 2))  # [C, t]
         needy = missing >= rule.threshold
         self._needy.append(needy)
         if self._remember:

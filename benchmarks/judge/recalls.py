@@ -32,7 +32,7 @@ from .conditions import MEDIA
 from .decisions import Decisions, Medium
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
 from .network import Past, States
-from .recalling import DEFAULT, Recalling, Rule, Sketch, SketchName, layer_sketches
+from .recalling import DEFAULT, Among, Beside, Rank, Recalling, Rule, Sketch, SketchName, layer_sketches
 from .records import digest
 from .verdicts import Judge
 
@@ -184,12 +184,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA)
     parser.add_argument("--weights", metavar="FILE", default=str(WEIGHTS), help="as for `python -m benchmarks.judge`")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="recalled per layer and step")
-    parser.add_argument("--among", nargs="+", choices=("layer", "head"), default=("layer",))
-    parser.add_argument("--ranks", nargs="+", choices=("mass", "peak", "logit"), default=("mass",))
-    parser.add_argument("--beside", nargs="+", choices=("prompt", "kept", "evicted"), default=("prompt",))
+    parser.add_argument("--among", nargs="+", choices=get_args(Among), default=(DEFAULT.among,))
+    parser.add_argument("--ranks", nargs="+", choices=get_args(Rank), default=(DEFAULT.rank,))
+    parser.add_argument("--beside", nargs="+", choices=get_args(Beside), default=(DEFAULT.beside,))
     parser.add_argument("--thresholds", nargs="+", type=float, default=(0.0,))
     parser.add_argument("--sketches", nargs="+", choices=get_args(SketchName), default=(DEFAULT.sketch,))
     parser.add_argument("--rest", action="store_true", help="count what does not come back by the sketch")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--answers", type=Path, default=ANSWERS, help="file of answers to go on with")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ for everything, out/ for less")
     parser.add_argument("--page", action="store_true", help="ask nothing, write the page again")
@@ -231,7 +232,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     arms = arms_of(arguments)
     cases = [CaseId(*read_task(task), seed) for seed in read_seeds(arguments.seeds) for task in arguments.tasks]
     records = read_records(arguments.answers, stamp)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     arguments.answers.parent.mkdir(parents=True, exist_ok=True)
     recalls: Recalls | None = None
     with arguments.answers.open("a") as file:

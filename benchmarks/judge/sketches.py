@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlcache_sgl.evaluation.calibration import samples
 from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED
 from vlcache_sgl.policy import resolve
+from vlcache_sgl.recall.fitted import Moments, coordinates, fit, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -30,43 +30,38 @@ from . import recall_page, sketching
 from .cases import CaseId
 from .decisions import Decisions
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
-from .sketching import Estimate, Moments, Text
+from .recalling import layer_moments
+from .sketching import Estimate, Text
 from .verdicts import Judge
 
 SEEDS = f"{FIRST_DEVELOPMENT_SEED}-{FIRST_DEVELOPMENT_SEED + 1}"
 POLICIES, BUDGETS = ("vlcache", "keydiff"), (0.2, 0.1)
 COUNTS = (16, 32, 64, 128)
-CALIBRATION = 4
-"""Bundled calibration texts to which the basis of the model is fitted."""
 QUICK = ROOT / "out/judge/sketches.json"
 
 
-def sketches(model: Moments, rotary: Any) -> dict[str, tuple[float, Estimate]]:
+def sketches(judge: Judge) -> dict[str, tuple[float, Estimate]]:
     """Bytes of a token at D = 64, beside what a prompt needs once, and the estimate; other sizes in proportion."""
-    part = model.keys.shape[-1] / 64
-    four_bits = ((int(20 * part), 4),)
-    mixed = ((int(12 * part), 4), (int(16 * part), 2))
-    return {
+    network, cases = judge.network, judge.cases
+    four, two = coordinates(network.shape.head_dim)
+    mixed, four_bits = ((four, 4), (two, 2)), ((network.shape.head_dim * 5 // 16, 4),)
+    before = partial(sketching.before_rotary, profile=four_bits, rotary=network.rotary)
+    found: dict[str, tuple[float, Estimate]] = {
         "the keys themselves": (128, sketching.exact),
         "signs after a random rotation, a factor": (10, sketching.signs),
         "the same about the prompt's mean key": (10, partial(sketching.signs, centred=True)),
         "a bit per channel between the prompt's means": (8, sketching.channels),
         "least and greatest key of 13 tokens, 8 bit": (9.8, partial(sketching.extremes, size=13)),
         "mean key of 6 tokens, 8 bit": (10.7, partial(sketching.page_means, size=6)),
-        "20 dimensions of the prompt's keys, 4 bit": (10, partial(sketching.own_basis, profile=four_bits, joint=False)),
-        "the same before the rotary embedding": (
-            10,
-            partial(sketching.before_rotary, profile=four_bits, rotary=rotary),
-        ),
-        "20 dimensions of the prompt's logits, 4 bit": (10, partial(sketching.own_basis, profile=four_bits)),
-        "12 of 4 bit and 16 of 2 bit of the prompt's logits": (10, partial(sketching.own_basis, profile=mixed)),
-        "20 dimensions of the model's logits, 4 bit": (10, _fitted(model, four_bits)),
-        "12 of 4 bit and 16 of 2 bit of the model's logits": (10, _fitted(model, mixed)),
+        "low rank of the prompt's keys, 4 bit": (10, partial(sketching.own_basis, profile=four_bits, joint=False)),
+        "the same before the rotary embedding": (10, before),
+        "low rank of the prompt's logits, 4 bit": (10, partial(sketching.own_basis, profile=four_bits)),
+        "the same, 4 and 2 bit": (10, partial(sketching.own_basis, profile=mixed)),
     }
-
-
-def _fitted(model: Moments, profile: sketching.Profile) -> Estimate:
-    return partial(sketching.projected, found=sketching.basis(model), profile=profile)
+    for name, title in (("text", "a text"), ("random", "random tokens")):
+        bases = [fit(spread(seen, network.rotary)) for seen in layer_moments(name, network, cases)]
+        found[f"coordinates of the model by {title}, 4 and 2 bit"] = (10, partial(sketching.fitted, bases=bases))
+    return found
 
 
 @dataclass
@@ -126,15 +121,7 @@ class Comparison:
     def __init__(self, judge: Judge, policies: Sequence[str], budgets: Sequence[float]) -> None:
         self._judge, self._policies, self._budgets = judge, policies, budgets
         self.sums: dict[Key, Sums] = {}
-        self.sketches = sketches(self._of_model(), judge.network.rotary)
-
-    def _of_model(self) -> Moments:
-        """Mean over the calibration texts."""
-        seen = []
-        for sample in samples(CALIBRATION, ("text",)):
-            _, states = self._judge.network.read(self._judge.cases.tokens(sample.text))
-            seen.append(_moments(states.keys, states.queries))
-        return Moments(*(torch.stack(parts).mean(0) for parts in zip(*seen, strict=True)))
+        self.sketches = sketches(judge)
 
     @torch.inference_mode()
     def add(self, name: CaseId) -> None:
@@ -183,9 +170,8 @@ class Comparison:
 
 
 def _moments(keys: torch.Tensor, queries: torch.Tensor) -> Moments:
-    """Of states `[L, K, n, D]` and `[L, H, n, D]`, query heads with their KV head."""
-    both = keys.flatten(0, 1)
-    return sketching.moments(both, queries.reshape(len(both), -1, keys.shape[-1]))
+    """Of states `[L, K, n, D]` and `[L, H, n, D]`, all KV heads in one."""
+    return moments(keys.flatten(0, 1).transpose(0, 1), queries.flatten(0, 1).transpose(0, 1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +194,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     started = host_block()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     comparison = Comparison(Judge(arguments.model, weights), arguments.policies, arguments.budgets)
     for case in cases:
         comparison.add(case)

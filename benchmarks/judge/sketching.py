@@ -8,21 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from vlcache_sgl.api.testing import PlainRotary
+from vlcache_sgl.recall.fitted import Basis, FittedSketch, Moments, fit
 from vlcache_sgl.recall.sketch import KeySketch
-
-
-class Moments(NamedTuple):
-    """What a basis is fitted to."""
-
-    keys: torch.Tensor
-    """`[B, D, D]`, mean of `k k^T`."""
-    queries: torch.Tensor
-    """`[B, D, D]`, mean of `q q^T` over the query heads of a KV head."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +32,6 @@ Estimate = Callable[[Text], torch.Tensor]
 """`[B, r, n]` logits."""
 Profile = Sequence[tuple[int, int]]
 """Coordinates and bits of each, the most important coordinates first."""
-
-
-def moments(keys: torch.Tensor, queries: torch.Tensor) -> Moments:
-    """Of keys `[B, n, D]` and queries `[B, m, D]`."""
-    return Moments(keys.mT @ keys / keys.shape[1], queries.mT @ queries / queries.shape[1])
 
 
 def exact(text: Text) -> torch.Tensor:
@@ -120,48 +106,35 @@ def quantised(values: torch.Tensor, bits: int) -> torch.Tensor:
     return points[torch.bucketize(values.contiguous(), (points[1:] + points[:-1]) / 2)]
 
 
-class Basis(NamedTuple):
-    """Coordinates of keys, the most important first, each of unit variance."""
-
-    keys: torch.Tensor
-    """`[B, D, D]`: `k @ keys` are coordinates."""
-    queries: torch.Tensor
-    """`[B, D, D]`: `q @ queries` are their weights; `queries @ keys^T` is the identity."""
-    importance: torch.Tensor
-    """`[B, D]`: share of the logits' variance that is in each."""
-
-
-def basis(seen: Moments, joint: bool = True) -> Basis:
-    """Principal coordinates of the logits (`joint`) or of the keys alone."""
-    keys, queries = (part.double() for part in seen)
-    eye = torch.eye(keys.shape[-1], dtype=torch.float64)
-    size = queries.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    metric = queries + 1e-4 * size * eye if joint else eye.expand_as(keys)
-    values, vectors = torch.linalg.eigh(metric)
-    root = (vectors * values.sqrt()[:, None]) @ vectors.mT
-    back = (vectors / values.sqrt()[:, None]) @ vectors.mT
-    spread, turn = torch.linalg.eigh(root @ keys @ root)
-    spread = spread.clamp(min=1e-12 * spread[:, -1:]).flip(1)
-    turn, deviation = turn.flip(2), spread.sqrt()[:, None]
-    share = spread / spread.sum(1, keepdim=True)
-    return Basis((root @ turn / deviation).float(), (back @ turn * deviation).float(), share.float())
-
-
-def projected(text: Text, found: Basis, profile: Profile, centred: bool = False) -> torch.Tensor:
-    """The first coordinates of a basis, quantised; `centred` by the prompt's mean key."""
-    centre = text.keys.mean(1, keepdim=True) if centred else torch.zeros_like(text.keys[:, :1])
+def _quantised(keys: torch.Tensor, found: Basis, profile: Profile) -> torch.Tensor:
+    """Coordinates of keys `[B, n, D]` at the levels of the profile."""
     counts, bits = zip(*profile, strict=True)
-    used = sum(counts)
-    parts = ((text.keys - centre) @ found.keys[..., :used]).split(counts, dim=-1)
-    near = torch.cat([quantised(part, width) for part, width in zip(parts, bits, strict=True)], dim=-1)
-    return text.rows @ found.queries[..., :used] @ near.mT + text.rows @ centre.mT
+    parts = (keys @ found.keys).split(counts, dim=-1)
+    return torch.cat([quantised(part, width) for part, width in zip(parts, bits, strict=True)], dim=-1)
+
+
+def _size(profile: Profile) -> int:
+    return sum(count for count, _ in profile)
 
 
 def own_basis(text: Text, profile: Profile, joint: bool = True) -> torch.Tensor:
-    """A basis fitted to the prompt itself, about its mean key; it has to be kept beside the codes."""
+    """Coordinates of the prompt's own logits (`joint`), or of its own keys, about its mean key.
+
+    The basis has to be kept beside the codes.
+    """
     centre = text.keys.mean(1, keepdim=True)
-    seen = Moments(text.moments.keys - centre.mT @ centre, text.moments.queries)
-    return projected(text, basis(seen, joint), profile, centred=True)
+    eye = torch.eye(text.keys.shape[-1]).expand_as(text.moments.queries)
+    seen = Moments(text.moments.keys - centre.mT @ centre, text.moments.queries if joint else eye)
+    found = fit(seen, _size(profile))
+    near = _quantised(text.keys - centre, found, profile)
+    return text.rows @ found.queries @ near.mT + text.rows @ centre.mT
+
+
+def fitted(text: Text, bases: Sequence[Basis]) -> torch.Tensor:
+    """The product's sketch in coordinates of the model, a basis per layer."""
+    sketch = FittedSketch(Basis(*(torch.cat(parts) for parts in zip(*bases, strict=True))))
+    found = sketch.scores(text.rows.flatten(0, 1), sketch.encode(text.keys.transpose(0, 1)))
+    return found.view(*text.rows.shape[:2], -1)
 
 
 def before_rotary(text: Text, profile: Profile, rotary: PlainRotary) -> torch.Tensor:
@@ -169,9 +142,7 @@ def before_rotary(text: Text, profile: Profile, rotary: PlainRotary) -> torch.Te
     positions = torch.arange(text.keys.shape[1])
     plain = rotary.rotate(text.keys, positions, inverse=True)
     centre = plain.mean(1, keepdim=True)
-    found = basis(moments(plain - centre, plain[:, :1]), joint=False)
-    counts, bits = zip(*profile, strict=True)
-    used = sum(counts)
-    parts = ((plain - centre) @ found.keys[..., :used]).split(counts, dim=-1)
-    near = torch.cat([quantised(part, width) for part, width in zip(parts, bits, strict=True)], dim=-1)
-    return text.rows @ rotary.rotate(near @ found.queries[..., :used].mT + centre, positions).mT
+    eye = torch.eye(plain.shape[-1]).expand_as(text.moments.keys)
+    found = fit(Moments((plain - centre).mT @ (plain - centre) / plain.shape[1], eye), _size(profile))
+    near = _quantised(plain - centre, found, profile)
+    return text.rows @ rotary.rotate(near @ found.queries.mT + centre, positions).mT

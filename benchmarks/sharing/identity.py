@@ -219,8 +219,7 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     }
     console.print("written:", save(path, result))
     console.print(table(result))
-    unexplained = [a for a in answers_of(result) if not a.same and (a.gap_nats is None or a.gap_nats > TIE_NATS)]
-    return 1 if unexplained else 0
+    return 1 if unexplained(result) else 0
 
 
 def measure(server: ServerProcess, mode: Mode) -> list[Asked]:
@@ -292,6 +291,11 @@ def answers_of(result: Mapping[str, Any], mode: str | None = None) -> list[Asked
     """Answers of one mode, or of all."""
     modes = result["modes"]
     return [Asked(**answer) for name in modes if mode in (None, name) for answer in modes[name]["answers"]]
+
+
+def unexplained(result: Mapping[str, Any]) -> list[Asked]:
+    """Answers that differ and are no tie."""
+    return [a for a in answers_of(result) if not a.same and (a.gap_nats is None or a.gap_nats > TIE_NATS)]
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""LLaVA-OneVision in the format of transformers, and SmolVLM, whose pictures are cut into tiles as well."""
+"""LLaVA-OneVision in the format of transformers: images are cut into tiles."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from models.tiny.checkpoint import HALF, HEAD_DIM, Checkpoint, Media
+from models.tiny.checkpoint import HALF, Checkpoint, Media
 
 TILE = 112
 """Pixels of a tile: 8 x 8 patches."""
@@ -40,30 +40,3 @@ def llava_onevision(folder: Path) -> None:
     made.images("LlavaOnevisionImageProcessor", size=size, image_grid_pinpoints=grids, do_pad=True, **colours)
     made.videos("LlavaOnevisionVideoProcessor", size=size, **colours)
     made.processor("LlavaOnevisionProcessor", num_image_tokens=64, vision_feature_select_strategy="full", **names)
-
-
-def smolvlm(folder: Path) -> None:
-    from transformers import SmolVLMConfig
-
-    made = Checkpoint(folder)
-    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    specials = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles)
-    vocabulary = made.tokenizer(specials, Media("<image>"))
-    config = SmolVLMConfig(
-        text_config=made.text(model_type="llama", head_dim=HEAD_DIM, rope_theta=1e4),
-        vision_config={**TOWER, "model_type": "smolvlm_vision", "num_hidden_layers": 2},
-        image_token_id=vocabulary["<image>"],
-        scale_factor=2,
-        pad_token_id=vocabulary["<|endoftext|>"],
-    )
-    made.config(config, "SmolVLMForConditionalGeneration")
-    made.images(
-        "SmolVLMImageProcessor",
-        do_image_splitting=True,
-        do_pad=True,
-        max_image_size={"longest_edge": TILE},
-        size={"longest_edge": 3 * TILE},
-        image_mean=HALF,
-        image_std=HALF,
-    )
-    made.processor("SmolVLMProcessor", image_seq_len=16)

@@ -171,13 +171,18 @@ class Probe:
         rows, keys = logits.shape[-2:]
         visible = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)[None, None]
         if self._keep is not None:
-            kept = self._keep[:, module.layer_idx]
-            decoded = torch.ones(len(kept), keys - kept.shape[1], dtype=torch.bool)
-            visible = visible & torch.cat([kept, decoded], 1)[:, None, None]
+            kept = self._seen(module.layer_idx, query * scaling)
+            decoded = torch.ones(*kept.shape[:2], keys - kept.shape[2], dtype=torch.bool)
+            visible = visible & torch.cat([kept, decoded], 2)[:, None]
         weights = torch.softmax(logits.masked_fill(~visible, float("-inf")), -1)
         if self._recording is not None:
             self._recording.append(weights)
         return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+    def _seen(self, layer: int, rows: Tensor) -> Tensor:
+        """`[sets, 1 or rows, prompt]` bool, what rows, `[sets, heads, rows, head_dim]` times the scale, see of it."""
+        assert self._keep is not None
+        return self._keep[:, layer, None]
 
 
 def _alike(inputs: dict[str, Any], answer: Tensor) -> list[tuple[str, Tensor]]:

@@ -59,7 +59,7 @@ def test_a_server_whose_books_do_not_balance_is_named() -> None:
 
 
 def samples(*memory: float) -> list[soak.Sample]:
-    return [soak.Sample(float(second), int(1e9 * gb), 0) for second, gb in enumerate(memory)]
+    return [soak.Sample(float(second), int(1e9 * gb), 0, 0) for second, gb in enumerate(memory)]
 
 
 def test_memory_that_goes_on_growing_is_said() -> None:

@@ -69,6 +69,8 @@ GOOD: dict[str, Any] = {
         ("ours 1.0", {}, "2 requests were compressed"),
         ("stock", {}, "a policy is on where it should not be, or off"),
         ("stock", {"books": {}}, None),
+        ("stock as it is", {"books": {}}, None),
+        ("stock as it is", {}, "a policy is on where it should not be, or off"),
     ],
 )
 def test_a_sample_is_checked(server: str, change: dict[str, Any], problem: str | None) -> None:
@@ -77,6 +79,15 @@ def test_a_sample_is_checked(server: str, change: dict[str, Any], problem: str |
         assert found == []
     else:
         assert any(re.search(problem, text) for text in found), found
+
+
+def test_one_server_chooses_its_attention_itself() -> None:
+    """The others are told, so that they use the same kernels."""
+    setting = e2e.settings(False, "triton")
+    assert setting.attention == ("--attention-backend", "triton")
+    assert "--attention-backend" not in setting.flags
+    assert [name for name in e2e.CONTENDERS if name == e2e.AS_IT_IS]
+    assert ("ours 0.1", e2e.AS_IT_IS) in e2e.RATIOS
 
 
 def test_ratios_compare_medians_at_the_same_point() -> None:

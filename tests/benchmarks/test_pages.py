@@ -14,6 +14,7 @@ from benchmarks.common.host import ROOT
 from benchmarks.common.pages import with_block, with_blocks
 from benchmarks.fidelity import main as fidelity
 from benchmarks.fidelity import policies
+from benchmarks.judge import recall_page
 from benchmarks.speed import readme
 
 
@@ -31,6 +32,7 @@ def measured(page: str) -> str:
             lambda page: fidelity.rendered(page, fidelity.committed()),
             id="python benchmarks/run.py fidelity --page",
         ),
+        pytest.param("docs/recall.md", recall_page.rendered, id="python -m benchmarks.judge.recalls --page"),
         pytest.param("docs/policies-measured.md", measured, id="python benchmarks/run.py policies --page"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sharing import questions
+from benchmarks.sharing import identity, questions
 from benchmarks.sharing.questions import ARMS, EXACT, FULL, OFF, POLICY, Asked
 
 
@@ -44,7 +44,26 @@ def test_the_table_names_its_command() -> None:
     assert "`python benchmarks/run.py questions`, tinyvlm, 2026-01-01, here." in table
 
 
-def test_the_page_is_current() -> None:
-    """After a new result: `python benchmarks/run.py questions --page`."""
-    page = questions.PAGE.read_text()
-    assert page == questions.rendered(page)
+@pytest.mark.parametrize("benchmark", [questions, identity], ids=["questions", "identity"])
+def test_the_page_is_current(benchmark: Any) -> None:
+    """After a new result: `python benchmarks/run.py questions --page`, and `identity --page`."""
+    page = benchmark.PAGE.read_text()
+    assert page == benchmark.rendered(page)
+
+
+def modes(*answers: identity.Asked) -> dict[str, Any]:
+    host = {"date": "2026-01-01T00:00:00+00:00", "device": "here"}
+    answered = {"a mode": {"flags": [], "answers": [asdict(answer) for answer in answers]}}
+    return {"command": "python benchmarks/run.py identity", "host": host, "modes": answered}
+
+
+def test_answers_that_differ_are_named() -> None:
+    same = identity.Asked("image 1, question 0", "A", "A", True, True, 100, 90)
+    tie = identity.Asked("image 2, question 0", "B", "A", False, True, 100, 0, 0.0004)
+    table = identity.table(modes(same, same, tie))
+    assert "| a mode | 3 | 2 | 2 | 2, 3 of 3 |" in table
+    assert "| **together** | 3 | 2 | 2 | 2, 3 of 3 |" in table
+    assert "* image 2, question 0: `B`, alone `A`; first and second choice were 0.000400 nats apart, a tie" in table
+    wrong = identity.Asked("image 3, question 0", "B", "A", False, True, 100, 0, 0.5)
+    assert "0.500000 nats apart\n" in identity.table(modes(wrong))
+    assert identity.unexplained(modes(same, tie, wrong)) == [wrong]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -30,13 +29,19 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def assert_nothing_lost(server: Any, picture: Any) -> None:
+@pytest.fixture
+def failures(small: Any) -> int:
+    """Policies that have failed on the server `small` so far: other tests ask it for broken ones."""
+    return int(small.kv_state()["policy_failures"])
+
+
+def assert_nothing_lost(server: Any, picture: Any, failures: int = 0) -> None:
     """All cells come back, and the server answers as if nothing had been."""
     server.flush()
     assert server.settled()["cells_used"] == 0
     drawn = [picture(7000 + i) for i in range(3)]
     assert sum(server.ask(d.questions[0].text, d.image).text == d.questions[0].answer for d in drawn) >= 2
-    assert server.kv_state()["policy_failures"] == 0
+    assert server.kv_state()["policy_failures"] == failures
     server.assert_alive()
 
 
@@ -98,7 +103,7 @@ def test_stop_strings(ours_tenth: Any, picture: Any) -> None:
     assert_nothing_lost(ours_tenth, picture)
 
 
-def test_prompt_that_fills_the_arena(small: Any, picture: Any) -> None:
+def test_prompt_that_fills_the_arena(small: Any, picture: Any, failures: int) -> None:
     """Nearly all physical tokens in one prompt, again and again: each needs the memory that the last gave back."""
     physical = small.settled()["physical_tokens_total"]
     for seed in range(7060, 7064):
@@ -106,39 +111,15 @@ def test_prompt_that_fills_the_arena(small: Any, picture: Any) -> None:
         options = {"custom_params": {"kv_share": "off"}} if seed % 2 else {}
         answer = small.ask(large.questions[0].text, little.image, large.image, max_tokens=2, **options)
         assert 0.85 * physical < answer.prompt_tokens < physical
-    assert_nothing_lost(small, picture)
+    assert_nothing_lost(small, picture, failures)
 
 
 @pytest.mark.parametrize(("images", "share"), [(2, "off"), (6, "exact")])
-def test_prompt_that_does_not_fit(small: Any, picture: Any, images: int, share: str) -> None:
+def test_prompt_that_does_not_fit(small: Any, picture: Any, failures: int, images: int, share: str) -> None:
     """Neither the arena nor host memory holds it: refused with a client error that says why; the server lives."""
     body = native("red K?", [picture(7070 + i, 32, 32).image for i in range(images)], 2)
     body["sampling_params"]["custom_params"] = {"kv_share": share}
     reply = httpx.post(f"{small.url}/generate", json=body, timeout=120)
     assert 400 <= reply.status_code < 500, reply.text
     assert "token" in reply.text
-    assert_nothing_lost(small, picture)
-
-
-def test_retraction_under_pressure(small: Any, picture: Any) -> None:
-    """Four requests, two of which outgrow the memory: some are sent back to the queue, all are answered.
-
-    SGLang admits a request when its own output fits in full and a few percent of the others' do; with `ignore_eos` it
-    would reserve all of them.
-    """
-    small.flush()
-    drawn = [picture(7080 + i, 12, 12) for i in range(4)]
-
-    def send(d: Any) -> dict[str, Any]:
-        body = native(d.questions[0].text, [d.image], 800)
-        body["sampling_params"] |= {"ignore_eos": False, "min_new_tokens": 800}
-        reply: dict[str, Any] = httpx.post(f"{small.url}/generate", json=body, timeout=400).json()
-        return reply
-
-    with ThreadPoolExecutor(len(drawn)) as pool:
-        replies = list(pool.map(send, drawn))
-    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 0
-    assert [reply["meta_info"]["completion_tokens"] for reply in replies] == [800] * len(drawn)
-    right = sum(r["text"].startswith(d.questions[0].answer) for r, d in zip(replies, drawn, strict=True))
-    assert right >= len(drawn) - 1
-    assert_nothing_lost(small, picture)
+    assert_nothing_lost(small, picture, failures)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.models.make_tiny import make_tiny
 from models.matrix import read_rows
-from models.tiny import glm, internvl, llava, ocr, pixtral, qwen
+from models.tiny import glm, internvl, llava, minicpm, ocr, pixtral, qwen
 from models.tiny.checkpoint import LAYERS
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerError
@@ -38,15 +38,15 @@ QUESTIONS = ("What is the code of red K?", "blue A?")
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny checkpoint, two pictures, and the vision tokens that its family makes of them, worked out by hand."""
+    """A tiny checkpoint, two images, and the vision tokens that its family makes of them, worked out by hand."""
 
     build: Callable[[Path], None]
     sizes: tuple[tuple[int, int], tuple[int, int]]
-    """Width and height of the pictures."""
+    """Width and height of the images."""
     runs: tuple[tuple[int, ...], tuple[int, ...]]
-    """Of each picture: tokens of each run of them that nothing interrupts."""
+    """Of each image: tokens of each run of them that nothing interrupts."""
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
-    """Rows and columns of each picture, where `vlcache inspect` can draw it."""
+    """Rows and columns of each image, where `vlcache inspect` can draw it."""
     flags: tuple[str, ...] = ()
 
 
@@ -78,14 +78,18 @@ MODELS: dict[str, Case] = {
     "internvl_chat": Case(
         internvl.internvl_chat, ((896, 896), (448, 896)), ((320,), (192,)), flags=("--trust-remote-code",)
     ),
-    "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (200,))),
-    "smolvlm": Case(llava.smolvlm, ((336, 336), (112, 336)), ((16,) * 10, (16,) * 4)),
+    # One view of 64 tokens, then the tiles, each row of them ended by a token of its own.
+    "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (208,))),
+    # A view of 64 tokens, and two of the halves of an image that is wider than high.
+    "minicpmv4_5": Case(
+        minicpm.minicpmv4_5, ((672, 448), (448, 448)), ((64,) * 3, (64,)), flags=("--trust-remote-code",)
+    ),
 }
 DEFAULT_RUN = ("glm4v", "internvl_hf", "qwen3_vl_moe")
 """What `make test` serves as well: M-RoPE, tiles, experts with deep stacking."""
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
+def draw(size: tuple[int, int], seed: int) -> Image.Image:
     """Noise over a gradient: no two patches alike."""
     rng = np.random.default_rng(seed)
     slope = np.linspace(0, 155, size[0])[None, :, None] + np.zeros((size[1], 1, 3))
@@ -134,8 +138,8 @@ def test_budget_one_is_stock(forked_servers: Any, checkpoint: Any, name: str) ->
     answers = set()
     for seed, size in enumerate(MODELS[name].sizes):
         for question in QUESTIONS:
-            theirs = outputs(stock, picture(size, seed), question)
-            mine = outputs(ours, picture(size, seed), question, custom_params={"kv_budget": 1.0})
+            theirs = outputs(stock, draw(size, seed), question)
+            mine = outputs(ours, draw(size, seed), question, custom_params={"kv_budget": 1.0})
             (a,), (b,) = theirs.choices, mine.choices
             assert (mine.prompt_tokens, mine.cached_tokens) == (theirs.prompt_tokens, theirs.cached_tokens)
             assert b.tokens == a.tokens
@@ -154,7 +158,7 @@ def test_vision_is_found(forked_servers: Any, checkpoint: Any, name: str) -> Non
     for number, size in enumerate(case.sizes):
         server.flush()
         before = server.settled()
-        answer = outputs(server, picture(size, 100 + number), custom_params=COPY_WITH_POSITIONS, return_meta_info=True)
+        answer = outputs(server, draw(size, 100 + number), custom_params=COPY_WITH_POSITIONS, return_meta_info=True)
         after, report = server.settled(), answer.report
         runs = report["vision"]
         assert tuple(run["end"] - run["begin"] for run in runs) == case.runs[number]
@@ -178,10 +182,10 @@ def test_vision_is_found(forked_servers: Any, checkpoint: Any, name: str) -> Non
 def test_a_second_question_shares(forked_servers: Any, checkpoint: Any, name: str) -> None:
     server, case = served(forked_servers, checkpoint, name, *TENTH), MODELS[name]
     server.flush()
-    image, tokens = picture(case.sizes[0], 7), sum(case.runs[0])
+    image, tokens = draw(case.sizes[0], 7), sum(case.runs[0])
     first, second = outputs(server, image), outputs(server, image, QUESTIONS[1])
     assert first.cached_tokens < tokens <= second.cached_tokens
-    assert outputs(server, picture(case.sizes[0], 8)).cached_tokens < tokens
+    assert outputs(server, draw(case.sizes[0], 8)).cached_tokens < tokens
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
@@ -205,7 +209,7 @@ def sound(seconds: float) -> str:
 def test_audio_is_not_vision(forked_servers: Any, checkpoint: Any) -> None:
     server, case = served(forked_servers, checkpoint, "qwen3_omni", *TENTH), MODELS["qwen3_omni"]
     audio = {"type": "audio_url", "audio_url": {"url": sound(6.0)}}
-    image = {"type": "image_url", "image_url": {"url": data_url(picture(case.sizes[0], 9))}}
+    image = {"type": "image_url", "image_url": {"url": data_url(draw(case.sizes[0], 9))}}
     question = {"type": "text", "text": QUESTIONS[0]}
 
     def ask(*content: dict[str, Any]) -> Any:

@@ -48,6 +48,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/generate", {"text": "red K?", "sampling_params": {"max_new_tokens": 1}}),
     "responses": ("/v1/responses", {"input": "red K?", "max_output_tokens": 8}),
     "messages": ("/v1/messages", {"messages": [{"role": "user", "content": "red K?"}], "max_tokens": 1}),
+    "ollama": ("/api/chat", {"messages": [{"role": "user", "content": "red K?"}], "options": {"num_predict": 1}}),
 }
 
 
@@ -67,6 +68,10 @@ def test_what_an_endpoint_would_ignore(ours_tenth: Any, path: str, body: dict[st
         assert next(iter(misplaced)) in reply.text
     if path == "/generate":
         reply = send(custom_params={"kv_budget": 0.5})
+        assert reply.status_code == 400
+        assert "kv_budget" in reply.text
+    else:
+        reply = send(custom_params={"kv_budget": 7.5})
         assert reply.status_code == 400
         assert "kv_budget" in reply.text
     assert send(custom_params={"thinking_budget": 5}).status_code == 200

@@ -22,12 +22,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vlcache_kernels.arena_write.triton import arena_write
+from vlcache_kernels.attention_schedule import ScheduleLayout
+from vlcache_kernels.attention_schedule.triton import write_schedules
 from vlcache_kernels.attention_stats import RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.launch import batch_attention_stats
 from vlcache_kernels.copy_cells.triton import copy_cells
 from vlcache_kernels.residency_index import ResidencyIndex
 from vlcache_kernels.residency_index.triton import append_tokens, residency_index
 from vlcache_kernels.select.triton import free_list, select
+from vlcache_kernels.sketch_scores.triton import sketch_scores
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -139,6 +142,31 @@ def copies(head_dim: int, dtype: torch.dtype) -> None:
     copy_cells(cells, numbers, cells, numbers)
 
 
+def sketches(head_dim: int) -> None:
+    codes = torch.zeros(9, 4, head_dim // 8 + 2, dtype=torch.uint8)
+    sketch_scores(torch.zeros(2, 28, head_dim), codes, torch.zeros(2, 64, dtype=torch.int64))
+
+
+def schedules() -> None:
+    layout = ScheduleLayout(
+        blocks=66,
+        rows=3,
+        tile=16,
+        group=7,
+        limit=66,
+        total_rows=0,
+        request=0,
+        qo_tile=0,
+        kv_tile=0,
+        merge=0,
+        outputs=0,
+        chunk=0,
+        mask=0,
+    )
+    indptr = torch.zeros(2, 4, dtype=torch.int32)
+    write_schedules(indptr, indptr[0], layout, torch.zeros(2, 256, dtype=torch.uint8))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="all head dims, types, row counts and statistics")
@@ -157,6 +185,8 @@ def main() -> None:
         writes(128, torch.bfloat16, stored)
     copies(128, torch.bfloat16)
     copies(128, torch.uint8)
+    sketches(128)
+    schedules()
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for head_dim in (64, 80, 96, 128, 256):

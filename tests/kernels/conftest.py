@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-OPS = ("attention_stats", "residency_index", "select", "arena_write", "copy_cells")
+OPS = (
+    "attention_stats",
+    "residency_index",
+    "select",
+    "arena_write",
+    "attention_schedule",
+    "copy_cells",
+    "sketch_scores",
+)
 
 
 def import_interpreted() -> None:

@@ -22,6 +22,7 @@ KERNELS = {
     "count_kernel",
     "write_kernel",
     "copy_kernel",
+    "schedule_kernel",
     "store_kernel",
     "append_kernel",
     "select_kernel",

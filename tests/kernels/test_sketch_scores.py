@@ -20,7 +20,7 @@ def case(batch: int, heads: int, kv_heads: int, dim: int, count: int) -> tuple[t
 
 
 def unpacked(queries: torch.Tensor, codes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    batch, heads, dim = queries.shape
+    heads, dim = queries.shape[1:]
     own = codes[rows]  # [B, n, K, bytes]
     bits = torch.stack([(own[..., d // 8] >> (d % 8)) & 1 for d in range(dim)], dim=-1).double() * 2 - 1
     factor = own[..., dim // 8 :].contiguous().view(torch.float16).double()
@@ -35,8 +35,8 @@ def test_the_reference_sums_signs(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_agrees(shape: tuple[int, ...]) -> None:
-    queries, codes, rows = case(*shape)
+def test_triton_agrees(shape: tuple[int, ...], device: torch.device) -> None:
+    queries, codes, rows = (part.to(device) for part in case(*shape))
     for dtype in (torch.int64, torch.int32):
         found = sketch_scores(queries, codes, rows.to(dtype), backend="triton")
         torch.testing.assert_close(found, sketch_scores(queries, codes, rows, backend="naive"), rtol=1e-4, atol=1e-3)

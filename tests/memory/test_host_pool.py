@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 import pytest
 import torch
 
 from vlcache_sgl.api import Prompt
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.exact import HostMemory, OutOfMemory
+from vlcache_sgl.compression.job import CompressionJob
+from vlcache_sgl.config import config_from
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.accounting import CellAccounting
 from vlcache_sgl.memory.arena import Arena
 from vlcache_sgl.memory.host_pool import HostFull, HostPool
+from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.memory.residency import EVICTED, OutOfCells
+from vlcache_sgl.policy.choice import Choices
+from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 
 LAYERS, KV_HEADS, DIM, SLOTS = 3, 2, 4, 40
@@ -191,6 +198,42 @@ def test_a_selection_that_does_not_fit_gives_everything_back(lacking: str) -> No
     with pytest.raises(OutOfMemory):
         world.memory.settle(slots, keep, keep.numel())
     assert world.arena.residency.used_cells == 0
+    world.assert_sound()
+
+
+@pytest.mark.parametrize(
+    ("physical", "others", "status", "why"),
+    [
+        pytest.param(10, 0, HTTPStatus.BAD_REQUEST, "it holds 10 uncompressed", id="never"),
+        pytest.param(20, 12, HTTPStatus.SERVICE_UNAVAILABLE, "others use it now", id="now"),
+    ],
+)
+def test_a_failed_policy_says_why_its_prompt_is_lost(physical: int, others: int, status: HTTPStatus, why: str) -> None:
+    """A prompt of 12 tokens in host memory, which was admitted for what the policy was to keep."""
+    world = World(1, physical=physical, host=20)
+    parts = []
+    for _ in range(3):
+        parts.append(world.compute(4))
+        assert world.memory.write_back(parts[-1])
+        world.memory.release_chunk(parts[-1])
+    if others:
+        world.compute(others)
+    config = config_from({"kv_policy": "vlcache"})
+    assert config is not None
+    job = CompressionJob(Asked(Choices(config).default, (), 12, 1))
+    said: list[tuple[str, HTTPStatus]] = []
+    job.host = HostShare(first_row=11, ratio=0.1, abort=lambda *words: said.append(words))
+    model = Prompt(0, 0, (), LAYERS, KV_HEADS, KV_HEADS, DIM)
+    compressor = Compressor(model, HeadGather(None, 0, 1), Counters(), world.accounting)
+    compressor.host = world.memory
+    compressor.fail(job, ValueError("too hot"))
+    compressor.finish(job, torch.cat(parts).to(torch.int32))
+    ((message, given),) = said
+    assert given == status
+    assert "the policy vlcache failed (ValueError: too hot), and the prompt of 12 tokens does not fit" in message
+    assert why in message
+    assert job.host.ratio == 1.0, "when it comes back it is admitted for all of it"
+    assert world.arena.residency.used_cells == others * LAYERS
     world.assert_sound()
 
 

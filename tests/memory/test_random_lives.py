@@ -37,11 +37,14 @@ class CapacityMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([8, 24, 64]),
         eviction_policy=st.sampled_from(["slru", "lru"]),
         expected=st.sampled_from([0.0, 0.3, 1.0]),
-        host=st.sampled_from([0, 60, 400]),
+        host=st.sampled_from([(0, 0), (60, 0), (400, 0), (60, 3), (400, 8)]),
     )
-    def begin(self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, host: int) -> None:
-        """`expected`: share of an answer's limit that admission reckons with; `host`: tokens of host memory."""
-        self.world = World(physical, chunk, eviction_policy, host)
+    def begin(
+        self, seed: int, physical: int, chunk: int, eviction_policy: str, expected: float, host: tuple[int, int]
+    ) -> None:
+        """`expected`: share of an answer's limit that admission reckons with; `host`: tokens of host memory, and how
+        many of what is evicted come back in a decode step."""
+        self.world = World(physical, chunk, eviction_policy, *host)
         self.world.new_token_ratio_tracker = NewTokenRatioTracker(init=expected, min=0.0, decay=0.01, current=expected)
         self.world.random = random.Random(seed)
         self.world.late_share = 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -87,52 +86,6 @@ def test_backend_writes_and_reads(provider: Make, groups: int, request: pytest.F
         backend.forward_decode(None, None, None, None, None, sinks=torch.zeros(1))
 
 
-def test_flashinfer_takes_what_we_hand_over() -> None:
-    """Names of arguments only: its kernels need a GPU, its signatures do not."""
-    flashinfer = pytest.importorskip("flashinfer")
-    none, sizes, types = torch.zeros(1), (HEADS, KV_HEADS, DIM, 1), {"q_data_type": DTYPE, "kv_data_type": DTYPE}
-    prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
-    buffers = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
-    inspect.signature(prefill).bind(none, "NHD", backend="fa2")
-    inspect.signature(decode).bind(
-        none, "NHD", use_tensor_cores=True, backend="fa2", use_cuda_graph=True, **dict.fromkeys(buffers, none)
-    )
-    inspect.signature(prefill.plan).bind(None, none, none, none, none, *sizes, sm_scale=1.0, **types, causal=True)
-    plan = inspect.signature(getattr(decode, "_plan_impl", decode.plan))
-    plan.bind(None, none, none, none, *sizes, sm_scale=1.0, **types)
-    for wrapper in (prefill, decode):
-        inspect.signature(wrapper.reset_workspace_buffer).bind(None, none, none)
-        scales = dict.fromkeys(("q_scale", "k_scale", "v_scale"), SCALE)
-        inspect.signature(wrapper.run).bind(None, none, none, **scales, out=none, return_lse=True)
-    inspect.signature(prefill.run).bind(None, none, none, lse_base="ln")
-
-
-@pytest.mark.parametrize("provider", ["flashinfer"], indirect=True)
-def test_a_schedule_is_not_overwritten_before_it_is_fetched(provider: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are staged in pinned memory; an event of every step is waited for before the next one is planned."""
-    from vlcache_sgl.attention import flashinfer as flashinfer_provider
-
-    log: list[str] = []
-
-    def record(device: torch.device) -> SimpleNamespace:
-        number = sum(line.startswith("record") for line in log)
-        log.append(f"record {number}")
-        return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
-
-    monkeypatch.setattr(flashinfer_provider, "passed_event", record)
-    world = bench.Requests(1)
-    backend: Any = provider(world.memory)
-    plan = backend._plan
-    monkeypatch.setattr(backend, "_plan", lambda *a, **o: (log.append("plan"), plan(*a, **o)))
-    for row in (1, 2):
-        world.append(row, 20)
-    for _ in range(3):
-        backend.plan_decode(world.step([1, 2]))
-    steps = [line for line in log if line != "plan"]
-    assert steps == ["record 0", "wait 0", "record 1", "wait 1", "record 2"]
-    assert log.index("wait 0") < log.index("plan", log.index("record 0")) < log.index("record 1")
-
-
 def backend_memory(backend: Any, table: torch.Tensor) -> Memory:
     return Memory(backend.arena.cells, backend.arena.residency, table, backend.arena.groups)
 
@@ -164,7 +117,7 @@ def test_evicted_cells_come_back_behind_their_event() -> None:
     assert waits == [], "there are enough"
     assert allocator.accounting.has_room(2)
     assert waits == ["waited"]
-    assert arena.residency.free_cells == 5 * LAYERS
+    assert arena.residency.free_cells == 7 * LAYERS
     assert allocator.verify_byte_accounting() == []
     assert waits == ["waited"], "once"
     assert passed_event(torch.device("cpu")) is None
@@ -208,3 +161,45 @@ def test_default_on_a_cuda_machine(
     problems = list(compat.unsupported_arguments(SimpleNamespace(attention_backend="triton")))
     assert len(problems) == 1
     assert "torch_native" in problems[0]
+
+
+def test_code_that_indexes_by_slot_is_refused() -> None:
+    """SGLang's lists of buffers would hand out cells, whose numbers are not slots."""
+    pool = make_pool(1)
+    for read in (
+        lambda: pool.get_key_buffer(0),
+        lambda: pool.get_value_buffer(0),
+        lambda: pool.get_kv_buffer(0),
+        lambda: list(pool.k_buffer),
+        lambda: pool.v_buffer[1],
+    ):
+        with pytest.raises(RuntimeError, match="slots do not number"):
+            read()
+
+
+@pytest.mark.parametrize("flag", ["enable_deterministic_inference", "enable_memory_saver"])
+def test_flags_that_would_be_broken_silently_are_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlcache_sgl.sglang_hooks.compat import unsupported_arguments
+
+    (problem,) = unsupported_arguments(SimpleNamespace(**{flag: True}))
+    assert problem.startswith(f"--kv-policy cannot be combined with --{flag.replace('_', '-')}: ")
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    (problem,) = unsupported_arguments(SimpleNamespace())
+    assert "SGLANG_ENABLE_METADATA_GLUE_GRAPH" in problem
+
+
+def test_a_small_batch_is_cut_into_enough_parts() -> None:
+    """One request of Qwen2.5-VL-7B's shape on an H100: two programs per multiprocessor, not 32 in all."""
+    from vlcache_sgl.attention.base import AttentionKernels, HeadShape
+    from vlcache_sgl.attention.triton import PROGRAMS_PER_CORE, TritonProvider
+
+    world = bench.Requests(1)
+    provider = TritonProvider(world.memory, HeadShape(28, DTYPE), AttentionKernels(print, print))
+    provider._cores, provider._tiles = 132, 4
+    for batch in (1, 2, 8, 64):
+        parts = provider._most_parts(batch)
+        assert parts == 8 or batch * 4 * parts >= min(PROGRAMS_PER_CORE * 132, batch * 4 * 64)
+        outputs, sums = provider._partials(provider._new_room(batch), batch)
+        assert outputs.shape[:3] == sums.shape == (batch, 28, parts)
+    assert provider._most_parts(1) == 64
+    assert provider._most_parts(64) == 8

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pretend_gpu import CUDA, DEFAULT, LOG, STREAMS, Tensor, pretend_gpu
-from provider_bench import use_flashinfer_stand_in
+from provider_bench import StandIn, use_flashinfer_stand_in
 
 pytest.importorskip("sglang")
 
@@ -28,7 +28,9 @@ from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.policy.manager import registry
 from vlcache_sgl.policy.policy import resolve
+from vlcache_sgl.recall.areas import RecallArea
 from vlcache_sgl.scoring.asked import Asked
+from vlcache_sgl.scoring.scoring import wanted_statistics
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks import triton_kernels
 from vlcache_sgl.sglang_hooks.allocator import VirtualSlotAllocator
@@ -36,7 +38,7 @@ from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.backend import ResidencyBackend
 
 LAYERS, HEADS, KV_HEADS, DIM = 3, 8, 2, 16
-PROVIDERS = ("triton",)
+PROVIDERS = ("triton", "flashinfer")
 
 
 class Rotary:
@@ -57,12 +59,31 @@ def use_attention_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "attention_kernels", lambda: AttentionKernels(kernel, kernel))
 
 
+class QuietFlashInfer(StandIn):
+    """FlashInfer that plans and computes nothing."""
+
+    def plan(self, *arguments: Any) -> list[int]:
+        LOG.operations["flashinfer plan"] += 1
+        return super().plan(*arguments)
+
+    def paged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        assert not [value for value in arguments if type(value) is torch.Tensor], "a tensor of the host"
+        if arguments[11] is not None:
+            arguments[11].zero_()
+
+    def ragged_run(self, *arguments: Any) -> None:
+        LOG.operations["attention"] += 1
+        if arguments[9] is not None:
+            arguments[9].zero_()
+
+
 @pytest.fixture(params=PROVIDERS)
 def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "triton":
         use_attention_without_values(monkeypatch)
     else:
-        use_flashinfer_stand_in(monkeypatch)
+        use_flashinfer_stand_in(monkeypatch, QuietFlashInfer())
     return str(request.param)
 
 
@@ -94,7 +115,7 @@ class Room:
 class Server:
     """Attention backend, allocator and compressor of one scheduler, on the pretended GPU."""
 
-    def __init__(self, provider: str, *, head_cells: bool = False, host: bool = False) -> None:
+    def __init__(self, provider: str, *, head_cells: bool = False, host: bool = False, recall: bool = False) -> None:
         tokens, groups = 3000, KV_HEADS if head_cells else 1
         arena = KVArena(
             num_cells=tokens * LAYERS * groups,
@@ -126,12 +147,12 @@ class Server:
             layer_weights=(0.5,) * LAYERS,
             head_weights=weights,
         )
-        accounting = self.allocator.accounting
+        self.model, accounting = model, self.allocator.accounting
         self.compressor = Compressor(model, HeadGather(None, 0, 1), Counters(), accounting)
         if host:
             residency = accounting.residency
             accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, arena.arena.cells)
-            self.compressor.host = HostMemory(accounting, Room(self.allocator))
+            self.compressor.host = HostMemory(accounting, Room(self.allocator), recall=recall)
         runner = SimpleNamespace(
             token_to_kv_pool=arena,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table),
@@ -141,8 +162,8 @@ class Server:
         self.backend = ResidencyBackend(runner, self.compressor, provider, HEADS)
         self.lengths: dict[int, int] = {}
 
-    def job(self, policy: str, length: int, *, host: bool = False) -> CompressionJob:
-        choice = Choice(resolve(policy, head_cells=self.head_cells), KVBudget(fraction=0.2))
+    def job(self, policy: str, length: int, *, host: bool = False, recall: int = 0) -> CompressionJob:
+        choice = Choice(resolve(policy, head_cells=self.head_cells), KVBudget(fraction=0.2), recall=recall)
         repeated = 40 if choice.policy.reads_twice else 0
         job = CompressionJob(Asked(choice, (Span(4, length - 30),), length, 8, repeated=repeated))
         if host:
@@ -182,7 +203,8 @@ class Server:
             layer = SimpleNamespace(
                 layer_id=number, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=DIM
             )
-            layer.scaling = DIM**-0.5
+            layer.scaling, layer.k_scale, layer.v_scale = DIM**-0.5, None, None
+            layer.k_scale_float = layer.v_scale_float = None
             run(random(tokens, HEADS * DIM), random(tokens, KV_HEADS, DIM), random(tokens, KV_HEADS, DIM), layer, batch)
 
     def prefill(self, rows: list[int], counts: list[int], jobs: list[CompressionJob]) -> None:
@@ -206,9 +228,10 @@ class Server:
             if (job.progress.reached or 0) >= job.asked.end:
                 self.compressor.finish(job, self.table[row])
 
-    def decode(self, rows: list[int], *, graph: int = 0) -> None:
+    def decode(self, rows: list[int], *, graph: int = 0, areas: Sequence[RecallArea | None] = ()) -> None:
         batch = self._batch(ForwardMode.DECODE, rows, [1] * len(rows), max(0, graph - len(rows)))
         self.backend.rows, self.backend.jobs = rows, None
+        self.backend.areas = [(number, area) for number, area in enumerate(areas) if area is not None]
         prepare = self.backend.init_forward_metadata_out_graph if graph else self.backend.init_forward_metadata
         prepare(batch)
         self._layers(self.backend.forward_decode, batch, batch.batch_size)
@@ -233,9 +256,14 @@ def test_no_decode_step_waits(provider: str, head_cells: bool, graph: int) -> No
     server.prefill([1, 2], [300, 200], jobs)
     assert all(job.progress.compressed for job in jobs)
     LOG.clear()
-    for _ in range(3):
+    server.decode([1, 2], graph=graph)
+    assert not LOG.waits, f"first step\n{LOG}"
+    LOG.clear()
+    for _ in range(2):
         server.decode([1, 2], graph=graph)
     assert not LOG.waits, f"continuing\n{LOG}"
+    assert not LOG.copies, "host and device exchange nothing"
+    assert not LOG.operations["flashinfer plan"], "a batch size is planned once"
     server.prefill([3], [150], [server.job("vlcache", 150)])
     LOG.clear()
     server.decode([1, 2, 3], graph=graph)
@@ -288,6 +316,27 @@ def test_a_question_on_host_memory_waits_no_oftener(provider: str, policy: str, 
     assert server.allocator.accounting.verify() == []
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
+def test_recall_does_not_wait(provider: str, head_cells: bool) -> None:
+    """Ranked, compared and fetched on the device, also when a request joins or leaves."""
+    server = Server(provider, head_cells=head_cells, host=True, recall=True)
+    jobs = [server.job("vlcache", length, host=True, recall=8) for length in (200, 120)]
+    server.prefill([1], [200], [jobs[0]])
+    LOG.clear()
+    for _ in range(2):
+        server.decode([1], areas=[jobs[0].recalls])
+    server.prefill([2], [120], [jobs[1]])
+    assert len(LOG.waits) <= 2, str(LOG)
+    LOG.clear()
+    for _ in range(2):
+        server.decode([1, 2], areas=[job.recalls for job in jobs])
+    server.decode([2], areas=[jobs[1].recalls])
+    assert not LOG.waits, str(LOG)
+    assert LOG.operations["kernel sketch_scores"] == 3 * LAYERS * (KV_HEADS if head_cells else 1)
+    assert all(job.area is not None and job.area.report()["from_host"] > 0 for job in jobs)
+
+
 def runs_behind(later: int, earlier: int) -> bool:
     """Whether the device runs entry `later` of `STREAMS` behind entry `earlier`, directly ordered."""
     stream, before = STREAMS[later][1], STREAMS[earlier][1]
@@ -329,6 +378,28 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
         if layer >= 2:
             assert runs_behind(copies[layer], reads[layer - 2]), "cells are overwritten under the attention"
     assert (residency.table[:, slots] == EVICTED).inner.all()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
+def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bool) -> None:
+    """All that serving launches later has been launched before, and nothing has changed by it."""
+    server = Server(provider, head_cells=head_cells, host=True, recall=True)
+    before = server.arena.raw.inner.clone()
+    LOG.clear()
+    job = server.job("vlcache", 200)
+    server.backend.compile_kernels(lambda: wanted_statistics(job.asked.choice.policy.needs, server.model))
+    started = {name for name in LOG.operations if name.startswith("kernel")}
+    assert torch.equal(server.arena.raw.inner, before)
+    LOG.clear()
+    server.prefill([1], [200], [job])
+    recalls = server.job("vlcache", 90, host=True, recall=4)
+    server.prefill([2], [90], [recalls])
+    server.decode([1, 2], areas=[None, recalls.recalls])
+    server.decode([1, 2], areas=[None, recalls.recalls])
+    served = {name for name in LOG.operations if name.startswith("kernel")}
+    # FlashInfer's schedules are compared with its own when the provider is made.
+    assert served - {"kernel write_schedules"} == started
 
 
 @pytest.mark.usefixtures("gpu")

@@ -6,6 +6,7 @@ A state is one number: which tokens it has seen.  Who goes on from a state that 
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,8 @@ class HybridWorld(World):
     """One scheduler of a hybrid.
 
     Args:
-        buffer: whether SGLang keeps states in the middle of chunks (``extra_buffer``), as its settings must say.
+        buffer: whether SGLang keeps states in the middle of chunks (``extra_buffer``), as its settings must say, and
+            may schedule ahead of results.
         world: as of `World`.
     """
 
@@ -37,6 +39,7 @@ class HybridWorld(World):
     def __init__(self, *, buffer: bool, states: int = STATES_PER_REQUEST * RUNNING, **world: Any) -> None:
         self.buffer, self.states = buffer, states
         super().__init__(**world)
+        self.choice = replace(self.choice, share="policy")
 
     def _make_rows(self, max_context_len: int) -> HybridReqToTokenPool:
         shape = Mamba2StateShape.create(
@@ -52,7 +55,7 @@ class HybridWorld(World):
             cache_params=Mamba2CacheParams(shape=shape, layers=[0]),
             mamba_layer_ids=[0],
             enable_mamba_extra_buffer=self.buffer,
-            enable_overlap_schedule=False,
+            enable_overlap_schedule=self.buffer,
         )
 
     def _components(self) -> dict[str, Any]:
@@ -68,7 +71,8 @@ class HybridWorld(World):
 
     def _mark(self, req: Req, end: int) -> float:
         """What a state has seen, a whole number that float32 holds exactly."""
-        return float(zlib.crc32(repr((req.extra_key, self._tokens(req)[:end])).encode()) % 2**24)
+        tokens = [*req.origin_input_ids, *req.output_ids]
+        return float(zlib.crc32(repr((req.extra_key, tokens[:end])).encode()) % 2**24)
 
     def _before_rows(self, reqs: list[Req]) -> None:
         ensure_mamba_capacity(self.rows, reqs, self.tree)

@@ -52,13 +52,13 @@ class Log:
     def __init__(self) -> None:
         self.waits: list[Wait] = []
         self.operations: Counter[str] = Counter()
-        self.copies = 0
-        """Copies between host and device, queued or not."""
+        self.copies: list[str] = []
+        """Lines that copied between host and device, queued or not."""
 
     def clear(self) -> None:
         self.waits.clear()
         self.operations.clear()
-        self.copies = 0
+        self.copies.clear()
 
     def wait(self, kind: str) -> None:
         self.waits.append(Wait(kind, _line()))
@@ -156,7 +156,7 @@ class Tensor(torch.Tensor):
 
 
 def _count_copy() -> None:
-    LOG.copies += 1
+    LOG.copies.append(_line())
 
 
 def _parse_to(args: Any, kwargs: Any) -> tuple[Any, torch.dtype | None, bool, bool]:
@@ -367,6 +367,16 @@ KERNELS = {
     "vlcache_sgl.policy.plan": ["select"],
     "vlcache_sgl.memory.residency": ["free_list"],
     "vlcache_sgl.memory.host_pool": ["free_list", "copy_cells"],
+    "vlcache_sgl.attention.flashinfer_kernels": ["write_schedules"],
+    "vlcache_sgl.attention.warm_up": [
+        "append_tokens",
+        "arena_write",
+        "batch_attention_stats",
+        "copy_cells",
+        "free_list",
+        "select",
+    ],
+    "vlcache_sgl.recall.sketch": ["sketch_scores"],
     "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
     "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
     "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],

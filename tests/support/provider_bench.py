@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attention_reference import reference
 
-from vlcache_sgl.attention import flashinfer as flashinfer_provider
+from vlcache_sgl.attention import flashinfer_kernels
 from vlcache_sgl.attention import triton as triton_provider
 from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
@@ -87,6 +87,7 @@ def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, names in {
         "vlcache_sgl.policy.plan": ["select"],
         "vlcache_sgl.memory.residency": ["free_list"],
+        "vlcache_sgl.attention.flashinfer_kernels": ["write_schedules"],
         "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
         "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
         "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],
@@ -97,80 +98,130 @@ def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class StandIn:
-    """One of FlashInfer's paged wrappers, in float64: the buffers it is given are read when it runs."""
+    """FlashInfer's module of FA2 prefill kernels, in float64: what its sources say that it plans and reads."""
 
-    causal = False
+    def __init__(self) -> None:
+        self.plans = 0
+        self.whole: tuple[list[int], list[int]] | None = None
+        """Query rows and keys of the last plan that is not for graphs."""
 
-    def __init__(self, workspace: torch.Tensor, layout: str, backend: str, **options: Any) -> None:
-        assert layout == "NHD"
-        self.recorded = options.get("use_cuda_graph", False)
-        self.indptr: Any = options.get("paged_kv_indptr_buffer")
-        self.indices: Any = options.get("paged_kv_indices_buffer")
-        self.fixed: Any = options.get("paged_kv_last_page_len_buffer")
-
-    def reset_workspace_buffer(self, workspace: torch.Tensor, schedule: torch.Tensor) -> None:
-        assert schedule.dtype == torch.uint8
-
-    def _plan(self, qo: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, last: torch.Tensor) -> None:
-        assert indptr.device.type == "cpu"
-        assert indptr.dtype == indices.dtype == torch.int32
-        assert last.tolist() == [1] * (len(indptr) - 1)
-        self.qo, self.planned = qo, indptr.clone()
-        if self.recorded:
-            assert len(last) == len(self.fixed)
-            assert torch.equal(self.indptr.cpu(), indptr), "host and device disagree about lengths"
-            self.indices[: len(indices)].copy_(indices)
+    def plan(self, *arguments: Any) -> list[int]:
+        """Where a schedule lies; the numbers are those of `PrefillPlan` in FlashInfer's `scheduler.cuh`."""
+        _, scratch, pinned, starts, keys, lengths, rows, sequences, heads, kv_heads, page, graph, *rest = arguments
+        dims, (causal, window, fixed, whole, beside, uniform) = rest[:2], rest[2:]
+        assert dims[0] == dims[1]
+        assert (page, causal, window, fixed, beside, uniform) == (1, False, -1, -1, 0, 0)
+        assert scratch.dtype == pinned.dtype == torch.uint8
+        assert starts.dtype == keys.dtype == lengths.dtype == torch.int32
+        assert len(starts) == len(keys) == len(lengths) + 1 == sequences + 1
+        assert rows == int(starts[-1])
+        self.plans += 1
+        group = heads // kv_heads
+        packed = [group * count for count in starts.diff().tolist()]
+        typical = group * (rows - sequences + 1) if graph else sum(packed) // sequences
+        tile = 16 if typical <= 16 else 64 if typical <= 64 else 128
+        tiles = sum(-(-count // tile) for count in packed)
+        limit = flashinfer_kernels.BLOCKS_PER_CORE // kv_heads
+        blocks = max(limit, -(-rows * group // tile) + sequences - 1) if graph else tiles
+        places, end = [], 0
+        sizes = [4 * blocks, 4 * blocks, 4 * blocks, 4 * (sequences + 1)]
+        for size in sizes:
+            places.append(end := -(-end // 16) * 16)
+            end += size
+        chunk = end
+        total, merge, mask = 0, 0, 0
+        if graph:
+            assert not whole
+            total = -(-(chunk + 4) // 16) * 16
+            merge = total + 16
+            mask = -(-(merge + 4 * (rows + 1)) // 16) * 16
         else:
-            assert len(indices) == int(indptr[-1])
-            self.indptr, self.indices = indptr, indices
+            self.whole = (starts.tolist(), keys.tolist())
+        request, qo_tile, kv_tile, outputs = places
+        return [
+            blocks, rows, total, tile, request, qo_tile, kv_tile, merge, outputs, chunk, 0, 0, mask, graph, graph
+        ]  # fmt: skip
 
-    def run(
-        self,
-        q: torch.Tensor,
-        pages: torch.Tensor,
-        q_scale: float,
-        k_scale: float,
-        v_scale: float,
-        out: torch.Tensor,
-        **options: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        assert pages.shape[1:3] == (2, 1)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        for number, (begin, end) in enumerate(itertools.pairwise(self.indptr.tolist())):
-            rows = slice(int(self.qo[number]), int(self.qo[number + 1]))
-            both = pages[self.indices[begin:end].long(), :, 0].double()
-            both = both * torch.tensor([k_scale, v_scale], dtype=torch.float64)[:, None, None]
-            new, seen = rows.stop - rows.start, end - begin
-            visible = torch.ones(new, seen, dtype=torch.bool)
-            visible = visible.tril(seen - new) if self.causal else visible
-            out[rows] = reference(q[rows], both[:, 0], both[:, 1], q_scale, visible).to(out.dtype)
-            lse[rows] = log_sum(q[rows], both[:, 0], q_scale, visible).float()
-        assert not options or options == {"return_lse": True, "lse_base": "ln"}
-        return (out, lse) if options else out
+    def paged_run(self, *arguments: Any) -> None:
+        _, schedule, numbers, q, keys, values, starts, indptr, cells, last, out, lse, mask, *rest = arguments
+        layout, window, _, *unused = rest[:9]
+        assert (layout, window, *unused) == (0, -1, *[None] * 6)
+        assert last.tolist() == [1] * (len(indptr) - 1)
+        if numbers[13]:
+            self._check(schedule, numbers, starts, indptr, q.shape[1] // keys.shape[2])
+        else:
+            assert self.whole is not None
+            assert self.whole[0] == starts.tolist()
+        for number, (begin, end) in enumerate(itertools.pairwise(indptr.tolist())):
+            rows = slice(int(starts[number]), int(starts[number + 1]))
+            picked = cells[begin:end].long()
+            self._attend(q, keys[picked, 0].double(), values[picked, 0].double(), rows, rest[10], bool(mask), out, lse)
+
+    def ragged_run(self, *arguments: Any) -> None:
+        _, _, _, q, keys, values, starts, key_starts, out, lse, mask, layout, window, _, *rest = arguments
+        assert (mask, layout, window, *rest[:6]) == (1, 0, -1, *[None] * 6)
+        assert self.whole == (starts.tolist(), key_starts.tolist())
+        for begin, end in itertools.pairwise(starts.tolist()):
+            rows = slice(begin, end)
+            self._attend(q, keys[rows], values[rows], rows, rest[7], True, out, lse)
+
+    @staticmethod
+    def _attend(
+        q: Any, keys: Any, values: Any, rows: slice, scale: float, causal: bool, out: Any, lse: torch.Tensor | None
+    ) -> None:
+        new, seen = rows.stop - rows.start, len(keys)
+        visible = torch.ones(new, seen, dtype=torch.bool)
+        visible = visible.tril(seen - new) if causal else visible
+        out[rows] = reference(q[rows], keys, values, scale, visible).to(out.dtype)
+        if lse is not None:
+            lse[rows] = (log_sum(q[rows], keys, scale, visible) / math.log(2)).float()
+
+    @staticmethod
+    def _check(schedule: torch.Tensor, numbers: list[int], starts: Any, indptr: Any, group: int) -> None:
+        """Every tile of queries meets every chunk of its keys once, and outputs are merged where they belong."""
+
+        def part(begin: int, count: int) -> list[int]:
+            return schedule[begin : begin + 4 * count].view(torch.int32).tolist()
+
+        blocks, rows, total, tile, request, qo_tile, kv_tile, merge, outputs, chunk, _, _, mask, _, _ = numbers
+        active = schedule[mask : mask + blocks].bool().tolist()
+        size, sequences = part(chunk, 1)[0], len(indptr) - 1
+        work = [
+            entry
+            for entry, real in zip(
+                zip(part(request, blocks), part(qo_tile, blocks), part(kv_tile, blocks), strict=True),
+                active,
+                strict=True,
+            )
+            if real
+        ]
+        chunks = [max(1, -(-int(count) // size)) for count in indptr.diff()]
+        counts = starts.diff().tolist()
+        wanted = [
+            (number, tile_number, piece)
+            for number in range(sequences)
+            for tile_number in range(-(-counts[number] * group // tile))
+            for piece in range(chunks[number])
+        ]
+        assert work == wanted
+        assert active == [True] * len(work) + [False] * (blocks - len(work))
+        steps = [chunks[number] for number in range(sequences) for _ in range(counts[number])]
+        assert part(merge, rows + 1) == [0, *itertools.accumulate(steps)]
+        assert part(outputs, sequences + 1) == [
+            0,
+            *itertools.accumulate(c * n for c, n in zip(chunks, counts, strict=True)),
+        ]
+        assert part(total, 1) == [rows]
 
 
-class StandInPrefill(StandIn):
-    def plan(self, *arguments: Any, causal: bool, sm_scale: float, **types: Any) -> None:
-        qo, indptr, indices, last, *sizes = arguments
-        assert (sm_scale, sizes[-1]) == (1.0, 1)
-        self.causal = causal
-        self._plan(qo, indptr, indices, last)
-
-
-class StandInDecode(StandIn):
-    def plan(self, *arguments: Any, sm_scale: float, **types: Any) -> None:
-        indptr, indices, last, *sizes = arguments
-        assert (sm_scale, sizes[-1]) == (1.0, 1)
-        self._plan(torch.arange(len(indptr)), indptr, indices, last)
-
-
-def use_flashinfer_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the provider of that name find `StandIn` in FlashInfer's place."""
-    library = SimpleNamespace(
-        BatchPrefillWithPagedKVCacheWrapper=StandInPrefill, BatchDecodeWithPagedKVCacheWrapper=StandInDecode
-    )
-    monkeypatch.setattr(flashinfer_provider, "_library", lambda: library)
-    monkeypatch.setattr(flashinfer_provider, "WORKSPACE_BYTES", 1024)
+def use_flashinfer_stand_in(monkeypatch: pytest.MonkeyPatch, module: StandIn | None = None) -> StandIn:
+    """Let the provider of that name find a stand-in in FlashInfer's place."""
+    found = module or StandIn()
+    monkeypatch.setattr(flashinfer_kernels, "_library", lambda *_: (found, False))
+    monkeypatch.setattr(flashinfer_kernels, "WORKSPACE_BYTES", 1024)
+    # As FlashInfer's planner, which the stand-in is not, is compared with in `test_flashinfer_schedule.py`.
+    monkeypatch.setattr(flashinfer_kernels.FlashInferKernels, "check_schedules", lambda self: None)
+    return found
 
 
 def log_sum(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor) -> torch.Tensor:
@@ -201,6 +252,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.importorskip("flashinfer")
     elif name == "flashinfer":
         use_flashinfer_stand_in(monkeypatch)
+        monkeypatch.setattr(flashinfer_kernels, "BLOCKS_PER_CORE", 40)  # so that keys are cut, and some are not
     return lambda memory: make_provider(
         name, memory, HeadShape(HEADS, DTYPE), triton_kernels.attention_kernels, kv_splits=3
     )

@@ -41,14 +41,18 @@ from vlcache_sgl.sglang_hooks.second_reading import SecondReadings
 
 PLANES = 3
 SLOTS = 500
+HEAD_DIM = 8
 MIN_TOKENS = 8
 
 
 class World:
     """One scheduler over real parts.  Names as on SGLang's `Scheduler`, because the hooks are given this."""
 
-    def __init__(self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru", host: int = 0) -> None:
-        """`physical`: uncompressed tokens that the arena holds; `host`: tokens that host memory holds."""
+    def __init__(
+        self, physical: int = 96, chunk: int = 24, eviction_policy: str = "slru", host: int = 0, recall: int = 0
+    ) -> None:
+        """`physical`: uncompressed tokens that the arena holds; `host`: tokens that host memory holds; `recall`: how
+        many of those that are evicted come back in a decode step."""
         pool = KVArena(
             num_cells=physical * PLANES,
             groups=1,
@@ -56,8 +60,8 @@ class World:
             page_size=1,
             dtype=torch.float32,
             head_num=1,
-            head_dim=1,
-            v_head_dim=1,
+            head_dim=HEAD_DIM,
+            v_head_dim=HEAD_DIM,
             layer_num=PLANES,
             device="cpu",
             enable_memory_saver=False,
@@ -81,7 +85,7 @@ class World:
         self.token_to_kv_pool_allocator, self.req_to_token_pool, self.tree_cache = self.allocator, self.rows, self.tree
         self.policy = SchedulePolicy("fcfs", self.tree, False, False, False)
         self.new_token_ratio_tracker = NewTokenRatioTracker(init=0.5, min=0.1, decay=0.01, current=0.3)
-        config = config_from({"kv_policy": "vlcache"})
+        config = config_from({"kv_policy": "vlcache", "kv_recall": recall})
         assert config is not None
         self.choice = Choices(config).default
         self.chunk = chunk
@@ -104,7 +108,7 @@ class World:
             accounting = self.allocator.accounting
             accounting.host = HostPool(PLANES, SLOTS, host, self.arena.cells)
             model = Prompt(0, 0, (), PLANES, 1, 1, 1)
-            self.host = HostSharing(LaggingHostMemory(self), self.room, physical, model)
+            self.host = HostSharing(LaggingHostMemory(self, recall=recall > 0), self.room, physical, model)
             self.host.attach(self.tree)
         self.unpublished: list[Req] = []
         """Their prefill has ended, its result comes with the next step's: as under overlap scheduling."""
@@ -345,11 +349,15 @@ class World:
             keep = torch.tensor([[self.random.random() < 0.2 for _ in range(length)] for _ in range(PLANES)])
             if length < MIN_TOKENS:
                 keep[:] = True
-            most = PLANES * int(job.host.ratio * length)
+            most = PLANES * int(job.host.ratio * length - self.choice.recall)
             keep &= keep.flatten().cumsum(0).view_as(keep) <= most
-            job.host.own = memory.settle(
-                row[:length].long(), keep, int(keep.sum())
-            )  # raises when admission has let in too many
+            decided = (row[:length].long(), keep, int(keep.sum()))
+            # Either raises when admission has let in too many.
+            if memory.recall is None:
+                job.host.own = memory.settle(*decided)
+            else:
+                job.host.own, job.area = memory.settle_with_area(*decided, self.choice.recall)
+                keep = keep | memory.recall.places(~job.area.fixed, self.choice.recall)
             kept = self.arena.residency.table[:, job.host.own.private] >= 0
             assert torch.equal(kept, keep), "what is kept is not what was decided"
             row[:length] = job.host.own.private.to(row.dtype)
@@ -388,6 +396,7 @@ class World:
                 self._write(req, end, end + 1)
                 self._compute_state(req, end, end + 1)
                 req.output_ids.append(50 + len(req.output_ids))
+            self._recall(batch.reqs)
 
         before = len(self.batch.reqs)
         admission.make_room(step, self, self.batch)
@@ -396,6 +405,17 @@ class World:
         self._finish_those_at_their_end()
         if len(self.batch.reqs) < before:
             self.batch.batch_is_full = False
+
+    def _recall(self, reqs: list[Req]) -> None:
+        """What the step needs comes back, layer by layer; nobody knows beforehand what that is."""
+        jobs = [job for job in map(job_of, reqs) if job is not None]
+        areas = [job.recalls for job in jobs if job.recalls is not None]
+        if not areas or self.host is None or (recall := self.host.memory.recall) is None:
+            return
+        recall.step(areas)
+        for plane in range(PLANES):
+            numbers = [self.random.gauss(0, 1) for _ in range(len(areas) * HEAD_DIM)]
+            recall.refresh(slice(plane, plane + 1), torch.tensor(numbers).view(len(areas), 1, HEAD_DIM), 1.0)
 
     def _publish(self) -> None:
         """The results of the last step are there."""
@@ -488,7 +508,7 @@ class World:
         assert (cells > 0).all(), "a new token has no cell in some plane"
         written = marks(req, begin, end, PLANES)
         for plane in range(PLANES):
-            keys = written[plane].view(-1, 1, 1)
+            keys = written[plane].view(-1, 1, 1).expand(-1, 1, HEAD_DIM)
             self.arena.write(cells[plane : plane + 1], keys, -keys)
 
     def check(self) -> None:

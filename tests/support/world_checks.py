@@ -9,6 +9,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 
 from vlcache_sgl.memory.own_slots import OwnSlots
+from vlcache_sgl.recall.areas import EMPTY, RecallArea
 from vlcache_sgl.sglang_hooks.jobs import job_of
 
 if TYPE_CHECKING:
@@ -81,16 +82,30 @@ def _check_reads(world: World) -> None:
         slots = world.rows.req_to_token[req.kv.req_pool_idx, :end].long()
         cells = table[:, slots].long()
         kept = cells >= 0
+        job = job_of(req)
         read, written = (
             world.arena.cells[cells.clamp(min=0), 0, 0, 0],
-            marks(req, 0, end, planes),
+            _with_recalled(cells, marks(req, 0, end, planes), None if job is None else job.recalls),
         )
         assert torch.equal(read[kept], written[kept]), f"{req.rid} reads others"
-        job = job_of(req)
         if job is None or (not job.progress.done and job.host is None):
             own = kept[:, req.kv.cache_protected_len :]
             assert own.all(), "evicted before the decision"
         assert kept[:, len(req.origin_input_ids) :].all(), "an answer was evicted"
+
+
+def _with_recalled(cells: torch.Tensor, written: torch.Tensor, area: RecallArea | None) -> torch.Tensor:
+    """What the cells `[planes, tokens]` of a request must hold: `written`, but in its area what has come back."""
+    if area is None:
+        return written
+    written = written.clone()
+    for plane, (own, positions) in enumerate(zip(area.cells, area.positions, strict=True)):
+        held = positions[positions != EMPTY]
+        assert len(held.unique()) == len(held), "a token has come back twice"
+        assert not area.fixed[plane, held].any(), "what was kept has come back"
+        for cell, position in zip(own[own >= 0].tolist(), written[plane, held].tolist(), strict=True):
+            written[plane, cells[plane] == cell] = position
+    return written
 
 
 def _check_host(world: World) -> None:

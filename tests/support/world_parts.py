@@ -29,8 +29,8 @@ class Event:
 class LaggingHostMemory(HostMemory):
     """Of a device that may be behind with what it frees."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world.allocator.accounting, world.room)
+    def __init__(self, world: World, recall: bool) -> None:
+        super().__init__(world.allocator.accounting, world.room, recall=recall)
         self._world = world
 
     def _retire(self, slots: torch.Tensor, keep: torch.Tensor) -> None:

@@ -11,13 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
+from vlcache_kernels.variants import alignment
+
 # Elements of K that a program holds: with V 16 kB in bf16, enough loads in flight at 4 warps without spilling.
 BLOCK_ELEMENTS = 4096
 # Elements of one cell per program; a cell of more (heads_per_cell * D) is cut.
 MAX_WIDTH = 1024
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "stride_kt", "stride_vt", "stride_plane"],
+    do_not_specialize_on_alignment=["slots", "residency"],
+)
 def store_kernel(
     arena,  # out [num_cells, 2, heads_per_cell, D], contiguous
     keys,  # [T, K, D], element strides stride_kt, D, 1
@@ -34,8 +39,11 @@ def store_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SCALED: tl.constexpr,  # divide, in float32
+    ALIGN: tl.constexpr,  # divides stride_kt and stride_vt: rows are then read in vectors
 ):
     """One program: BLOCK_T tokens in one plane, BLOCK_W elements of each of their cells, K and V."""
+    stride_kt = tl.multiple_of(stride_kt, ALIGN)
+    stride_vt = tl.multiple_of(stride_vt, ALIGN)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     plane = tl.program_id(1).to(tl.int64)
     w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -67,11 +75,15 @@ def arena_write(
     _, _, heads_per_cell, head_dim = arena.shape
     tokens = slots.numel()
     # Heads of a token side by side; the distance between tokens is free (a slice of the fused projection).
-    keys, values = (x if x.stride(2) == 1 and x.stride(1) == head_dim else x.contiguous() for x in (keys, values))
+    align = alignment(head_dim)
+    keys, values = (
+        x if x.stride(2) == 1 and x.stride(1) == head_dim and x.stride(0) % align == 0 else x.contiguous()
+        for x in (keys, values)
+    )
     residency = residency if residency.stride(1) == 1 else residency.contiguous()
     width = heads_per_cell * head_dim
     block_w = min(MAX_WIDTH, triton.next_power_of_2(width))
-    block_t = max(1, min(BLOCK_ELEMENTS // block_w, triton.next_power_of_2(tokens)))
+    block_t = max(1, BLOCK_ELEMENTS // block_w)
     store_kernel[(triton.cdiv(tokens, block_t), residency.shape[0], triton.cdiv(width, block_w))](
         arena,
         keys,
@@ -88,5 +100,6 @@ def arena_write(
         BLOCK_T=block_t,
         BLOCK_W=block_w,
         SCALED=(key_scale, value_scale) != (1.0, 1.0),
+        ALIGN=align,
         num_warps=4,
     )

@@ -11,6 +11,7 @@ import triton
 from vlcache_kernels.attention_stats.records import BatchStats, RowBatch, StatsRequest
 from vlcache_kernels.attention_stats.triton import column_kernel, merge_kernel, row_kernel
 from vlcache_kernels.residency_index.records import ResidencyIndex
+from vlcache_kernels.variants import alignment
 
 LOG2E = math.log2(math.e)
 INTERPRETED = not isinstance(row_kernel, triton.JITFunction)
@@ -18,8 +19,6 @@ INTERPRETED = not isinstance(row_kernel, triton.JITFunction)
 # rows are split along the keys.
 TARGET_PROGRAMS = 264
 MAX_SPLITS = 64
-# Row blocks from which the search for the first row that sees a key costs less than the blocks that it leaves out.
-SKIP_FROM = 8
 
 
 class Tile(NamedTuple):
@@ -31,26 +30,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-def row_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def row_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Blocks of `row_kernel`, from the compiler's resource report for sm_90; not tuned: no GPU was at hand.
 
     A key tile of 128 x 128 bf16 is 32 kB.  Three stages of it leave room for two blocks on a Hopper multiprocessor
-    (228 kB), and 128 rows at 8 warps need 128 registers per thread, which allows two as well.
+    (228 kB), and 128 rows at 8 warps need 128 registers per thread, which allows two as well.  The same for any number
+    of query rows, so that one variant is compiled: few rows waste arithmetic, and reading the keys takes longer.
     """
-    rows = min(128, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:  # no matrix instruction at full precision: more than this spills registers
-        return Tile(min(rows, 32), 32, 8, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
-    if head_dim > 128:
-        return Tile(min(rows, 64), 64, 4, 3)
-    return Tile(rows, 128, 8 if rows == 128 else 4, 3)
+        return Tile(32, 32, 8, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
+    return Tile(64, 64, 4, 3) if head_dim > 128 else Tile(128, 128, 8, 3)
 
 
-def column_tile(packed_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def column_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Blocks of `column_kernel`: fewer rows at a time, because it holds a tile of logits beside its keys."""
-    rows = min(64, max(16, triton.next_power_of_2(packed_rows)))
     if dtype == torch.float32:
-        return Tile(min(rows, 32), 32, 4, 2)
-    return Tile(rows, 64 if head_dim > 128 else 128, 8 if rows == 64 else 4, 2)
+        return Tile(32, 32, 4, 2)
+    return Tile(64, 64 if head_dim > 128 else 128, 8, 2)
 
 
 def batch_attention_stats(
@@ -76,8 +72,9 @@ def batch_attention_stats(
     num_kv_heads = (index.indptr.numel() - 1) // size * heads_per_cell
     group = num_heads // num_kv_heads
     packed = max(batch.rows) * group
-    by_rows, by_columns = tiles or (f(packed, head_dim, queries.dtype) for f in (row_tile, column_tile))
-    if queries.stride(2) != 1:
+    by_rows, by_columns = tiles or (row_tile(head_dim, queries.dtype), column_tile(head_dim, queries.dtype))
+    align = alignment(head_dim)
+    if queries.stride(2) != 1 or queries.stride(0) % align or queries.stride(1) % align:
         queries = queries.contiguous()
     indptr, indices, row_index = index.indptr.contiguous(), index.indices.contiguous(), row_index.contiguous()
     device = queries.device
@@ -100,6 +97,7 @@ def batch_attention_stats(
         **shared,
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "ALIGN": align,
         "UPCAST": INTERPRETED,
     }
     strides = (queries.stride(0), queries.stride(1))
@@ -141,9 +139,9 @@ def batch_attention_stats(
             size,
             splits,
             **shared,
-            BLOCK_M=min(64, 2048 // triton.next_power_of_2(splits)),  # rows x splits fit the registers
+            BLOCK_M=2048 // MAX_SPLITS,  # rows x splits fit the registers
             num_warps=4,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            BLOCK_SPLITS=MAX_SPLITS,
             ENTROPY=want.entropy,
         )
         lse = None
@@ -186,7 +184,7 @@ def batch_attention_stats(
             DENSITY=density,
             PROBABILITIES=want.probabilities,
             GIVEN_LSE=lse is not None,
-            SKIP=packed >= SKIP_FROM * by_columns.rows and not want.probabilities,
+            SKIP=not want.probabilities,
             BLOCK_R=256,
         )
     return BatchStats(

@@ -22,8 +22,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ["total_rows", "batch", "splits"]
+STRIDES = ["stride_qt", "stride_qh"]
+LISTS = ["indptr", "indices", "row_index", "row_indptr", "owned_indptr"]
+"""Lists of a batch begin anywhere in memory."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES], do_not_specialize_on_alignment=LISTS)
 def row_kernel(
     queries,  # [T, H, D]; element strides stride_qt, stride_qh, 1
     arena,  # [num_cells, 2, heads_per_cell, D], contiguous, as `queries` or 8-bit floats; keys are [:, 0]
@@ -49,12 +54,15 @@ def row_kernel(
     BLOCK_M: tl.constexpr,  # packed rows
     BLOCK_N: tl.constexpr,  # keys
     ENTROPY: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides stride_qt and stride_qh: rows are then read in vectors
     UPCAST: tl.constexpr,  # multiply in float32: the interpreter reads bfloat16 operands of a product as integers
 ):
     """One program: BLOCK_M packed rows of one (request, KV head) against one split of its keys.
 
     Row blocks vary fastest, so that the programs that read the same keys run at the same time.
     """
+    stride_qt = tl.multiple_of(stride_qt, ALIGN)
+    stride_qh = tl.multiple_of(stride_qh, ALIGN)
     split = tl.program_id(1)
     kv_head = tl.program_id(2) % KV_HEADS
     b = tl.program_id(2) // KV_HEADS
@@ -120,7 +128,7 @@ def row_kernel(
         tl.store(part_dot + at, dot, mask=p < packed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=LISTS)
 def merge_kernel(
     part_max,  # [splits, H, T] float32, as written by row_kernel
     part_sum,
@@ -189,7 +197,20 @@ def merge_kernel(
     tl.store(visible + kv_head * batch + b, tl.sum(seen, 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["total_rows", "total_owned", "batch", *STRIDES],
+    do_not_specialize_on_alignment=[
+        *LISTS,
+        "row_max",
+        "row_lse",
+        "column_sum",
+        "column_square_sum",
+        "column_max",
+        "kept",
+        "probabilities",
+        "probability_base",
+    ],
+)
 def column_kernel(
     queries,
     arena,
@@ -228,6 +249,7 @@ def column_kernel(
     GIVEN_LSE: tl.constexpr,
     SKIP: tl.constexpr,  # look for the first row that sees a key of the block: worth it with many rows
     BLOCK_R: tl.constexpr,  # rows per step of that search
+    ALIGN: tl.constexpr,  # divides stride_qt and stride_qh: rows are then read in vectors
     UPCAST: tl.constexpr,
 ):
     """One program: BLOCK_N keys of one (request, KV head), loaded once, against all packed rows in turn.
@@ -236,6 +258,8 @@ def column_kernel(
     prefix is left out.  With SKIP, row blocks before the first row that sees a key of the block are left out: half of
     the work when all rows are query rows.  The loop has no branch, so that loads of queries run ahead.
     """
+    stride_qt = tl.multiple_of(stride_qt, ALIGN)
+    stride_qh = tl.multiple_of(stride_qh, ALIGN)
     kv_head = tl.program_id(1)
     b = tl.program_id(2)
     segment = (kv_head // HEADS_PER_CELL) * batch + b

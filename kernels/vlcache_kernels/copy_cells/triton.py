@@ -11,33 +11,49 @@ import torch
 import triton
 import triton.language as tl
 
+from vlcache_kernels.variants import alignment
+
 # Elements that a program holds.
 BLOCK_ELEMENTS = 8192
 # Elements of one cell per program; a cell of more is cut.
 MAX_WIDTH = 2048
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "stride_out",
+        "stride_to_plane",
+        "stride_to",
+        "stride_source",
+        "stride_number_plane",
+        "stride_number",
+    ],
+    do_not_specialize_on_alignment=["to", "numbers"],
+)
 def copy_kernel(
     out,  # out [P, N, WIDTH], row stride WIDTH, plane stride stride_out
     to,  # [P, n] int, strides stride_to_plane, stride_to
     source,  # [P, M, WIDTH], plane stride stride_source
     numbers,  # [P, n] int, strides stride_number_plane, stride_number
     tokens,  # n
-    stride_out,
-    stride_to_plane,
-    stride_to,
-    stride_source,
-    stride_number_plane,
-    stride_number,
+    stride_out: tl.int64,  # a multiple of WIDTH, like stride_source
+    stride_to_plane: tl.int64,
+    stride_to: tl.int64,
+    stride_source: tl.int64,
+    stride_number_plane: tl.int64,
+    stride_number: tl.int64,
     WIDTH: tl.constexpr,  # 2 * heads_per_cell * D
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides WIDTH
 ):
     """One program: BLOCK_T tokens in one plane, BLOCK_W elements of each of their cells."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     plane = tl.program_id(1).to(tl.int64)
     w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
+    stride_out = tl.multiple_of(stride_out, ALIGN)
+    stride_source = tl.multiple_of(stride_source, ALIGN)
     there = t < tokens
     t = t.to(tl.int64)
     target = tl.load(to + plane * stride_to_plane + t * stride_to, mask=there, other=-1).to(tl.int64)
@@ -66,5 +82,6 @@ def copy_cells(out: torch.Tensor, to: torch.Tensor, source: torch.Tensor, number
         WIDTH=width,
         BLOCK_T=block_t,
         BLOCK_W=block_w,
+        ALIGN=alignment(width),
         num_warps=4,
     )

@@ -22,6 +22,8 @@ from vlcache_kernels.residency_index.records import ResidencyIndex
 CHUNK = 4096
 # Counts that `write_kernel` adds up per step.
 SCAN = 1024
+# Segments that `append_kernel` adds up per step.
+BLOCK_Q = 256
 
 
 @triton.jit
@@ -34,7 +36,11 @@ def _cells_of_chunk(req_to_token, rows, lengths, residency, plane, b, c, stride_
     return tl.load(residency + plane.to(tl.int64) * stride_plane + slot, mask=inside, other=-1)
 
 
-@triton.jit
+LENGTHS = ["first_plane", "batch", "group", "chunks", "stride_req", "stride_plane"]
+LISTS = ["req_to_token", "rows", "lengths", "residency"]
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=[*LISTS, "counts"])
 def count_kernel(
     req_to_token,  # [max_reqs, max_len] int, slots by position; row stride stride_req
     rows,  # [B] int
@@ -60,7 +66,10 @@ def count_kernel(
     tl.store(counts + layer.to(tl.int64) * tl.num_programs(0) + j, tl.sum((cell >= 0).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "capacity"],
+    do_not_specialize_on_alignment=[*LISTS, "counts", "indptr", "indices"],
+)
 def write_kernel(
     req_to_token,
     rows,
@@ -105,7 +114,27 @@ def write_kernel(
         tl.store(indptr + layer * (segments + 1) + segments, base + tl.sum(kept.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_plane",
+        "batch",
+        "old_batch",
+        "group",
+        "chunks",
+        "old_capacity",
+        "capacity",
+        "stride_plane",
+    ],
+    do_not_specialize_on_alignment=[
+        "old_indptr",
+        "old_indices",
+        "slots",
+        "source",
+        "residency",
+        "indptr",
+        "indices",
+    ],
+)
 def append_kernel(
     old_indptr,  # [lists, G * B_old + 1] int32
     old_indices,  # [lists, old_capacity] int32 or int64
@@ -122,35 +151,40 @@ def append_kernel(
     old_capacity,
     capacity,
     stride_plane,
-    BLOCK_Q: tl.constexpr,  # Q rounded up to a power of two
+    BLOCK_Q: tl.constexpr,  # segments per step of the sums
     CHUNK: tl.constexpr,
 ):
     """One program: CHUNK cells of one segment, moved to their new place; the last one adds the new cell.
 
     Every program finds its place itself: it sums the sizes of all segments before its own, old size plus one where the
-    new token has a cell.  Q is a few hundred at most.
+    new token has a cell.
     """
     j = tl.program_id(0)
     layer = tl.program_id(1)
     segment = j // chunks
     segments = batch * group
-
-    q = tl.arange(0, BLOCK_Q)
-    b = q % batch
-    plane = first_plane + layer * group + q // batch
-    old = (q // batch) * old_batch + tl.load(source + b, mask=q < segments, other=0).to(tl.int32)
     old_row = old_indptr + layer * (group * old_batch + 1)
-    begin = tl.load(old_row + old, mask=q < segments, other=0)
-    size = tl.load(old_row + old + 1, mask=q < segments, other=0) - begin
-    slot = tl.load(slots + b, mask=q < segments, other=0).to(tl.int64)
-    new = tl.load(residency + plane.to(tl.int64) * stride_plane + slot, mask=q < segments, other=-1)
-    grown = size + (new >= 0).to(tl.int32)
 
-    mine = q == segment
-    base = tl.sum(tl.where(q < segment, grown, 0), 0)
-    from_ = tl.sum(tl.where(mine, begin, 0), 0)
-    length = tl.sum(tl.where(mine, size, 0), 0)
-    cell = tl.sum(tl.where(mine, new, 0), 0)
+    before = tl.zeros([BLOCK_Q], tl.int32)
+    last = j == tl.num_programs(0) - 1
+    for start in range(0, segment, BLOCK_Q):
+        q = start + tl.arange(0, BLOCK_Q)
+        b = q % batch
+        plane = first_plane + layer * group + q // batch
+        old = (q // batch) * old_batch + tl.load(source + b, mask=q < segment, other=0).to(tl.int32)
+        begin = tl.load(old_row + old, mask=q < segment, other=0)
+        size = tl.load(old_row + old + 1, mask=q < segment, other=0) - begin
+        slot = tl.load(slots + b, mask=q < segment, other=0).to(tl.int64)
+        new = tl.load(residency + plane.to(tl.int64) * stride_plane + slot, mask=q < segment, other=-1)
+        before += size + (new >= 0).to(tl.int32)
+    base = tl.sum(before, 0)
+
+    plane = first_plane + layer * group + segment // batch
+    old = (segment // batch) * old_batch + tl.load(source + segment % batch).to(tl.int32)
+    from_ = tl.load(old_row + old)
+    length = tl.load(old_row + old + 1) - from_
+    slot = tl.load(slots + segment % batch).to(tl.int64)
+    cell = tl.load(residency + plane.to(tl.int64) * stride_plane + slot)
 
     i = (j % chunks) * CHUNK + tl.arange(0, CHUNK)
     moved = tl.load(old_indices + layer.to(tl.int64) * old_capacity + from_ + i, mask=i < length, other=0)
@@ -159,8 +193,8 @@ def append_kernel(
     tl.store(indices + layer.to(tl.int64) * capacity + base + i, moved, mask=(i < end) & (base + i < capacity))
     if j % chunks == 0:
         tl.store(indptr + layer * (segments + 1) + segment, base)
-    if j == tl.num_programs(0) - 1:
-        tl.store(indptr + layer * (segments + 1) + segments, tl.sum(grown, 0))
+    if last:
+        tl.store(indptr + layer * (segments + 1) + segments, base + end)
 
 
 def residency_index(
@@ -177,11 +211,12 @@ def residency_index(
 ) -> None:
     """See `vlcache_kernels.residency_index.residency_index`: two launches, whatever the number of planes."""
     lists, segments = out.indptr.shape[0], out.indptr.shape[1] - 1
-    chunk = min(chunk, max(16, triton.next_power_of_2(max_length)))
     chunks = max(1, triton.cdiv(max_length, chunk))
     grid = (segments * chunks, lists)
     counts = torch.empty(lists, segments * chunks, dtype=torch.int32, device=residency.device)
-    inputs = (req_to_token, rows.contiguous(), lengths.contiguous(), residency, counts)
+    # One type, whatever the caller counts in: types are variants.
+    rows, lengths = (numbers.to(torch.int64).contiguous() for numbers in (rows, lengths))
+    inputs = (req_to_token, rows, lengths, residency, counts)
     sizes = (planes.start, rows.numel(), group, chunks)
     strides = (req_to_token.stride(0), residency.stride(0))
     count_kernel[grid](*inputs, *sizes, *strides, CHUNK=chunk, num_warps=8)
@@ -202,12 +237,11 @@ def append_tokens(
 ) -> None:
     """See `vlcache_kernels.residency_index.append_tokens`: one launch."""
     lists, segments = out.indptr.shape[0], out.indptr.shape[1] - 1
-    chunk = min(chunk, max(16, triton.next_power_of_2(max_length)))
     chunks = max(1, triton.cdiv(max_length, chunk))
     append_kernel[(segments * chunks, lists)](
         *previous,
-        slots.contiguous(),
-        source.contiguous(),
+        slots.to(torch.int64).contiguous(),
+        source.to(torch.int64).contiguous(),
         residency,
         *out,
         planes.start,
@@ -218,7 +252,7 @@ def append_tokens(
         previous.indices.shape[1],
         out.indices.shape[1],
         residency.stride(0),
-        BLOCK_Q=max(16, triton.next_power_of_2(segments)),
+        BLOCK_Q=BLOCK_Q,
         CHUNK=chunk,
         num_warps=8,
     )

@@ -18,6 +18,8 @@ from vlcache_kernels.select.records import FreeList, Selection
 # Tokens per step of a program: 4 per thread at 32 warps; one program per plane, so a multiprocessor has nothing else.
 BLOCK = 4096
 TIER_BITS = 4
+# Planes that `free_kernel` adds up per step.
+BLOCK_PLANES = 256
 
 
 @triton.jit
@@ -35,7 +37,10 @@ def _sort_keys(scores, tiers, i, owned, HAS_TIERS: tl.constexpr, BLOCK: tl.const
     return tl.where(i < owned, key, -1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["owned", "stride_scores", "stride_tiers"],
+    do_not_specialize_on_alignment=["scores", "k", "tiers", "keep", "positions", "counts"],
+)
 def select_kernel(
     scores,  # [planes, m] float32, row stride stride_scores
     k,  # [planes] int
@@ -98,7 +103,10 @@ def select_kernel(
     tl.store(counts + plane, wanted)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["owned", "stride_keep", "stride_cells"],
+    do_not_specialize_on_alignment=["keep", "cells", "evicted"],
+)
 def evicted_kernel(
     keep,  # [planes, m] bool as int8, row stride stride_keep
     cells,  # [planes, m] int, row stride stride_cells
@@ -119,7 +127,10 @@ def evicted_kernel(
     tl.store(evicted + plane, tl.sum(free, 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["owned", "planes", "stride_keep", "stride_cells"],
+    do_not_specialize_on_alignment=["keep", "cells", "evicted", "freed", "num_freed"],
+)
 def free_kernel(
     keep,  # [planes, m] bool as int8, row stride stride_keep
     cells,  # [planes, m] int, row stride stride_cells
@@ -130,13 +141,16 @@ def free_kernel(
     planes,
     stride_keep,
     stride_cells,
-    BLOCK_PLANES: tl.constexpr,  # planes rounded up to a power of two
+    BLOCK_PLANES: tl.constexpr,  # planes per step of the sum
     BLOCK: tl.constexpr,
 ):
     """One program: the evicted cells of one plane, after those of the planes before it."""
     plane = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, BLOCK_PLANES)
-    base = tl.sum(tl.load(evicted + p, mask=p < plane, other=0), 0)
+    before = tl.zeros([BLOCK_PLANES], tl.int32)
+    for start in range(0, plane, BLOCK_PLANES):
+        p = start + tl.arange(0, BLOCK_PLANES)
+        before += tl.load(evicted + p, mask=p < plane, other=0)
+    base = tl.sum(before, 0)
     for start in range(0, owned, BLOCK):
         i = start + tl.arange(0, BLOCK)
         cell = tl.load(cells + plane * stride_cells + i, mask=i < owned, other=-1).to(tl.int32)
@@ -170,7 +184,7 @@ def select(scores: torch.Tensor, k: torch.Tensor, tiers: torch.Tensor | None, *,
         tiers_.stride(0) if tiers_.dim() == 2 else 0,
         HAS_TIERS=tiers is not None,
         KEY_BITS=32 if tiers is None else 32 + TIER_BITS,
-        **_block(block, owned),
+        **_block(block),
     )
     return Selection(keep.view(torch.bool), positions, counts)
 
@@ -184,7 +198,7 @@ def free_list(keep: torch.Tensor, cells: torch.Tensor, *, block: int = BLOCK) ->
     freed = torch.empty(planes * owned, dtype=torch.int32, device=keep.device)
     count = torch.empty(1, dtype=torch.int32, device=keep.device)
     strides = (keep.stride(0), cells.stride(0))
-    options = _block(block, owned)
+    options = _block(block)
     evicted_kernel[(planes,)](keep, cells, evicted, owned, *strides, **options)
     free_kernel[(planes,)](
         keep,
@@ -195,13 +209,12 @@ def free_list(keep: torch.Tensor, cells: torch.Tensor, *, block: int = BLOCK) ->
         owned,
         planes,
         *strides,
-        BLOCK_PLANES=max(16, triton.next_power_of_2(planes)),
+        BLOCK_PLANES=BLOCK_PLANES,
         **options,
     )
     return FreeList(freed, count)
 
 
-def _block(most: int, owned: int) -> dict[str, int]:
+def _block(block: int) -> dict[str, int]:
     """Tokens per step, and the warps for it."""
-    block = min(most, max(16, triton.next_power_of_2(owned)))
     return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 32}

@@ -34,6 +34,9 @@ class Provider(Protocol):
     on_device: bool
     """Kernels of a GPU: batches carry device tensors, decode can be recorded in CUDA graphs."""
 
+    lists: torch.dtype | None
+    """Type of the lists of cells that its kernels read; None: it reads none."""
+
     def invalidate(self, row: int) -> None:
         """The slots of a request row have changed: forget what is known of its cells."""
 

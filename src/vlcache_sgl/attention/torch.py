@@ -22,6 +22,7 @@ class TorchProvider:
     """Plain torch, on any device; no CUDA graphs, and the host reads sizes from the device."""
 
     on_device = False
+    lists = None
 
     def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
         self._memory = memory

@@ -22,6 +22,8 @@ from vlcache_sgl.memory.device_index import DeviceIndex, look_up
 PROGRAMS_PER_CORE = 2
 """Decode programs per multiprocessor to aim at when keys are cut into parts: the kernel runs 4 warps, two hide each
 other's waiting."""
+MAX_PARTS = 64
+"""Most parts that a sequence is cut into where a batch is too small to fill the device otherwise."""
 MIN_PART = 256
 """Keys below which cutting costs more (a second pass over partial outputs) than it gains."""
 HEADS_PER_PROGRAM = 16
@@ -46,10 +48,11 @@ class TritonProvider:
         memory: arena, residency and rows.
         shape: the queries.
         kernels: SGLang's.
-        kv_splits: most parts that one sequence's keys are cut into.
+        kv_splits: parts that one sequence's keys may be cut into in any batch; in small ones they may be more.
     """
 
     on_device = True
+    lists = torch.int64
 
     def __init__(self, memory: Memory, shape: HeadShape, kernels: AttentionKernels, *, kv_splits: int = 8) -> None:
         self._memory = memory
@@ -58,11 +61,13 @@ class TritonProvider:
         self._kv_splits = kv_splits
         device = memory.arena.device
         self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._index = DeviceIndex(memory, torch.int64, exact=False)
+        self._index = DeviceIndex(memory, self.lists)
         self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
         self._decode: DecodePlan | None = None
-        self._partial = self._new_partial(0)
-        self._fixed: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
+        per_kv_head = max(1, self._heads // self._keys.shape[1])
+        self._tiles = -(-self._heads // min(HEADS_PER_PROGRAM, per_kv_head))
+        self._room = self._new_room(0)
+        self._fixed: tuple[torch.Tensor, torch.Tensor] | None = None
         self._extend_kernel, self._decode_kernel = kernels
 
     def invalidate(self, row: int) -> None:
@@ -125,17 +130,16 @@ class TritonProvider:
     def plan_decode(self, batch: DecodeBatch) -> None:
         index = self._index.step(batch)
         sequences = index.indptr.shape[1] - 1
-        per_kv_head = max(1, self._heads // self._keys.shape[1])
-        tiles = -(-self._heads // min(HEADS_PER_PROGRAM, per_kv_head))
-        parts = count_parts(index.indptr, sequences * tiles, self._cores, self._kv_splits)
+        most = self._most_parts(sequences)
+        parts = count_parts(index.indptr, sequences * self._tiles, self._cores, most)
         if batch.recorded:
             assert self._fixed is not None
-            fixed, partial = self._fixed
-            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), partial)
+            fixed, room = self._fixed
+            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), self._partials(room, sequences))
             return
-        if self._partial[0].shape[0] < sequences:
-            self._partial = self._new_partial(sequences)
-        self._decode = DecodePlan(index, parts, self._partial)
+        if self._room.numel() < self._partial_size(sequences):
+            self._room = self._new_room(sequences)
+        self._decode = DecodePlan(index, parts, self._partials(self._room, sequences))
 
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
         assert self._decode is not None
@@ -153,7 +157,7 @@ class TritonProvider:
             lists.indices,
             *self._decode.partial,
             self._decode.parts[layer],
-            self._kv_splits,
+            self._decode.partial[0].shape[2],
             scale,
             scales.key,
             scales.value,
@@ -165,19 +169,37 @@ class TritonProvider:
         sequences = self._memory.groups * max_batch
         shape = (self._memory.num_layers, sequences)
         parts = torch.ones(shape, dtype=torch.int32, device=self._memory.arena.device)
-        self._fixed = (parts, self._new_partial(sequences))
+        self._fixed = (parts, self._new_room(sequences))
 
     def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
         return self._index.fits(rows, lengths)
 
-    def _new_partial(self, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for the outputs `[Q, H / G, parts, D]` and sums `[Q, H / G, parts]` of the parts, float32."""
-        device, dim = self._memory.arena.device, self._memory.arena.shape[-1]
-        shape = (sequences, self._heads, self._kv_splits)
-        return (
-            torch.empty((*shape, dim), dtype=torch.float32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
-        )
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    def _most_parts(self, sequences: int) -> int:
+        """Parts that one sequence of a batch may be cut into: a power of two above `kv_splits`, as each is compiled."""
+        wanted = -(-PROGRAMS_PER_CORE * self._cores // max(1, sequences * self._tiles))
+        most = self._kv_splits
+        while most < min(wanted, MAX_PARTS):
+            most *= 2
+        return most
+
+    def _partial_size(self, sequences: int) -> int:
+        """Numbers that the parts of a batch leave: outputs and sums."""
+        dim = int(self._memory.arena.shape[-1])
+        return sequences * self._heads * self._most_parts(sequences) * (dim + 1)
+
+    def _new_room(self, sequences: int) -> torch.Tensor:
+        """Room for the parts of any batch of up to so many sequences, float32."""
+        most = max(self._partial_size(count) for count in range(sequences + 1))
+        return torch.empty(most, dtype=torch.float32, device=self._memory.arena.device)
+
+    def _partials(self, room: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In `room`, outputs `[Q, H / G, parts, D]` and sums `[Q, H / G, parts]`."""
+        shape, dim = (sequences, self._heads, self._most_parts(sequences)), int(self._memory.arena.shape[-1])
+        sums = shape[0] * shape[1] * shape[2]
+        outputs, rest = torch.split(room[: sums * (dim + 1)], [sums * dim, sums])
+        return outputs.view(*shape, dim), rest.view(shape)
 
 
 def count_parts(indptr: torch.Tensor, programs: int, cores: int, most: int) -> torch.Tensor:

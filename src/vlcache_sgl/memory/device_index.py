@@ -32,18 +32,14 @@ class DeviceIndex:
         memory: residency and request rows.
         dtype: of `indices`: int32 for FlashInfer; int64 for SGLang's Triton kernels, which multiply indices by
             strides in the type of the index.
-        exact: keep a copy of `indptr` on the host, for kernels that are planned there.  Costs one wait for the device
-            whenever lists are looked up anew.
 
     Attributes:
         current: `indptr` `[layers, G * B + 1]` int32 and `indices` `[layers, capacity]` of the last step.
-        host: with `exact`, `indptr` on the host.
     """
 
-    def __init__(self, memory: Memory, dtype: torch.dtype, *, exact: bool) -> None:
+    def __init__(self, memory: Memory, dtype: torch.dtype) -> None:
         self._memory = memory
         self._dtype = dtype
-        self._exact = exact
         self._device = memory.arena.device
         self._rows: list[int] = []
         self._lengths: list[int] = []
@@ -57,7 +53,6 @@ class DeviceIndex:
         self._nothing = torch.full((memory.residency.num_planes, 1), -1, dtype=torch.int32, device=self._device)
         self._numbers = torch.arange(0, device=self._device)
         self.current: ResidencyIndex | None = None
-        self.host = torch.zeros(memory.num_layers, 1, dtype=torch.int32)
 
     # -- what graphs read -------------------------------------------------------------------------------------------
 
@@ -113,14 +108,14 @@ class DeviceIndex:
             source.append(number)
         if batch.padding and not self._padding:
             return None
-        return source + [len(self._rows)] * batch.padding
+        # Any padding continues any other; its own, so that a batch that stays the same names every number in order.
+        last = len(self._rows) + self._padding - 1
+        return source + [min(len(self._rows) + number, last) for number in range(batch.padding)]
 
     def _anew(self, batch: DecodeBatch) -> ResidencyIndex:
         lengths = _with_padding(batch)
         out = self._output(batch, self._room(batch))
         _look_up(self._memory, batch.row_tensor, batch.length_tensor, out, max(lengths))
-        if self._exact:
-            self.host = out.indptr.to("cpu", copy=True)
         return out
 
     def _continued(self, batch: DecodeBatch, source: list[int]) -> ResidencyIndex:
@@ -140,18 +135,7 @@ class DeviceIndex:
             # Extended by nothing: the lists are only moved to where graphs read them.
             nothing = torch.zeros_like(numbers)
             append_tokens(out, nothing, self._nothing, source=numbers, out=target, **options)
-        if self._exact:
-            self.host = self._longer(source, len(batch.rows))
         return target
-
-    def _longer(self, source: list[int], real: int) -> torch.Tensor:
-        """`host` after a step: the real requests have one more cell in every plane."""
-        groups = self._memory.groups
-        sizes = self.host.diff(dim=1).view(self._memory.num_layers, groups, -1)[:, :, source]
-        sizes[:, :, :real] += 1
-        host = torch.zeros(self._memory.num_layers, groups * len(source) + 1, dtype=torch.int32)
-        host[:, 1:] = sizes.flatten(1).cumsum(1)
-        return host
 
     # -- buffers ----------------------------------------------------------------------------------------------------
 

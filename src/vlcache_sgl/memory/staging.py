@@ -91,7 +91,7 @@ class Staging:
         """
         assert self._staged is None, "the forward before has not ended"
         count = slots.numel()
-        cells = self._residency.borrow(self.cells_for(count)).view(self.sets, -1, count)
+        cells = self._residency.borrow(self.cells_for(count)).view(self.sets, self._arena.planes_per_layer, count)
         # A slot that repeats is staged where it is named last: whoever finds its own number is that one.
         numbers = torch.arange(count, device=slots.device)
         self._owner[slots] = numbers

@@ -49,9 +49,9 @@ class Basis(NamedTuple):
 
 
 def moments(keys: torch.Tensor, queries: torch.Tensor) -> Moments:
-    """Of a text's keys `[n, K, D]` and queries `[n, H, D]`."""
+    """Of a text's keys `[n, K, D]` and queries `[m, H, D]`."""
     count, kv_heads, dim = keys.shape
-    by_head = queries.float().view(count, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
+    by_head = queries.float().view(len(queries), kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
     k = keys.float().transpose(0, 1)
     return Moments(k.mT @ k / count, by_head.mT @ by_head / by_head.shape[1])
 
@@ -75,8 +75,13 @@ def spread(seen: Moments, rotary: Rotary, reach: int = REACH) -> Moments:
     return Moments(averaged(seen.keys), averaged(seen.queries))
 
 
-def fit(seen: Moments) -> Basis:
-    """The basis whose first coordinates hold most of the logits' variance."""
+def fit(seen: Moments, count: int | None = None) -> Basis:
+    """The basis whose first coordinates hold most of the logits' variance.
+
+    Args:
+        seen: what it is fitted to.
+        count: of coordinates; None: as many as `FittedSketch` keeps.
+    """
     keys, queries = (part.double() for part in seen)
     size = queries.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=TINY)[:, None, None]
     eye = torch.eye(keys.shape[-1], dtype=torch.float64, device=keys.device)
@@ -84,7 +89,7 @@ def fit(seen: Moments) -> Basis:
     root = (vectors * values.sqrt()[:, None]) @ vectors.mT
     back = (vectors / values.sqrt()[:, None]) @ vectors.mT
     variance, turn = torch.linalg.eigh(root @ keys @ root)
-    used = sum(coordinates(keys.shape[-1]))
+    used = sum(coordinates(keys.shape[-1])) if count is None else count
     variance, turn = variance.flip(1)[:, :used], turn.flip(2)[..., :used]
     deviation = variance.clamp(min=TINY**2).sqrt()[:, None]
     return Basis((root @ turn / deviation).float(), (back @ turn * deviation).float())

@@ -199,6 +199,12 @@ class Scoring:
         return None if columns is None else columns[..., : self.prompt.owned]
 
 
+def wanted_statistics(needs: tuple[Needs, Needs], model: Prompt) -> list[StatsRequest]:
+    """What a scorer and an allocator with these needs ask to be counted of every prompt of a model."""
+    prompt = replace(model, length=2, start=0, repeated=1)
+    return [group.want for group in Scoring(prompt, needs).groups]
+
+
 def _union(a: StatsRequest, b: StatsRequest) -> StatsRequest:
     if None not in (a.density, b.density) and a.density != b.density:
         raise ValueError(f"scorer and allocator ask for different density thresholds: {a.density} and {b.density}")

@@ -14,6 +14,19 @@ from vlcache_sgl.memory.scales import UNSCALED, Scales
 from vlcache_sgl.sglang_hooks.facades import AttentionLayer
 
 
+class _NoSlots(Sequence[torch.Tensor]):
+    """In the place of SGLang's lists of buffers: whoever wants to index by slot would get somebody else's cell."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, layer: Any) -> Any:
+        raise RuntimeError("with --kv-policy keys and values lie in cells, which slots do not number")
+
+    def __iter__(self) -> Any:
+        return self[0]
+
+
 class KVArena(MHATokenToKVPool):
     """SGLang's `size` is the number of *virtual slots*; the memory is the `num_cells` cells of `arena`.
 
@@ -53,8 +66,7 @@ class KVArena(MHATokenToKVPool):
             layer_ids=self._layer_ids,
             window=self._window,
         )
-        self.k_buffer = [self.arena.cells[:, 0]] * self.layer_num
-        self.v_buffer = [self.arena.cells[:, 1]] * self.layer_num
+        self.k_buffer = self.v_buffer = _NoSlots()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         half = self.arena.nbytes // 2

@@ -8,14 +8,17 @@ scheduler's writes behind the reads of the running forward, therefore holds for 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from vlcache_kernels.arena_write import arena_write
+from vlcache_kernels.attention_stats import StatsRequest
 from vlcache_sgl.attention.base import HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
+from vlcache_sgl.attention.warm_up import compile_kernels
 from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.compression.measured import Measured
@@ -53,10 +56,10 @@ class ResidencyBackend(AttentionBackend):
             self.arena.groups,
             self.arena.scales,
         )
-        shape = HeadShape(num_heads, model_runner.dtype)
+        self._shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
         self.provider: Provider = make_provider(
-            provider, self._memory, shape, triton_kernels.attention_kernels, kv_splits=splits
+            provider, self._memory, self._shape, triton_kernels.attention_kernels, kv_splits=splits
         )
         # Where this forward writes, `[planes, tokens]`: int64 for torch, int32 (-1: nowhere) for kernels of a device.
         self._cells = torch.empty(0)
@@ -75,6 +78,13 @@ class ResidencyBackend(AttentionBackend):
         tokens in it."""
         self.rows: list[int] | None = None
         """Request rows of the forward that runs now, where the host knows them: asking the device would wait for it."""
+
+    def compile_kernels(self, wants: Callable[[], Iterable[StatsRequest]]) -> None:
+        """Compile what a GPU runs, before requests come; `wants` says which statistics the default policy asks for."""
+        if self.provider.lists is not None:
+            compile_kernels(self._memory, self._shape, self.provider.lists, wants())
+            if self.compressor.host is not None and self.compressor.host.recall is not None:
+                self.compressor.host.recall.compile_kernels(self._shape.num_heads)
 
     def support_triton(self) -> bool:
         return self.provider.on_device

@@ -64,6 +64,8 @@ _UNSUPPORTED_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("prefill_only_disable_kv_cache", bool, "there is no KV cache"),
     ("encoder_only", bool, "an encoder has no KV cache; the server that it encodes for takes the flag"),
     ("enable_mis", bool, "items of one prompt must not see each other, and all see what is kept"),
+    ("enable_deterministic_inference", bool, "how attention is cut follows from what else runs"),
+    ("enable_memory_saver", bool, "it would take back memory that holds who owns which cell"),
     ("enable_nvidia_megakernel", bool, "its attention reads the KV cache by slot"),
     ("enable_amd_monokernel", bool, "its attention reads the KV cache by slot"),
 )
@@ -76,6 +78,10 @@ def unsupported_arguments(server_args: ServerArgs) -> Iterator[str]:
         if is_set(value):
             flag = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
             yield f"--kv-policy cannot be combined with {flag}: {reason}"
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
+        yield "--kv-policy cannot be combined with SGLANG_ENABLE_METADATA_GLUE_GRAPH: lists change outside of graphs"
     backend = getattr(server_args, "attention_backend", None)
     supported = ATTENTION_BACKENDS if _has_cuda(server_args) else ATTENTION_BACKENDS[:1]
     if backend is not None and backend not in supported:

@@ -26,22 +26,26 @@ from vlcache_sgl.sglang_hooks.facades import Req
 from vlcache_sgl.sglang_hooks.jobs import job_of
 
 
-def image_end(job: CompressionJob | None) -> int | None:
-    """Where the last image or video of a prompt that is compressed ends; None: there is none."""
-    return job.asked.vision[-1].end if job is not None and job.asked.vision else None
+def image_end(tree: Any, req: Req) -> int | None:
+    """Where the last image or video of a prompt that is compressed ends; None where nobody else will look for it."""
+    job = job_of(req)
+    if job is None or not job.asked.vision or not tree.supports_mamba() or tree.disable or req.skip_radix_cache_insert:
+        return None
+    shared = job.host is not None or job.asked.choice.share == "policy"
+    return job.asked.vision[-1].end if shared else None
 
 
 def tokens_to_image_end(tree: Any, req: Req) -> int | None:
     """Tokens of the chunk with which the last image of a prompt ends, where its state can be kept there only."""
-    end = image_end(job_of(req))
-    if end is None or not tree.supports_mamba() or tree.enable_mamba_extra_buffer:
+    end = image_end(tree, req)
+    if end is None or tree.enable_mamba_extra_buffer:
         return None
     return end - int(req.prefix_len) if req.prefix_len < end < len(req.full_untruncated_fill_ids) else None
 
 
 def choose_branching_point(batch: Any, req: Req, *_: Any) -> None:
     """Before SGLang decides behind which token of a chunk the state is copied: before the end of the image."""
-    end = image_end(job_of(req))
+    end = image_end(batch.tree_cache, req)
     if end is None:
         return
     grid = mamba_checkpoint_grid(batch.tree_cache.page_size)
@@ -53,9 +57,8 @@ def choose_branching_point(batch: Any, req: Req, *_: Any) -> None:
 def keep_state(tree: Any, req: Req, job: CompressionJob, up_to: int) -> None:
     """Between two chunks of a prompt that is not published yet, the first `up_to` tokens computed: keep the state if it
     is the one behind the image."""
-    end = image_end(job)
-    component = tree.components.get(ComponentType.MAMBA)
-    if end is None or component is None:
+    end = image_end(tree, req)
+    if end is None:
         return
     if tree.enable_mamba_extra_buffer:
         copied = req.kv.mamba_last_track_seqlen
@@ -67,7 +70,7 @@ def keep_state(tree: Any, req: Req, job: CompressionJob, up_to: int) -> None:
     if pool.mamba_allocator.available_size() + tree.mamba_evictable_size() < 1:
         return  # others use all states: the image is computed again
     drop_state(tree, job)
-    insert = InsertParams()
+    component, insert = tree.components[ComponentType.MAMBA], InsertParams()
     kept_end = component.prepare_for_caching_req(req=req, insert_params=insert, token_ids_len=up_to, is_finished=False)
     component.cleanup_after_caching_req(
         req, is_finished=False, insert_result=InsertResult(prefix_len=0), insert_params=insert
@@ -79,7 +82,7 @@ def drop_state(tree: Any, job: CompressionJob) -> None:
     """Give the job's state back to SGLang's pool, if it has one."""
     if job.state is not None:
         kept, job.state = job.state, None
-        tree.req_to_token_pool.mamba_allocator.free(kept.slot)
+        tree.components[ComponentType.MAMBA]._free_mamba_value(kept.slot)
 
 
 def prepare_state(

@@ -12,6 +12,7 @@ from vlcache_sgl.compression.compressor import Compressor
 from vlcache_sgl.config import ConfigError, KVConfig
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.policy.choice import Choices
+from vlcache_sgl.scoring.scoring import wanted_statistics
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
 from vlcache_sgl.sglang_hooks.arena import arena_of
 from vlcache_sgl.sglang_hooks.attention_kinds import refuse_layers
@@ -100,5 +101,6 @@ class ModelStart:
         if host is not None:
             compressor.host = host.memory
         backend = ResidencyBackend(model_runner, compressor, name, prompt.num_heads // size)
+        backend.compile_kernels(lambda: wanted_statistics(self._choices.default.policy.needs, prompt))
         self.served = ServedModel(compressor, backend, host, model_runner.model, size)
         return backend

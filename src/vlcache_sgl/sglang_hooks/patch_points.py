@@ -157,11 +157,14 @@ def runtime_points(session: Session) -> list[PatchPoint]:
             writes_through_pool,
             "keeping models from writing keys by slot, past our pool",
         ),
-        PatchPoint(
-            f"{_COMPONENTS}.pool_stats_observer:SchedulerPoolStatsObserver._get_token_info",
-            "after",
-            session.pools.show_physical_tokens,
-            "logs and metrics that count memory, not slots",
+        *(
+            PatchPoint(
+                f"{_COMPONENTS}.pool_stats_observer:SchedulerPoolStatsObserver.{method}",
+                "after",
+                session.pools.show_physical_tokens,
+                "logs and metrics that count memory, not slots",
+            )
+            for method in ("_get_token_info", "_get_mamba_token_info")
         ),
         PatchPoint(
             f"{_COMPONENTS}.load_inquirer:SchedulerLoadInquirer.get_loads",

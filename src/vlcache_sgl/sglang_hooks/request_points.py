@@ -84,6 +84,8 @@ def gate_http_points(gate: Gate) -> list[PatchPoint]:
             for target in (
                 "openai.serving_responses:OpenAIServingResponses.create_responses",
                 "anthropic.serving:AnthropicServing.handle_messages",
+                "ollama.serving:OllamaServing.handle_chat",
+                "ollama.serving:OllamaServing.handle_generate",
             )
         ),
         PatchPoint(
@@ -92,7 +94,11 @@ def gate_http_points(gate: Gate) -> list[PatchPoint]:
             into_chat_request,
             why,
         ),
-        PatchPoint(
-            f"{_ENTRYPOINTS}.openai.protocol:ResponsesRequest.to_sampling_params", "after", into_sampling_params, why
+        *(
+            PatchPoint(f"{_ENTRYPOINTS}.{target}", "after", into_sampling_params, why)
+            for target in (
+                "openai.protocol:ResponsesRequest.to_sampling_params",
+                "ollama.serving:OllamaServing._convert_options_to_sampling_params",
+            )
         ),
     ]

@@ -38,7 +38,7 @@ def kept(share: float, conditions: int = 2) -> torch.Tensor:
 
 
 RULES = [Rule(0), Rule(0, among="head"), Rule(0, rank="peak"), Rule(0, rank="logit"), Rule(0, beside="kept")]
-RULES += [Rule(0, beside="evicted"), Rule(0, sketch="keys"), Rule(0, sketch="signs"), Rule(0, sketch="text")]
+RULES += [Rule(0, beside="prompt"), Rule(0, sketch="keys"), Rule(0, sketch="signs"), Rule(0, sketch="text")]
 RULES += [Rule(0, among="head", rank="logit")]
 
 
@@ -67,7 +67,7 @@ def test_recall_of_no_token_is_the_kept_set(network: Network, states: States, sk
     )
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.beside != "evicted"], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_what_comes_back_is_evicted_and_ranked(states: States, sketches: Found, rule: Rule) -> None:
     """Against the plain way, row by row, from the sketch's own logits."""
     keep = kept(0.3)
@@ -79,7 +79,11 @@ def test_what_comes_back_is_evicted_and_ranked(states: States, sketches: Found, 
         for row in range(4):
             exact = torch.einsum("kgd,knd->kgn", rows[:, condition, :, row], states.keys[1])
             logits = exact if rule.sketch == "keys" else recalling._logits(1, rows)[:, condition, :, row]
-            joint = torch.where(mine[:, None], exact, logits) if rule.beside == "kept" else logits
+            joint = {
+                "prompt": logits,
+                "kept": torch.where(mine[:, None], exact, logits),
+                "evicted": logits.masked_fill(mine[:, None], -torch.inf),
+            }[rule.beside]
             worth = logits if rule.rank == "logit" else joint.softmax(-1)
             worth = worth.masked_fill(mine[:, None], 0.0 if rule.rank == "mass" else -torch.inf)
             worth = worth.sum(1) if rule.rank == "mass" else worth.amax(1)  # [K, n]
@@ -96,10 +100,10 @@ def test_what_comes_back_is_evicted_and_ranked(states: States, sketches: Found, 
 def test_a_layer_that_misses_less_than_the_threshold_fetches_nothing(states: States, sketches: Found) -> None:
     keep = kept(0.3)
     rows = torch.randn(2, 2, 3, 4, 16, generator=torch.Generator().manual_seed(3))
-    shares = Recalling(states, keep, Rule(0), [5, 5], sketches["signs"])._logits(0, rows).softmax(-1)
-    missing = shares.masked_fill(keep[0].transpose(0, 1)[:, :, None, None], 0).sum(-1).amax((0, 2))  # [C, t]
+    shares = Recalling(states, keep, Rule(0, beside="prompt"), [5, 5], sketches["signs"])._logits(0, rows).softmax(-1)
+    missing = shares.masked_fill(keep[0].transpose(0, 1)[:, :, None, None], 0).sum(-1).mean((0, 2))  # [C, t]
     threshold = float(missing.median())
-    recalling = Recalling(states, keep, Rule(0, threshold=threshold), [5, 5], sketches["signs"])
+    recalling = Recalling(states, keep, Rule(0, beside="prompt", threshold=threshold), [5, 5], sketches["signs"])
     found = recalling(0, rows).seen
     assert torch.equal(found.any(-1).any(0), missing >= threshold)
     assert torch.equal(recalling.fetched, (missing >= threshold).float().mean(-1))
