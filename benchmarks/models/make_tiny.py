@@ -139,6 +139,7 @@ def qwen3_5(folder: Path, *, moe: bool = False) -> None:
 
 def gemma3(folder: Path) -> None:
     """`Gemma3ForConditionalGeneration`: layers 0 and 2 see the last 64 tokens, 1 and 3 all; 64 tokens to an image."""
+    from safetensors.torch import load_file, save_file
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {
@@ -147,6 +148,7 @@ def gemma3(folder: Path) -> None:
         "sliding_window": 64,
         "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
         "query_pre_attn_scalar": HEAD_DIM,
+        "tie_word_embeddings": True,
     }
     vision = {
         "hidden_size": 64,
@@ -155,10 +157,15 @@ def gemma3(folder: Path) -> None:
         "num_attention_heads": 4,
         "image_size": 224,
         "patch_size": 14,
+        "vision_use_head": False,
     }
     ids = {"boi_token_index": 369, "eoi_token_index": 370, "image_token_index": 372}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=64, **ids)
     _save(Gemma3ForConditionalGeneration(config), folder)
+    weights = load_file(folder / "model.safetensors")
+    # As published, and as SGLang reads it.
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokens = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     _copy_renamed(folder, tokens, shown="<start_of_image>")
     image = {
@@ -197,6 +204,7 @@ def gemma4(folder: Path) -> None:
         "num_kv_shared_layers": 1,
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": 384,
+        "tie_word_embeddings": True,
         "sliding_window": 64,
         "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full", "full")],
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
 from sglang.srt.runtime_context import get_parallel
 
@@ -20,6 +21,9 @@ from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, Po
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
 from vlcache_sgl.sglang_hooks.kv_layers import has_windows, kv_layers, window_layers, window_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
+
+FP8_CAPABILITY = (8, 9)
+"""From which Triton has the type fp8_e4m3."""
 
 
 class Pools:
@@ -73,6 +77,9 @@ class Pools:
         for kind, present in kinds.items():
             if present:
                 raise ConfigError(f"--kv-policy does not support {kind}")
+        narrow = configurator.kv_cache_dtype == torch.float8_e4m3fn and configurator.device == "cuda"
+        if narrow and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+            raise ConfigError("--kv-cache-dtype fp8_e4m3 needs a GPU of compute capability 8.9: use fp8_e5m2")
 
     def _shape(self, configurator: Configurator) -> KVShape:
         """What this rank stores per token."""
