@@ -18,6 +18,7 @@ from rich.console import Console  # noqa: E402
 TASKS = {
     "speed": "benchmarks.speed.main",
     "recall": "benchmarks.speed.recall",
+    "recalled": "benchmarks.fidelity.recalled",
     "capacity": "benchmarks.capacity.main",
     "soak": "benchmarks.capacity.soak",
     "fidelity": "benchmarks.fidelity.main",

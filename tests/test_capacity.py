@@ -49,7 +49,7 @@ def test_predicts_what_was_measured(row: dict[str, Any]) -> None:
         pool = compressed_pool(stock_tokens(), SHAPE, factor, graph_lists=False)
         assert pool.physical_tokens == pytest.approx(state["physical_tokens_total"], rel=POOL_TOLERANCE)
         assert pool.slots == pytest.approx(state["virtual_slots_total"], rel=POOL_TOLERANCE)
-    predicted = requests_in_flight(pool, prompt, resident_tokens(prompt, SHAPE.layers, budget), new)
+    predicted = requests_in_flight(pool, prompt, resident_tokens(prompt, SHAPE, budget), new)
     assert predicted == pytest.approx(row["running_peak"], abs=max(1, TOLERANCE * row["running_peak"]))
 
 
@@ -79,6 +79,7 @@ def test_short_of_memory_by_a_token() -> None:
 
 @pytest.mark.parametrize("layers", [1, 7, 28])
 def test_budget_in_tokens_and_in_shares(layers: int) -> None:
-    assert resident_tokens(1000, layers, KVBudget(tokens=64)) == pytest.approx(64)
-    assert resident_tokens(1000, layers, KVBudget(fraction=0.1)) == pytest.approx(100)
-    assert resident_tokens(1000, layers, KVBudget(fraction=1.0)) == resident_tokens(1000, layers, None) == 1000
+    shape = KVShape(layers, 4, 128, 2)
+    assert resident_tokens(1000, shape, KVBudget(tokens=64)) == pytest.approx(64)
+    assert resident_tokens(1000, shape, KVBudget(fraction=0.1)) == pytest.approx(100)
+    assert resident_tokens(1000, shape, KVBudget(fraction=1.0)) == resident_tokens(1000, shape, None) == 1000

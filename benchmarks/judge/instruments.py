@@ -21,8 +21,9 @@ from models.tinyvlm.caches import CachePolicy
 from models.tinyvlm.probe import Probe, Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.evaluation.stats import interval
-from vlcache_sgl.evaluation.tasks.receipts import Picture, Question, make_picture
-from vlcache_sgl.recall.fitted import FittedSketch, fit, moments, spread
+from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
+from vlcache_sgl.recall.sketch import KeySketch
+from vlcache_sgl.recall.turn import balanced, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -33,7 +34,7 @@ from .recalling import FITTED, Keys, Sketch
 MODELS = ("grounded", "ungrounded")
 FIRST_SEED = 3000
 """Images that nothing else was tuned or measured on."""
-IMAGES, QUESTIONS = 25, 4
+IMAGES, QUESTIONS = 10, 4
 SIDE = 24
 BUDGET = 0.1
 TOKENS = (0, 4, 8, 16, 32, 64)
@@ -41,8 +42,8 @@ POLICIES = (
     CachePolicy("post-vision, density", "post-vision", "density", 0.5),
     CachePolicy("sliding window", "sliding window", sink=4),
 )
-SKETCHES = ("model", "keys")
-"""In coordinates fitted to the model on random tokens; the keys themselves."""
+SKETCHES = ("signs", "model", "keys")
+"""Signs; signs after a turn that was fitted to the model on random tokens; the keys themselves."""
 QUICK = ROOT / "out/judge/instruments.json"
 
 
@@ -58,6 +59,7 @@ class RecallingProbe(Probe):
         self._layers_sketch: list[Sketch] = []
         self._prompt_keys: list[torch.Tensor] = []
         self.sketches: dict[str, list[Sketch]] = {
+            "signs": [KeySketch(text.hidden_size // text.num_attention_heads, "cpu")] * self.layers,
             "model": list(self._fitted(text.rope_parameters["rope_theta"], text.vocab_size)),
             "keys": [Keys()] * self.layers,
         }
@@ -70,7 +72,7 @@ class RecallingProbe(Probe):
             self.model(input_ids=ids)
         for queries, keys in seen:
             found = moments(keys[0].transpose(0, 1), queries[0].transpose(0, 1))
-            yield FittedSketch(fit(spread(found, PlainRotary(theta=theta))))
+            yield KeySketch(found.keys.shape[-1], "cpu", turn=balanced(spread(found, PlainRotary(theta=theta))))
 
     @contextmanager
     def _states(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -113,14 +115,14 @@ class RecallingProbe(Probe):
         return hidden[:, 0] | torch.zeros(shares.shape, dtype=torch.bool).scatter_(-1, best, wanted)
 
 
-def measure(probe: RecallingProbe, pictures: Sequence[Picture], budget: float) -> Iterator[dict[str, Any]]:
+def measure(probe: RecallingProbe, receipts: Sequence[Receipt], budget: float) -> Iterator[dict[str, Any]]:
     """A row per policy, sketch and number of tokens: answers that are the full cache's, and right ones."""
     arms = list(itertools.product(POLICIES, TOKENS))
     same: dict[tuple[str, str, int], dict[str, list[float]]] = {}
-    for number, picture in enumerate(pictures):
+    for number, receipt in enumerate(receipts):
         generator = torch.Generator().manual_seed(number)
-        for question in picture.questions:
-            for arm, right in _answers(probe, picture, question, arms, budget, generator):
+        for question in receipt.questions:
+            for arm, right in _answers(probe, receipt, question, arms, budget, generator):
                 same.setdefault(arm, {}).setdefault(str(number), []).append(float(right))
     for (policy, sketch, tokens), groups in same.items():
         scores = [score for mine in groups.values() for score in mine]
@@ -136,13 +138,13 @@ def measure(probe: RecallingProbe, pictures: Sequence[Picture], budget: float) -
 
 def _answers(
     probe: RecallingProbe,
-    picture: Picture,
+    receipt: Receipt,
     question: Question,
     arms: Sequence[tuple[CachePolicy, int]],
     budget: float,
     generator: torch.Generator,
 ) -> Iterator[tuple[tuple[str, str, int], bool]]:
-    prompt = probe.prefill(picture, question)
+    prompt = probe.prefill(receipt, question)
     sets = {policy: policy.keep(prompt, budget, generator) for policy in POLICIES}
     keep = torch.stack([sets[policy] for policy, _ in arms])
     for sketch in SKETCHES:
@@ -165,11 +167,11 @@ def main(arguments: argparse.Namespace, console: Console) -> int:
     started = host_block()
     torch.set_num_threads(2)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.images)
-    pictures = [make_picture(seed, SIDE, SIDE, num_questions=QUESTIONS) for seed in seeds]
+    receipts = [make_receipt(seed, SIDE, SIDE, num_questions=QUESTIONS) for seed in seeds]
     rows = []
     for model in arguments.models:
         probe = RecallingProbe(ROOT / "models/tinyvlm" / model)
-        rows += [{"model": model, **row} for row in measure(probe, pictures, arguments.budget)]
+        rows += [{"model": model, **row} for row in measure(probe, receipts, arguments.budget)]
     result = {
         "task": "judge-instruments",
         "command": command_line(),

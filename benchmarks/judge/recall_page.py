@@ -20,6 +20,9 @@ ANSWERS, SKETCHES, LOYALTY, INSTRUMENTS = (
 )
 NOTHING = "Not measured yet."
 
+RANKED = {"signs": "signs", "random": "turned signs", "text": "signs turned by a text", "keys": "the keys"}
+"""Names of sketches, by `recalling.SketchName`."""
+
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -39,10 +42,13 @@ def answers_table(result: Result, medium: str | None = None) -> str:
         rule = [str(value) for name, value in row["rule"].items() if name != "tokens"]
         key = (row["medium"], row["policy"], f"{row['budget']:g}", *rule)
         full = f"{row['full_score']:.2f}, {row['full_log_probability']:.2f}"
-        lines.setdefault(key, [f"`{row['policy']}`", f"{row['budget']:g}", full]).append(_cell(row))
+        begin = [f"`{row['policy']}`", f"{row['budget']:g}", RANKED[row["rule"]["sketch"]], full]
+        lines.setdefault(key, begin).append(_cell(row))
     if medium is None:  # for the terminal: all that tells arms apart
-        return "\n".join(f"{' '.join(key)}: {'  '.join(line[2:])}" for key, line in lines.items())
-    return markdown_table(("policy", "budget", "full cache", *map(str, tokens)), list(lines.values()))
+        return "\n".join(f"{' '.join(key)}: {'  '.join(line[3:])}" for key, line in lines.items())
+    if not lines:
+        return NOTHING
+    return markdown_table(("policy", "budget", "ranked by", "full cache", *map(str, tokens)), list(lines.values()))
 
 
 def _cell(row: Row) -> str:
@@ -131,7 +137,7 @@ def draw(result: Result, path: Path) -> None:
     """Right answers as images over the tokens that come back, a panel per budget."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["summary"] if row["medium"] == "image"]
+    rows = [row for row in result["summary"] if row["medium"] == "image" and row["rule"]["sketch"] == "signs"]
     budgets: Sequence[float] = sorted({row["budget"] for row in rows}, reverse=True)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import torch
 
 from vlcache_sgl.evaluation.tasks.reading import make_document
-from vlcache_sgl.recall.fitted import FittedSketch, Moments, fit, moments, spread
 from vlcache_sgl.recall.sketch import KeySketch
+from vlcache_sgl.recall.turn import Moments, balanced, moments, spread
 
 from .cases import CaseMaker
 from .network import Network, Recalled, States
@@ -24,9 +24,9 @@ Beside = Literal["prompt", "kept", "evicted"]
 """What a probability is normalised over: all the prompt by the sketch, the evicted tokens by the sketch and the kept
 ones exactly, or the evicted tokens alone."""
 SketchName = Literal["signs", "random", "text", "keys"]
-"""Signs, coordinates fitted to the model on random tokens or on a text, or the keys themselves, as a bound."""
+"""Signs, signs after a turn that was fitted on random tokens or on a text, or the keys themselves, as a bound."""
 FITTED = 1024
-"""Tokens of what a basis is fitted on."""
+"""Tokens of what a turn is fitted on."""
 
 
 class Sketch(Protocol):
@@ -57,7 +57,8 @@ def layer_sketches(name: SketchName, network: Network, cases: CaseMaker) -> list
         return [Keys()] * shape.layers
     if name == "signs":
         return [KeySketch(shape.head_dim, "cpu")] * shape.layers
-    return [FittedSketch(fit(spread(seen, network.rotary))) for seen in layer_moments(name, network, cases)]
+    seen = (spread(layer, network.rotary) for layer in layer_moments(name, network, cases))
+    return [KeySketch(shape.head_dim, "cpu", turn=balanced(layer)) for layer in seen]
 
 
 def layer_moments(name: SketchName, network: Network, cases: CaseMaker) -> list[Moments]:

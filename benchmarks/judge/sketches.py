@@ -22,7 +22,7 @@ from rich.console import Console
 
 from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.recall.fitted import Moments, coordinates, fit, moments, spread
+from vlcache_sgl.recall.turn import Moments, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -30,12 +30,12 @@ from . import recall_page, sketching
 from .cases import CaseId
 from .decisions import Decisions
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
-from .recalling import layer_moments
+from .recalling import FITTED, layer_moments
 from .sketching import Estimate, Text
 from .verdicts import Judge
 
-SEEDS = f"{FIRST_DEVELOPMENT_SEED}-{FIRST_DEVELOPMENT_SEED + 1}"
-POLICIES, BUDGETS = ("vlcache", "keydiff"), (0.2, 0.1)
+SEEDS = str(FIRST_DEVELOPMENT_SEED)
+POLICIES, BUDGETS = ("vlcache", "keydiff"), (0.1,)
 COUNTS = (16, 32, 64, 128)
 QUICK = ROOT / "out/judge/sketches.json"
 
@@ -43,8 +43,8 @@ QUICK = ROOT / "out/judge/sketches.json"
 def sketches(judge: Judge) -> dict[str, tuple[float, Estimate]]:
     """Bytes of a token at D = 64, beside what a prompt needs once, and the estimate; other sizes in proportion."""
     network, cases = judge.network, judge.cases
-    four, two = coordinates(network.shape.head_dim)
-    mixed, four_bits = ((four, 4), (two, 2)), ((network.shape.head_dim * 5 // 16, 4),)
+    dim = network.shape.head_dim
+    mixed, four_bits = ((dim // 8, 4), (dim * 3 // 8, 2)), ((dim * 5 // 16, 4),)
     before = partial(sketching.before_rotary, profile=four_bits, rotary=network.rotary)
     found: dict[str, tuple[float, Estimate]] = {
         "the keys themselves": (128, sketching.exact),
@@ -59,8 +59,15 @@ def sketches(judge: Judge) -> dict[str, tuple[float, Estimate]]:
         "the same, 4 and 2 bit": (10, partial(sketching.own_basis, profile=mixed)),
     }
     for name, title in (("text", "a text"), ("random", "random tokens")):
-        bases = [fit(spread(seen, network.rotary)) for seen in layer_moments(name, network, cases)]
-        found[f"coordinates of the model by {title}, 4 and 2 bit"] = (10, partial(sketching.fitted, bases=bases))
+        layers = layer_moments(name, network, cases)
+        one = Moments(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
+        found[f"signs after the model's turn, by {title}"] = (
+            10,
+            partial(sketching.turned, seen=spread(one, network.rotary)),
+        )
+        found[f"the same, for its {FITTED} positions alone, by {title}"] = (10, partial(sketching.turned, seen=one))
+    model = partial(sketching.model_basis, seen=spread(one, network.rotary), profile=mixed)
+    found["low rank of the model's logits, 4 and 2 bit"] = (10, model)
     return found
 
 

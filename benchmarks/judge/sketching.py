@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_sgl.api.testing import PlainRotary
-from vlcache_sgl.recall.fitted import Basis, FittedSketch, Moments, fit
 from vlcache_sgl.recall.sketch import KeySketch
+from vlcache_sgl.recall.turn import Basis, Moments, Turn, balanced, basis
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ def exact(text: Text) -> torch.Tensor:
 
 def signs(text: Text, centred: bool = False) -> torch.Tensor:
     """The product's sketch; `centred` by the prompt's mean key, which is kept beside it."""
-    dim = text.keys.shape[-1]
     centre = text.keys.mean(1, keepdim=True) if centred else torch.zeros_like(text.keys[:, :1])
-    sketch = KeySketch(dim, "cpu")
-    found = []
-    for keys, rows in zip(text.keys - centre, text.rows, strict=True):
-        found.append(sketch.scores(rows, sketch.encode(keys[:, None])))
-    return torch.stack(found) + text.rows @ centre.mT
+    return _signs(Text(text.keys - centre, text.rows, text.moments)) + text.rows @ centre.mT
+
+
+def _signs(text: Text, turn: Turn | None = None) -> torch.Tensor:
+    sketch = KeySketch(text.keys.shape[-1], "cpu", turn=turn)
+    found = sketch.scores(text.rows.flatten(0, 1), sketch.encode(text.keys.transpose(0, 1)))
+    return found.view(*text.rows.shape[:2], -1)
 
 
 def channels(text: Text) -> torch.Tensor:
@@ -117,6 +118,11 @@ def _size(profile: Profile) -> int:
     return sum(count for count, _ in profile)
 
 
+def _principal(seen: Moments, profile: Profile) -> Basis:
+    """As many coordinates as the profile has."""
+    return Basis(*(part[..., : _size(profile)] for part in basis(seen, ridge=1e-4)))
+
+
 def own_basis(text: Text, profile: Profile, joint: bool = True) -> torch.Tensor:
     """Coordinates of the prompt's own logits (`joint`), or of its own keys, about its mean key.
 
@@ -125,16 +131,20 @@ def own_basis(text: Text, profile: Profile, joint: bool = True) -> torch.Tensor:
     centre = text.keys.mean(1, keepdim=True)
     eye = torch.eye(text.keys.shape[-1]).expand_as(text.moments.queries)
     seen = Moments(text.moments.keys - centre.mT @ centre, text.moments.queries if joint else eye)
-    found = fit(seen, _size(profile))
+    found = _principal(seen, profile)
     near = _quantised(text.keys - centre, found, profile)
     return text.rows @ found.queries @ near.mT + text.rows @ centre.mT
 
 
-def fitted(text: Text, bases: Sequence[Basis]) -> torch.Tensor:
-    """The product's sketch in coordinates of the model, a basis per layer."""
-    sketch = FittedSketch(Basis(*(torch.cat(parts) for parts in zip(*bases, strict=True))))
-    found = sketch.scores(text.rows.flatten(0, 1), sketch.encode(text.keys.transpose(0, 1)))
-    return found.view(*text.rows.shape[:2], -1)
+def model_basis(text: Text, seen: Moments, profile: Profile) -> torch.Tensor:
+    """Coordinates of the model's logits, `seen` in all its layers."""
+    found = _principal(seen, profile)
+    return text.rows @ found.queries @ _quantised(text.keys, found, profile).mT
+
+
+def turned(text: Text, seen: Moments) -> torch.Tensor:
+    """The product's sketch after a turn fitted to the model, `seen` in all its layers."""
+    return _signs(text, balanced(seen))
 
 
 def before_rotary(text: Text, profile: Profile, rotary: PlainRotary) -> torch.Tensor:
@@ -143,6 +153,6 @@ def before_rotary(text: Text, profile: Profile, rotary: PlainRotary) -> torch.Te
     plain = rotary.rotate(text.keys, positions, inverse=True)
     centre = plain.mean(1, keepdim=True)
     eye = torch.eye(plain.shape[-1]).expand_as(text.moments.keys)
-    found = fit(Moments((plain - centre).mT @ (plain - centre) / plain.shape[1], eye), _size(profile))
+    found = _principal(Moments((plain - centre).mT @ (plain - centre) / plain.shape[1], eye), profile)
     near = _quantised(plain - centre, found, profile)
     return text.rows @ rotary.rotate(near @ found.queries.mT + centre, positions).mT

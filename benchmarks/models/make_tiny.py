@@ -173,6 +173,59 @@ def gemma3(folder: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=1))
 
 
+def gemma4(folder: Path) -> None:
+    """`Gemma4ForConditionalGeneration`: layers 0, 1 and 3 see the last 64 tokens, four heads of 32; 2 and 4 see all,
+    with one of 64; layer 5 has no keys of its own and reads those of layer 4."""
+    from transformers import (
+        AutoTokenizer,
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    text = {
+        **TEXT,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 384,
+        "sliding_window": 64,
+        "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full", "full")],
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "patch_size": 16,
+        "position_embedding_size": 256,
+        "pooling_kernel_size": 2,
+        "default_output_length": 64,
+    }
+    ids = {"boi_token_id": 369, "eoi_token_id": 370, "image_token_id": 372, "video_token_id": 373}
+    others = {"audio_token_id": 374, "boa_token_id": 375, "eoa_token_index": 376}
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **ids, **others)
+    _save(Gemma4ForConditionalGeneration(config), folder)
+    tokens = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "video_token": "<|video|>"}
+    audio = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    _copy_renamed(folder, tokens, shown="<|image|>", more=audio)
+    image = Gemma4ImageProcessor(max_soft_tokens=70, patch_size=16, pooling_kernel_size=2)
+    video = Gemma4VideoProcessor(max_soft_tokens=70, patch_size=16, pooling_kernel_size=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    Gemma4Processor(Gemma4AudioFeatureExtractor(), image, tokenizer, video).save_pretrained(folder)
+
+
 def llava(folder: Path) -> None:
     """`LlavaQwenForCausalLM` with tiles of any resolution (``anyres``, unpadded)."""
     import torch
@@ -231,6 +284,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": partial(qwen3_5, moe=True),
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "llava": llava,
 }
 
@@ -275,24 +329,31 @@ def _copy(folder: Path) -> None:
         shutil.copy(BUNDLED / name, folder / name)
 
 
-def _copy_renamed(folder: Path, tokens: dict[str, str], shown: str) -> None:
+def _copy_renamed(folder: Path, tokens: dict[str, str], shown: str, more: dict[str, str] | None = None) -> None:
     """`_copy` with names of another family.
 
     Args:
-        tokens: what the family calls the tokens that begin and end an image and that stand for a part of it, by
-            `boi_token`, `eoi_token` and `image_token`.
+        tokens: what the family calls the tokens that begin and end an image and that stand for a part of it, and of
+            a video, by `boi_token`, `eoi_token`, `image_token` and `video_token`.
         shown: what its chat template writes for an image.
+        more: special tokens that ours has not.
     """
     _copy(folder)
-    ours = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>", "image_token": "<|image_pad|>"}
+    ours = {
+        "boi_token": "<|vision_start|>",
+        "eoi_token": "<|vision_end|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    }
     for file in ("tokenizer.json", "chat_template.jinja", "chat_template.json"):
         text = (folder / file).read_text().replace("".join(ours[name] for name in ("boi_token", "image_token")), "@")
         text = text.replace("@" + ours["eoi_token"], shown)
-        for name, token in ours.items():
-            text = text.replace(token, tokens[name])
+        for name, token in tokens.items():
+            text = text.replace(ours[name], token)
         (folder / file).write_text(text)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | tokens
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "extra_special_tokens": tokens}, indent=1))
+    special = tokens | (more or {})
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | special
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "extra_special_tokens": special}, indent=1))
 
 
 def _processor(folder: Path, name: str, patch: int) -> None:

@@ -16,6 +16,9 @@ RESERVED_TOKENS = 2
 """Physical tokens that stay free behind the longest request: SGLang computes one step ahead."""
 MAX_CELLS = 2**31 - 1
 """Cell numbers are 32-bit."""
+WINDOW_FAMILIES = {"gemma3_text": -1, "gemma4_text": -1}
+"""Language models whose layers with a window are served; what SGLang adds to `sliding_window` to have the number of
+tokens before its own that a token sees."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,18 @@ def kv_layer_count(text: Mapping[str, Any]) -> int:
     """Layers with a KV cache by a Hugging Face configuration of a language model: all, unless it names other kinds."""
     layers = int(text.get("num_hidden_layers") or 0)
     if kinds := text.get("layer_types"):
-        return sum(kind in ("full_attention", "attention") for kind in kinds)
+        return sum(kind in ("full_attention", "attention") for kind in kinds[: _with_keys(text)])
     return layers // int(text.get("full_attention_interval") or 1)
+
+
+def window_layer_count(text: Mapping[str, Any]) -> int:
+    """Layers that attend to the last tokens only, by the same."""
+    return sum(kind == "sliding_attention" for kind in (text.get("layer_types") or ())[: _with_keys(text)])
+
+
+def _with_keys(text: Mapping[str, Any]) -> int:
+    """Layers with keys of their own; those behind them read the keys of others."""
+    return int(text.get("num_hidden_layers") or 0) - int(text.get("num_kv_shared_layers") or 0)
 
 
 @dataclass(frozen=True)
@@ -187,11 +200,11 @@ def longest_answer(prompt_tokens: int, max_new_tokens: int, capacity: int) -> in
     return max(0, min(max_new_tokens, capacity - prompt_tokens - RESERVED_TOKENS))
 
 
-def resident_tokens(prompt_tokens: int, layers: int, budget: KVBudget | None) -> float:
+def resident_tokens(prompt_tokens: int, shape: KVShape, budget: KVBudget | None) -> float:
     """Physical tokens that a prompt holds after its prefill; `budget` None: it is not compressed."""
     if budget is None or budget.keeps_all:
         return float(prompt_tokens)
-    return budget.target(prompt_tokens, prompt_tokens, layers) / layers
+    return shape.resident(budget.target(prompt_tokens, prompt_tokens, shape.layers) / shape.layers, prompt_tokens)
 
 
 def requests_in_flight(pool: Pool, prompt_tokens: int, resident: float, new_tokens: int) -> int:

@@ -79,7 +79,7 @@ def test_extend(provider: Make, groups: int, stored: torch.dtype, request: pytes
     world.append(row, begin)
     world.evict(row, 0.4)
     world.append(row, count)
-    span = ExtendRequest(row, slice(0, count), begin, votes=True)
+    span = ExtendRequest(row, slice(0, count), begin, observed=True)
     on_device = [torch.tensor([n], device=DEVICE) for n in (row, begin, begin + count)]
     backend.plan_extend(ExtendBatch((span,), *on_device, want_lse=True))
     seen: list[torch.Tensor] = []

@@ -72,6 +72,53 @@ def test_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str]
     assert tenth["cached_images"] == fifth["cached_images"] == tenth["host_tokens"] // 2000, "whole, in host memory"
 
 
+def test_layers_with_a_window_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Gemma 4 31B: 10 layers see everything with 4 KV heads of 512, 50 see 1024 tokens with 16 heads of 256."""
+    text = {
+        "model_type": "gemma4_text",
+        "hidden_size": 5376,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gemma4", "text_config": text}))
+    asked = ("--model", str(path), "--max-total-tokens", "100000", "--image-tokens", "8192", "--text-tokens", "0")
+    result = planned(capsys, *asked, "--budget", "0.1")
+    full, sliding = 10 * 2 * 4 * 512 * 2, 50 * 2 * 16 * 256 * 2
+    assert (full, sliding) == (81_920, 819_200)
+    assert result["token_bytes"] == full + sliding
+    # A tenth of 8192 tokens in layers of the first kind, 1023 tokens in those of the second.
+    kept = (0.1 * 8192 * full + 1023 * sliding) / (full + sliding)
+    assert result["rows"][1]["resident_tokens"] == pytest.approx(kept, abs=0.1)
+    narrow = planned(capsys, *asked, "--kv-cache-dtype", "fp8_e4m3", "--budget", "0.1")
+    assert narrow["token_bytes"] == (full + sliding) // 2
+
+
+def test_a_large_mixture_of_experts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Qwen3-VL-235B: 94 layers of 4 KV heads of 128."""
+    text = {
+        "model_type": "qwen3_vl_moe_text",
+        "hidden_size": 4096,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_vl_moe", "text_config": text}))
+    asked = ("--model", str(path), "--max-total-tokens", "100000", "--budget", "0.1")
+    assert planned(capsys, *asked)["token_bytes"] == 94 * 2 * 4 * 128 * 2 == 192_512
+    assert planned(capsys, *asked, "--kv-cache-dtype", "fp8_e5m2")["token_bytes"] == 96_256
+    assert planned(capsys, *asked, "--tp", "4")["token_bytes"] == 48_128
+
+
 def test_a_folder_and_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
     result = planned(capsys, "--model", str(BUNDLED), "--gpu-memory", "100MB", "--dtype", "float32")
     weights = (BUNDLED / "model.safetensors").stat().st_size

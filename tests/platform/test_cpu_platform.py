@@ -192,6 +192,9 @@ def resolve(srt: ModuleType, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> S
     )
     monkeypatch.setattr(srt, "_model_config", lambda _: model)
     monkeypatch.setattr(srt, "_free_memory", lambda: GIB)
+    # Set and deleted, so that what is set now is deleted at the end of the test.
+    monkeypatch.setenv(srt.CONVOLUTION_VARIABLE, "")
+    monkeypatch.delenv(srt.CONVOLUTION_VARIABLE)
     ranks = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "nnodes": 1, "kv_cache_dtype": "auto"}
     server_args = SimpleNamespace(**(NOT_GIVEN | ranks | flags))
     srt.CpuPlatform().apply_server_args_defaults(server_args)
@@ -218,6 +221,17 @@ def test_twice_as_many_tokens_of_one_byte(
 def test_flags_that_were_given_stay(srt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     args = resolve(srt, monkeypatch, **GIVEN)
     assert {name: getattr(args, name) for name in GIVEN} == GIVEN
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", "bfloat16"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+)
+def test_states_of_convolutions_have_the_type_of_the_model(
+    srt: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: str, expected: str
+) -> None:
+    """The model here is float16, which `auto` makes bfloat16 on a CPU."""
+    resolve(srt, monkeypatch, dtype=dtype)
+    assert os.environ[srt.CONVOLUTION_VARIABLE] == expected
 
 
 def test_a_given_memory_fraction_alone_decides(srt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.choice import Choice
 from vlcache_sgl.policy.manager import registry
 from vlcache_sgl.policy.policy import resolve
+from vlcache_sgl.recall.areas import RecallArea
 from vlcache_sgl.scoring.asked import Asked
 from vlcache_sgl.scoring.scoring import wanted_statistics
 from vlcache_sgl.scoring.tensor_parallel import HeadGather
@@ -118,7 +119,7 @@ class Room:
 class Server:
     """Attention backend, allocator and compressor of one scheduler, on the pretended GPU."""
 
-    def __init__(self, provider: str, *, head_cells: bool = False, host: bool = False) -> None:
+    def __init__(self, provider: str, *, head_cells: bool = False, host: bool = False, recall: bool = False) -> None:
         tokens, groups = 3000, KV_HEADS if head_cells else 1
         arena = KVArena(
             num_cells=tokens * LAYERS * groups,
@@ -155,7 +156,7 @@ class Server:
         if host:
             residency = accounting.residency
             accounting.host = HostPool(residency.num_planes, residency.num_slots, tokens, arena.arena.cells)
-            self.compressor.host = HostMemory(accounting, Room(self.allocator))
+            self.compressor.host = HostMemory(accounting, Room(self.allocator), recall=recall)
         runner = SimpleNamespace(
             token_to_kv_pool=arena,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table),
@@ -165,8 +166,8 @@ class Server:
         self.backend = ResidencyBackend(runner, self.compressor, provider, HEADS)
         self.lengths: dict[int, int] = {}
 
-    def job(self, policy: str, length: int, *, host: bool = False) -> CompressionJob:
-        choice = Choice(resolve(policy, head_cells=self.head_cells), KVBudget(fraction=0.2))
+    def job(self, policy: str, length: int, *, host: bool = False, recall: int = 0) -> CompressionJob:
+        choice = Choice(resolve(policy, head_cells=self.head_cells), KVBudget(fraction=0.2), recall=recall)
         repeated = 40 if choice.policy.reads_twice else 0
         job = CompressionJob(Asked(choice, (Span(4, length - 30),), length, 8, repeated=repeated))
         if host:
@@ -231,9 +232,10 @@ class Server:
             if (job.progress.reached or 0) >= job.asked.end:
                 self.compressor.finish(job, self.table[row])
 
-    def decode(self, rows: list[int], *, graph: int = 0) -> None:
+    def decode(self, rows: list[int], *, graph: int = 0, areas: Sequence[RecallArea | None] = ()) -> None:
         batch = self._batch(ForwardMode.DECODE, rows, [1] * len(rows), max(0, graph - len(rows)))
         self.backend.rows, self.backend.jobs = rows, None
+        self.backend.areas = [(number, area) for number, area in enumerate(areas) if area is not None]
         prepare = self.backend.init_forward_metadata_out_graph if graph else self.backend.init_forward_metadata
         prepare(batch)
         self._layers(self.backend.forward_decode, batch, batch.batch_size)
@@ -318,6 +320,27 @@ def test_a_question_on_host_memory_waits_no_oftener(provider: str, policy: str, 
     assert server.allocator.accounting.verify() == []
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
+def test_recall_does_not_wait(provider: str, head_cells: bool) -> None:
+    """Ranked, compared and fetched on the device, also when a request joins or leaves."""
+    server = Server(provider, head_cells=head_cells, host=True, recall=True)
+    jobs = [server.job("vlcache", length, host=True, recall=8) for length in (200, 120)]
+    server.prefill([1], [200], [jobs[0]])
+    LOG.clear()
+    for _ in range(2):
+        server.decode([1], areas=[jobs[0].recalls])
+    server.prefill([2], [120], [jobs[1]])
+    assert len(LOG.waits) <= 2, str(LOG)
+    LOG.clear()
+    for _ in range(2):
+        server.decode([1, 2], areas=[job.recalls for job in jobs])
+    server.decode([2], areas=[jobs[1].recalls])
+    assert not LOG.waits, str(LOG)
+    assert LOG.operations["kernel sketch_scores"] == 3 * LAYERS * (KV_HEADS if head_cells else 1)
+    assert all(job.area is not None and job.area.report()["from_host"] > 0 for job in jobs)
+
+
 def runs_behind(later: int, earlier: int) -> bool:
     """Whether the device runs entry `later` of `STREAMS` behind entry `earlier`, directly ordered."""
     stream, before = STREAMS[later][1], STREAMS[earlier][1]
@@ -365,7 +388,7 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
 @pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
 def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bool) -> None:
     """All that serving launches later has been launched before, and nothing has changed by it."""
-    server = Server(provider, head_cells=head_cells, host=True)
+    server = Server(provider, head_cells=head_cells, host=True, recall=True)
     before = values(server.arena.raw).clone()
     LOG.clear()
     job = server.job("vlcache", 200)
@@ -374,9 +397,10 @@ def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bo
     assert torch.equal(values(server.arena.raw), before)
     LOG.clear()
     server.prefill([1], [200], [job])
-    server.prefill([2], [90], [server.job("vlcache", 90, host=True)])
-    server.decode([1, 2])
-    server.decode([1, 2])
+    recalls = server.job("vlcache", 90, host=True, recall=4)
+    server.prefill([2], [90], [recalls])
+    server.decode([1, 2], areas=[None, recalls.recalls])
+    server.decode([1, 2], areas=[None, recalls.recalls])
     served = {name for name in LOG.operations if name.startswith("kernel")}
     # FlashInfer's schedules are compared with its own when the provider is made.
     assert served - {"kernel write_schedules"} == started

@@ -383,6 +383,7 @@ KERNELS = {
         "free_list",
         "select",
     ],
+    "vlcache_sgl.recall.sketch": ["sketch_scores"],
     "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
     "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
     "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],

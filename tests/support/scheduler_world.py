@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
-from world_checks import check, marks
+from world_checks import attend, check, marks
 from world_parts import Batch, Event, LaggingHostMemory
 
 from vlcache_sgl.api import Prompt, Span
@@ -300,7 +300,7 @@ class World:
                 job.progress.reached = req.extend_end
                 if not job.progress.done and req.extend_end >= job.asked.end:
                     self._compress(req, job)
-        self._attend(staged)
+        attend(self, staged)
         for req, _ in staged:
             self._end_chunk(req)
         for req in reqs:
@@ -313,22 +313,6 @@ class World:
                 req.output_ids.append(50 + len(req.output_ids))
                 self.batch.reqs.append(req)
         self._finish_those_at_their_end()
-
-    def _attend(self, staged: list[tuple[Req, torch.Tensor]]) -> None:
-        """Layer after layer, every token of a prefix is within reach, and is the right one."""
-        if not staged:
-            return
-        assert self.host is not None
-        memory = self.host.memory
-        memory.stage([slots for _, slots in staged])
-        for plane in range(PLANES):
-            memory.staging.fill(slice(plane, plane + 1))
-            for req, slots in staged:
-                cells = self.arena.residency.table[plane, slots].long()
-                assert (cells > 0).all(), "a token of the prefix is neither in the arena nor in host memory"
-                written = marks(req, 0, len(slots), PLANES)[plane]
-                assert torch.equal(self.arena.cells[cells, 0, 0, 0], written), f"{req.rid} is shown others' tokens"
-        memory.staging.end()
 
     def _end_chunk(self, req: Req) -> None:
         """As `Compressor.end_chunk` and `Compressor.finish`."""
@@ -496,8 +480,6 @@ class World:
             self.step()
             served, idle = self.served, idle + 1 if served == self.served else 0
         raise AssertionError(f"{len(self.waiting)} wait, {len(self.batch.reqs)} run, chunk: {self.chunked_req}")
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
 
     def owners(self) -> list[Req]:
         return [*self.batch.reqs, *([self.chunked_req] if self.chunked_req is not None else [])]

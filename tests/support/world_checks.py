@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,23 @@ def marks(req: Req, begin: int, end: int, planes: int) -> torch.Tensor:
         [hash((req.extra_key, *tokens[: i + 1], plane)) % 2**24 for i in range(begin, end)] for plane in range(planes)
     ]
     return torch.tensor(found, dtype=torch.float32).view(planes, end - begin)
+
+
+def attend(world: World, staged: Sequence[tuple[Req, torch.Tensor]]) -> None:
+    """Layer after layer, every token of the prefixes `[tokens]` of requests is within reach, and is the right one."""
+    if not staged:
+        return
+    assert world.host is not None
+    memory, table = world.host.memory, world.arena.residency.table
+    memory.stage([slots for _, slots in staged])
+    for plane in range(len(table)):
+        memory.staging.fill(slice(plane, plane + 1))
+        for req, slots in staged:
+            cells = table[plane, slots].long()
+            assert (cells > 0).all(), "a token of the prefix is neither in the arena nor in host memory"
+            written = marks(req, 0, len(slots), len(table))[plane]
+            assert torch.equal(world.arena.cells[cells, 0, 0, 0], written), f"{req.rid} is shown others' tokens"
+    memory.staging.end()
 
 
 def check(world: World) -> None:

@@ -77,7 +77,7 @@ class Provider(Protocol):
     def extend_in_window(
         self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """`extend` of a layer with a window, whose rows do not vote; not by a provider with `on_device`."""
+        """`extend` of a layer with a window, which has no query rows; not by a provider with `on_device`."""
 
     def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
         """`decode` of a layer with a window; not by a provider with `on_device`."""

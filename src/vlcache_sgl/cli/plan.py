@@ -23,14 +23,17 @@ from vlcache_sgl.capacity import (
     MAX_CELLS,
     POOLS_IN_HOST,
     STATES_PER_REQUEST,
+    WINDOW_FAMILIES,
     KVShape,
     Pool,
     StateShape,
+    WindowShape,
     cached_prompts,
     compressed_pool,
     kv_layer_count,
     requests_in_flight,
     resident_tokens,
+    window_layer_count,
 )
 from vlcache_sgl.cli.console import table_console
 from vlcache_sgl.config import ConfigError, KVBudget, KVConfig, config_from
@@ -162,7 +165,7 @@ def _row(
     recall: int = 0,
 ) -> Row:
     prompt, new = arguments.image_tokens + arguments.text_tokens, arguments.new_tokens
-    resident = resident_tokens(prompt, shape.layers, budget)
+    resident = resident_tokens(prompt, shape, budget)
     resident += min(recall, prompt - resident)
     limits = {
         "memory": requests_in_flight(Pool(pool.physical_tokens, MAX_CELLS), prompt, resident, new),
@@ -330,15 +333,39 @@ def shape_of(model: dict[str, Any], dtype: str, tp: int, head_cells: bool, kv_ca
     layers, heads = kv_layer_count(text), text.get("num_attention_heads")
     if not layers or not heads:
         raise PlanError("the configuration names no num_hidden_layers and num_attention_heads: not a language model")
-    kv_heads = text.get("num_key_value_heads") or heads
-    head_dim = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    kv_heads, head_dim = _full_heads(text)
     if not head_dim:
         raise PlanError("the configuration names neither head_dim nor hidden_size")
+    mine = _on_rank(heads, kv_heads, tp)
+    window = None
+    if sliding := window_layer_count(text):
+        own = text.get("num_key_value_heads") or heads
+        tokens = int(text["sliding_window"]) + WINDOW_FAMILIES[text["model_type"]]
+        window = WindowShape(sliding, _on_rank(heads, own, tp), text.get("head_dim") or head_dim, tokens)
+    stored = {"auto": _element_bytes(dtype), "bf16": 2, "bfloat16": 2}.get(kv_cache_dtype, 1)
+    return KVShape(layers, mine, head_dim, stored, groups=mine if head_cells else 1, window=window)
+
+
+def _full_heads(text: dict[str, Any]) -> tuple[int, int]:
+    """KV heads and head size of the layers that attend to all tokens.
+
+    Where layers differ, the configuration's own numbers are those of layers with a window.
+    """
+    heads = text["num_attention_heads"]
+    own = next(iter((text.get("per_layer_config") or {}).values()), {})
+    kv_heads = own.get("num_key_value_heads") or text.get("num_key_value_heads") or heads
+    return kv_heads, own.get("head_dim") or text.get("head_dim") or text.get("hidden_size", 0) // heads
+
+
+def _on_rank(heads: int, kv_heads: int, tp: int) -> int:
+    """KV heads of one of `tp` ranks.
+
+    Raises:
+        PlanError: they cannot be divided.
+    """
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise PlanError(f"{heads} attention heads and {kv_heads} KV heads cannot be divided over --tp {tp}")
-    mine = max(1, kv_heads // tp)
-    stored = {"auto": _element_bytes(dtype), "bf16": 2, "bfloat16": 2}.get(kv_cache_dtype, 1)
-    return KVShape(layers, mine, head_dim, stored, groups=mine if head_cells else 1)
+    return max(1, kv_heads // tp)
 
 
 def state_shape_of(model: dict[str, Any], dtype: str, tp: int) -> StateShape | None:

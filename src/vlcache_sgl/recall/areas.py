@@ -128,6 +128,12 @@ class Recall:
         """Those of them that had to be copied from host memory; waits for the device."""
         return int(self._fetched)
 
+    def compile_kernels(self, num_heads: int) -> None:
+        """Launch what a decode step of a model with so many query heads on this rank launches, to no effect."""
+        heads = num_heads // self._arena.groups
+        queries = torch.zeros(1, heads, self._arena.head_dim, device=self._arena.device)
+        self._sketch.batch_scores(queries, self.codes[0], torch.zeros(1, 1, dtype=torch.int64, device=queries.device))
+
     # -- the prefill ------------------------------------------------------------------------------------------------
 
     def sketch(self, slots: torch.Tensor, cells: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from vlcache_kernels.sketch_scores import sketch_scores
 from vlcache_sgl.capacity import code_bytes
+from vlcache_sgl.recall.turn import Turn
 
 SEED = 0
 """Of the rotation: sketches of one head size are alike in every process and on every device."""
@@ -32,6 +33,7 @@ class KeySketch:
         head_dim: D, a multiple of 8.
         device: of the codes.
         seed: of the rotation.
+        turn: of the model's layer, before the rotation; None: none.
 
     Attributes:
         bytes: of one token's code per KV head, `D / 8 + 2`: 10 for D = 64 and 18 for D = 128, 3.9 % and 3.5 % of the
@@ -39,7 +41,7 @@ class KeySketch:
         rotation: `[D, D]` float32; a row turned is `row @ rotation`.
     """
 
-    def __init__(self, head_dim: int, device: torch.device | str, seed: int = SEED) -> None:
+    def __init__(self, head_dim: int, device: torch.device | str, seed: int = SEED, turn: Turn | None = None) -> None:
         if head_dim < 8 or head_dim % 8:
             raise ValueError(f"a sketch needs a head size that is a multiple of 8, got {head_dim}")
         self.head_dim = head_dim
@@ -49,6 +51,10 @@ class KeySketch:
         drawn = torch.randn(head_dim, head_dim, dtype=torch.float64, generator=generator)
         orthogonal, upper = torch.linalg.qr(drawn)
         self.rotation = (orthogonal * upper.diagonal().sign()).float().to(device)
+        # `[1 or K, D, D]`
+        self._keys = self._queries = self.rotation[None]
+        if turn is not None:
+            self._keys, self._queries = (part.to(device) @ self.rotation for part in turn)
         self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
 
     def encode(self, keys: torch.Tensor) -> torch.Tensor:
@@ -61,7 +67,7 @@ class KeySketch:
             `[n, K, bytes]` uint8: bit `i` of byte `j` is set where dimension `8 j + i` of the turned key is not
             negative; the last two bytes are the factor.
         """
-        turned = keys.float() @ self.rotation
+        turned = (keys.float().transpose(0, 1) @ self._keys).transpose(0, 1)
         signs = (turned >= 0).unflatten(-1, (-1, 8))
         packed = (signs * self._bits).sum(-1, dtype=torch.uint8)
         length = turned.abs().sum(-1, keepdim=True)
@@ -93,4 +99,5 @@ class KeySketch:
         Returns:
             `[B, H, n]` float32.
         """
-        return sketch_scores(queries.float() @ self.rotation, codes, rows)
+        by_head = queries.float().unflatten(1, (codes.shape[1], -1))
+        return sketch_scores((by_head @ self._queries).flatten(1, 2), codes, rows)

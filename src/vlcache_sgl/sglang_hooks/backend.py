@@ -83,6 +83,8 @@ class ResidencyBackend(AttentionBackend):
         """Compile what a GPU runs, before requests come; `wants` says which statistics the default policy asks for."""
         if self.provider.lists is not None:
             compile_kernels(self._memory, self._shape, self.provider.lists, wants())
+            if self.compressor.host is not None and self.compressor.host.recall is not None:
+                self.compressor.host.recall.compile_kernels(self._shape.num_heads)
 
     def support_triton(self) -> bool:
         return self.provider.on_device

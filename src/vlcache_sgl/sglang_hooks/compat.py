@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from vlcache_sgl.capacity import kv_layer_count
+from vlcache_sgl.capacity import WINDOW_FAMILIES, kv_layer_count
+from vlcache_sgl.config import ConfigError
 from vlcache_sgl.sglang_hooks.facades import Req, ServerArgs
+from vlcache_sgl.sglang_hooks.patching import Patches, PatchPoint
 
 TESTED_SGLANG = "0.5.23"
 
@@ -110,12 +112,31 @@ def choose_defaults(server_args: ServerArgs, model: dict[str, Any]) -> None:
     if server_args.radix_eviction_policy == "lru" and not explicit:
         # Segmented: what was used once goes before what is shared, however long ago that was.
         server_args.radix_eviction_policy = "slru"
+    if _text_config(model).get("model_type") in WINDOW_FAMILIES:
+        if _has_cuda(server_args):
+            raise ConfigError("--kv-policy serves sliding-window attention on a CPU only: no kernel of a GPU is tried")
+        # All layers in one pool, which is the arena: it gives back what has left a window.
+        server_args.disable_hybrid_swa_memory = True
+        own_attention = Patches((OWN_ATTENTION,))
+        own_attention.install()
+        own_attention.verify()
     if not _has_cuda(server_args):
         return
     if server_args.attention_backend is None:
         server_args.attention_backend = _best_attention(str(server_args.dtype), model)
     # What a policy watches during a prefill is Python between the layers, which no graph records.
     server_args.disable_prefill_cuda_graph = True
+
+
+def _accepted_attention(original: Callable[[Any], Any], config: Any) -> Any:
+    """Around SGLang's look at the attention backends of a model with windows: it asks which of its own kernels know
+    them, and ours take their place."""
+    return ("triton", "triton") if config.disable_hybrid_swa_memory else original(config)
+
+
+OWN_ATTENTION = PatchPoint(
+    "sglang.srt.arg_groups.model_hook:attention_backends_of", "around", _accepted_attention, "plain torch for Gemma 4"
+)
 
 
 def _best_attention(dtype: str, model: dict[str, Any]) -> str:
@@ -143,7 +164,8 @@ def unsupported_configuration(config: dict[str, Any]) -> Iterator[str]:
         yield "--kv-policy does not support multi-head latent attention (MLA): a cell holds keys and values of heads"
     kinds = set(text.get("layer_types") or ())
     # A window alone says nothing: most families write one into their configuration and use none.
-    if any("sliding" in kind or "chunked" in kind for kind in kinds) or text.get("attention_chunk_size"):
+    unserved = ("chunked",) if text.get("model_type") in WINDOW_FAMILIES else ("chunked", "sliding")
+    if any(word in kind for kind in kinds for word in unserved) or text.get("attention_chunk_size"):
         yield "--kv-policy does not support sliding-window attention: those layers already drop tokens"
     elif kinds and not kv_layer_count(text):
         yield "--kv-policy needs layers of attention, and this model has none: there is no KV cache to compress"

@@ -320,6 +320,7 @@ class AttentionLayer(Protocol):
 class ServerArgs(Protocol):
     """All settings of a server."""
 
+    disable_hybrid_swa_memory: bool
     model_path: str
     api_key: str | None
     admin_api_key: str | None

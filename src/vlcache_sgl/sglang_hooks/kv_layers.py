@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 from sglang.srt.configs.hybrid_arch import mambaish_config
 
+from vlcache_sgl.capacity import WINDOW_FAMILIES
 from vlcache_sgl.sglang_hooks.facades import ModelConfig
-
-_WINDOWS = {"gemma3_text": -1}
-"""Language models whose layers with a window are served; what SGLang adds to `sliding_window` to have the number of
-tokens before its own that a token sees."""
 
 
 def kv_layers(model: ModelConfig) -> Sequence[int]:
@@ -29,7 +26,7 @@ def kv_layers(model: ModelConfig) -> Sequence[int]:
 def has_windows(model: ModelConfig) -> bool:
     """Whether some layers attend to the last tokens only, in a way that is served."""
     text = model.hf_text_config
-    return getattr(text, "model_type", None) in _WINDOWS and "sliding_attention" in (text.layer_types or ())
+    return getattr(text, "model_type", None) in WINDOW_FAMILIES and "sliding_attention" in (text.layer_types or ())
 
 
 def window_layers(model: ModelConfig) -> Sequence[int]:
@@ -40,7 +37,7 @@ def window_layers(model: ModelConfig) -> Sequence[int]:
 def window_tokens(model: ModelConfig) -> int:
     """How many tokens before its own a token sees in these layers."""
     text = model.hf_text_config
-    return int(text.sliding_window) + _WINDOWS[text.model_type]
+    return int(text.sliding_window) + WINDOW_FAMILIES[text.model_type]
 
 
 def _of_kind(model: ModelConfig, kind: str) -> list[int]:

@@ -75,7 +75,7 @@ class ModelStart:
             num_kv_heads=int(model.get_total_num_kv_heads()),
             head_dim=int(model.head_dim),
             device=torch.device(model_runner.device),
-            rotary=model_rotary(model_runner.model),
+            rotary=model_rotary(model_runner.model, pool.arena.layer_ids),
         )
         refuse_layers(
             model_runner.model,

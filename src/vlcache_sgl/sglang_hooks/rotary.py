@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
+
+from vlcache_sgl.sglang_hooks.attention_kinds import attention_layers
 
 
 class ModelRotary:
@@ -49,9 +52,20 @@ class ModelRotary:
         return torch.cat([part[axis] for axis, part in enumerate(torch.split(x, self._sections, dim=-1))], dim=-1)
 
 
-def model_rotary(model: torch.nn.Module) -> ModelRotary | None:
-    """The rotary embedding of the language model's attention; None when there is no table of cosines."""
+def model_rotary(model: torch.nn.Module, kept: Collection[int] = ()) -> ModelRotary | None:
+    """The rotary embedding of the language model's attention; None when there is no table of cosines.
+
+    Args:
+        kept: numbers of the layers that it is to be of: layers with a window may have another.
+    """
+    for _, layer, owner in attention_layers(model):
+        if layer.layer_id in kept and (own := _with_table(owner)) is not None:
+            return ModelRotary(own)
     for name, module in model.named_modules():
         if "visual" not in name and "vision" not in name and hasattr(module, "cos_sin_cache"):
             return ModelRotary(module)
     return None
+
+
+def _with_table(owner: torch.nn.Module) -> torch.nn.Module | None:
+    return next((module for module in owner.modules() if hasattr(module, "cos_sin_cache")), None)

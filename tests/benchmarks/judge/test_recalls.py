@@ -18,7 +18,7 @@ from benchmarks.judge.recalls import Answer, Arm, Recalls
 from benchmarks.judge.verdicts import Judge
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.recall.fitted import moments
+from vlcache_sgl.recall.turn import moments
 
 CASE = CaseId("needle", 60, 100)
 
