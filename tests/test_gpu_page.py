@@ -44,10 +44,8 @@ def test_an_entry_is_a_test_that_does_what_its_column_says(row: dict[str, str]) 
         match = re.fullmatch(r"`([^`]+)`( \(slow\))?", row[level])
         assert match is not None, f"{level}: a test or -"
         assert match[1] in listed, f"{match[1]} is no test"
-        text = (ROOT / "tests" / match[1]).read_text()
-        assert any(word in text.lower() for word in EVIDENCE[level]), (
-            f"{match[1]} does not show that anything was {level}"
-        )
+        text = (ROOT / "tests" / match[1]).read_text().lower()
+        assert any(word in text for word in EVIDENCE[level]), f"{match[1]} does not show that anything was {level}"
         named += 1
     assert named, "nothing speaks for this part"
 

@@ -79,7 +79,7 @@ def pack(site: Path, out: Path, most: int = PART_BYTES) -> list[str]:
     """Write `site` as parts; their names."""
     out.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, most)
-    with tarfile.open(fileobj=parts, mode="w|xz", preset=3) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=parts, mode="w|xz") as archive:  # type: ignore[call-overload]
         archive.add(site, arcname="site", filter=wanted)
     parts.close()
     listed = {name: digest(out / name) for name in parts.names}

@@ -9,6 +9,7 @@ Bytes: K and V of every kept cell once, ``4 * D`` bytes per cell and head in 16-
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 
@@ -179,6 +180,34 @@ def flashinfer_decode(
     return lambda: wrapper.run(queries, pages)
 
 
+def fa3_decode(
+    queries: torch.Tensor, arena: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, longest: int
+) -> Callable[[], torch.Tensor]:
+    """The same with FlashAttention 3 of `sgl_kernel`: pages of one cell, a rectangular table made now."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    lengths = indptr.diff()
+    table = torch.zeros(len(lengths), longest, dtype=torch.int32, device=queries.device)
+    for row, (begin, end) in enumerate(zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)):
+        table[row, : end - begin] = indices[begin:end]
+    keys, values = arena.unsqueeze(2).unbind(1)  # [num_cells, 1, K, D], strided views
+    scale = queries.shape[2] ** -0.5
+
+    def call() -> torch.Tensor:
+        out: torch.Tensor = flash_attn_with_kvcache(
+            queries[:, None],
+            keys,
+            values,
+            cache_seqlens=lengths,
+            page_table=table,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out[:, 0]
+
+    return call
+
+
 @functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
     """One for all wrappers: they run in turn."""
@@ -202,9 +231,13 @@ def providers() -> dict[str, Callable[..., Callable[[], torch.Tensor]]]:
     """What there is on this machine, by name."""
     found: dict[str, Callable[..., Callable[[], torch.Tensor]]] = {"triton": triton_decode}
     if torch.cuda.is_available():
-        try:
-            import flashinfer  # noqa: F401
-        except Exception:  # its import runs code of the driver: whatever it raises, it cannot be used
-            return found
-        found["flashinfer"] = flashinfer_decode
+        for name, package, provider in (
+            ("flashinfer", "flashinfer.decode", flashinfer_decode),
+            ("fa3", "sgl_kernel.flash_attn", fa3_decode),
+        ):
+            try:
+                importlib.import_module(package)
+            except Exception:  # its import runs code of the driver: whatever it raises, it cannot be used
+                continue
+            found[name] = provider
     return found

@@ -110,9 +110,8 @@ def main() -> None:
     load_plugins()
     pretend_memory()
     common = ["--model-path", str(Path(model)), "--load-format", "dummy"]
-    found: dict[str, Any] = {
-        "platform": type(importlib.import_module("sglang.srt.platforms").current_platform).__name__
-    }
+    platform = importlib.import_module("sglang.srt.platforms").current_platform
+    found: dict[str, Any] = {"platform": type(platform).__name__}
     found["stock"] = resolved(common)
     found["ours"] = resolved([*common, "--kv-policy", "vlcache", *flags])
     found["installed"] = installed()

@@ -84,14 +84,17 @@ def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runtime launch our Triton kernels whatever the device: interpreted on a CPU."""
     if not CUDA:
         _module(Path(__file__).parents[1] / "kernels/conftest.py")  # imports them in interpreter mode
-    for place, names in {
+    places = {
         "vlcache_sgl.policy.plan": ["select"],
         "vlcache_sgl.memory.residency": ["free_list"],
         "vlcache_sgl.attention.flashinfer_kernels": ["write_schedules"],
         "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
         "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
         "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],
-    }.items():
+    }
+    if importlib.util.find_spec("sglang.srt.layers") is None:  # a bundle has its Triton attention only
+        del places["vlcache_sgl.sglang_hooks.backend"]
+    for place, names in places.items():
         module = importlib.import_module(place)
         for name in names:
             monkeypatch.setattr(module, name, partial(getattr(module, name), backend="triton"))

@@ -89,6 +89,18 @@ class Provider(Protocol):
         """Whether a step of these requests fits what `init_graphs` laid out; the same on all tensor-parallel ranks."""
 
 
+class NoWindows:
+    """Of a provider whose kernels do not serve layers with a window: servers of such models do not start with it."""
+
+    def extend_in_window(
+        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        raise NotImplementedError("these kernels do not serve layers with a window")
+
+    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        raise NotImplementedError("these kernels do not serve layers with a window")
+
+
 class AttentionKernels(NamedTuple):
     """The serving engine's Triton kernels; which arguments they take is written where they are launched."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.attention.base import HeadShape, Observe
+from vlcache_sgl.attention.base import HeadShape, NoWindows, Observe
 from vlcache_sgl.attention.flashinfer_kernels import FlashInferKernels, Plan, natural
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
@@ -42,7 +42,7 @@ class Planned:
         return None if self.schedules is None else self.schedules[layer]
 
 
-class FlashInferProvider:
+class FlashInferProvider(NoWindows):
     """FlashInfer over cells.
 
     Args:

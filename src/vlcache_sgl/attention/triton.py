@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Observe
+from vlcache_sgl.attention.base import AttentionKernels, HeadShape, NoWindows, Observe
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
@@ -41,7 +41,7 @@ class DecodePlan:
     """Outputs and sums of the parts; all layers use them one after the other."""
 
 
-class TritonProvider:
+class TritonProvider(NoWindows):
     """SGLang's Triton attention over cells.
 
     Args:

@@ -78,8 +78,9 @@ class FreeStack:
             self.collect()
 
     def collect(self) -> None:
-        """Take in what has arrived; does not wait."""
-        self._take_in(wait=False)
+        """Take in what has arrived; does not wait.  While numbers are lent nothing is taken in."""
+        if not self._lent:
+            self._take_in(wait=False)
 
     def settle(self) -> None:
         """Take in everything; waits for events that have not passed."""
