@@ -20,8 +20,16 @@ ANSWERS, SKETCHES, LOYALTY, INSTRUMENTS = (
 )
 NOTHING = "Not measured yet."
 
-RANKED = {"signs": "signs", "random": "turned signs", "text": "signs turned by a text", "keys": "the keys"}
-"""Names of sketches, by `recalling.SketchName`."""
+RANKED = {
+    "signs": "signs",
+    "random": "turned signs",
+    "text": "signs turned by a text",
+    "keys": "the keys",
+    "mass": "sum of shares",
+    "peak": "largest share",
+    "logit": "largest logit",
+}
+"""What is written for a sketch and for what tokens are ranked by."""
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -42,7 +50,8 @@ def answers_table(result: Result, medium: str | None = None) -> str:
         rule = [str(value) for name, value in row["rule"].items() if name != "tokens"]
         key = (row["medium"], row["policy"], f"{row['budget']:g}", *rule)
         full = f"{row['full_score']:.2f}, {row['full_log_probability']:.2f}"
-        begin = [f"`{row['policy']}`", f"{row['budget']:g}", RANKED[row["rule"]["sketch"]], full]
+        rank = f"{RANKED[row['rule']['rank']]} by {RANKED[row['rule']['sketch']]}"
+        begin = [f"`{row['policy']}`", f"{row['budget']:g}", rank, full]
         lines.setdefault(key, begin).append(_cell(row))
     if medium is None:  # for the terminal: all that tells arms apart
         return "\n".join(f"{' '.join(key)}: {'  '.join(line[3:])}" for key, line in lines.items())
@@ -133,11 +142,16 @@ def rendered(page: str) -> str:
     return with_blocks(page, {name: _block(*maker) for name, maker in BLOCKS.items()})
 
 
+def _plain(row: Row) -> bool:
+    """Whether tokens are ranked as the server ranks them."""
+    return (row["rule"]["sketch"], row["rule"]["rank"]) == ("signs", "mass")
+
+
 def draw(result: Result, path: Path) -> None:
     """Right answers as images over the tokens that come back, a panel per budget."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["summary"] if row["medium"] == "image" and row["rule"]["sketch"] == "signs"]
+    rows = [row for row in result["summary"] if row["medium"] == "image" and _plain(row)]
     budgets: Sequence[float] = sorted({row["budget"] for row in rows}, reverse=True)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
