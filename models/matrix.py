@@ -95,8 +95,10 @@ def cells(row: Row) -> tuple[str, ...]:
     return (first, *told, ", ".join(f"`{file.rpartition('/')[2]}`" for file in files))
 
 
-HEAD = ("architecture", "models", "attention", "tokens at 1.0", "accounting at 0.1", "sharing", "video")
-HEAD += ("`vlcache inspect`", "on", "test")
+HEAD: tuple[str, ...] = (
+    *("architecture", "models", "attention", "tokens at 1.0", "accounting at 0.1", "sharing", "video"),
+    *("`vlcache inspect`", "on", "test"),
+)
 
 
 def notes(rows: Sequence[Row]) -> str:

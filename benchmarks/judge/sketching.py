@@ -98,7 +98,8 @@ def levels(bits: int) -> torch.Tensor:
     for _ in range(200):
         nearest = torch.bucketize(drawn, (found[1:] + found[:-1]) / 2)
         found = torch.zeros_like(found).scatter_add_(0, nearest, drawn) / torch.bincount(nearest, minlength=len(found))
-    return found.float()
+    levels: torch.Tensor = found.float()
+    return levels
 
 
 def quantised(values: torch.Tensor, bits: int) -> torch.Tensor:

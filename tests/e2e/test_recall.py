@@ -179,7 +179,7 @@ def test_other_servers(
     given = (*HEADS, *flags[1:]) if heads else (*small_flags, *flags)
     server = servers.get(*given, env={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if "--tp" in flags else {})
     drawn = [picture(61_700 + i, 24, 24) for i in range(2)]
-    params = {"kv_budget": 0.1, "kv_recall": 24}
+    params: dict[str, Any] = {"kv_budget": 0.1, "kv_recall": 24}
     params |= {} if heads else {"kv_policy": "keydiff"}
     asked = [(question.text, (d.image,), options(10, **params)) for d in drawn for question in d.questions]
     expected = alone(server, an_ask, asked)

@@ -111,8 +111,10 @@ def test_a_prompt_of_vectors_is_left_whole(forked_servers: Any) -> None:
 @pytest.mark.slow
 def test_a_language_model_beside_an_encoder(picture: Any) -> None:
     """What the encoder has made of an image is compressed like what a server makes itself."""
-    common = ("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle")
-    common += ("--encoder-transfer-backend", "zmq_to_tokenizer")
+    common = (
+        *("--dtype", "float32", "--max-total-tokens", "16384", "--skip-server-warmup", "--sleep-on-idle"),
+        *("--encoder-transfer-backend", "zmq_to_tokenizer"),
+    )
     encoder = ServerProcess(BUNDLED, [*common, "--encoder-only"])
     encoder.launch()
     try:

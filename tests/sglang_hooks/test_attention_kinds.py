@@ -192,9 +192,10 @@ def test_a_layer_that_is_not_found_is_not_served_by_chance() -> None:
 def test_layers_in_a_dict_are_found() -> None:
     """SGLang's models over transformers keep theirs so."""
     model = torch.nn.Module()
-    model.attention_instances = {n: Owner(n).attn for n in range(2)}
+    layers = {n: Owner(n).attn for n in range(2)}
+    model.attention_instances = layers  # type: ignore[assignment]
     assert [name for name, _, _ in attention_layers(model)] == ["attention_instances[0]", "attention_instances[1]"]
     refuse(model)
-    model.attention_instances[1].logit_cap = 5.0
+    layers[1].logit_cap = 5.0
     with pytest.raises(ConfigError, match=r"attention_instances\[1\]"):
         refuse(model)

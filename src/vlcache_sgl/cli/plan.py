@@ -352,7 +352,7 @@ def _full_heads(text: dict[str, Any]) -> tuple[int, int]:
     Where layers differ, the configuration's own numbers are those of layers with a window.
     """
     heads = text["num_attention_heads"]
-    own = next(iter((text.get("per_layer_config") or {}).values()), {})
+    own: dict[str, Any] = next(iter((text.get("per_layer_config") or {}).values()), {})
     kv_heads = own.get("num_key_value_heads") or text.get("num_key_value_heads") or heads
     return kv_heads, own.get("head_dim") or text.get("head_dim") or text.get("hidden_size", 0) // heads
 

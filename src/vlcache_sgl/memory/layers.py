@@ -67,7 +67,8 @@ class LayerCells:
         """`[n, 2, heads, head_dim]` of cells `[n, ..]`: this layer's part of each, without a copy."""
         size = 2 * self.heads * self.head_dim
         part = cells.flatten(1)[:, self.part * size : (self.part + 1) * size]
-        return part.unflatten(1, (2, self.heads, self.head_dim))
+        both: torch.Tensor = part.unflatten(1, (2, self.heads, self.head_dim))
+        return both
 
 
 def lay_out(
