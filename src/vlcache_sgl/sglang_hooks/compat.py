@@ -196,7 +196,10 @@ def kv_shape(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def reads_no_images(config: dict[str, Any]) -> bool:
-    """Whether SGLang serves a model of this Hugging Face configuration as one of text alone; False when unknown."""
+    """Whether SGLang serves a model of this Hugging Face configuration as one of text alone; False when unknown.
+
+    Where it cannot describe the model yet: its list of architectures lacks some that read images.
+    """
     from sglang.srt.configs.model_config import is_multimodal_model
 
     architectures = config.get("architectures")

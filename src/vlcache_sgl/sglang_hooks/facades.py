@@ -352,6 +352,7 @@ class ModelConfig(Protocol):
     attention_arch: Any
     attention_chunk_size: int | None
     is_encoder_decoder: bool
+    is_multimodal: bool
     is_hybrid_swa: bool
     has_attention_sinks: bool
 

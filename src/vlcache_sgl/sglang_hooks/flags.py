@@ -168,7 +168,8 @@ def attach_config(server_args: ServerArgs, values: Mapping[str, Any]) -> None:
     problems = unsupported_configuration(model) if resolved is None else unsupported_model(resolved)
     if problem := next(problems, None):
         raise ConfigError(problem)
-    if config.scope == "vision" and reads_no_images(model):
+    reads_images = not reads_no_images(model) if resolved is None else resolved.is_multimodal
+    if config.scope == "vision" and not reads_images:
         raise ConfigError(f"--kv-scope vision: {server_args.model_path} reads no images, use --kv-scope all")
     if config.weights not in ("auto", "off") and (shape := kv_shape(model)) is not None:
         try:
