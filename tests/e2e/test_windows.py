@@ -37,13 +37,13 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def stock(servers: Any, gemma3: Any) -> Any:
-    return servers.get(model=gemma3, common=COMMON)
+def stock(forked_servers: Any, gemma3: Any) -> Any:
+    return forked_servers.get(model=gemma3, common=COMMON)
 
 
 @pytest.fixture
-def ours(servers: Any, gemma3: Any) -> Any:
-    server = servers.get(*TENTH, model=gemma3, common=COMMON)
+def ours(forked_servers: Any, gemma3: Any) -> Any:
+    server = forked_servers.get(*TENTH, model=gemma3, common=COMMON)
     server.flush()
     return server
 
@@ -143,8 +143,8 @@ def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def two_sizes(servers: Any, gemma4: Path) -> Any:
-    server = servers.get(*TENTH, model=gemma4, common=COMMON)
+def two_sizes(forked_servers: Any, gemma4: Path) -> Any:
+    server = forked_servers.get(*TENTH, model=gemma4, common=COMMON)
     server.flush()
     return server
 

@@ -22,7 +22,6 @@ from vlcache_sgl.sglang_hooks.kv_layers import kv_layers, window_layers, window_
 REFUSED = {
     "cohere2_vision": "sliding-window",
     "gemma3n": "sliding-window",
-    "gemma4": "sliding-window",
     "kimi_k25": "MLA",
     "kimi_k3": "MLA",
     "kimi_vl": "MLA",
@@ -58,7 +57,7 @@ def test_gated_delta_nets_are_served(tmp_path: Path, name: str) -> None:
     assert layers[0] == 3
 
 
-@pytest.mark.parametrize("name", ["gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
 def test_windows_are_served(tmp_path: Path, name: str) -> None:
     """Layers of both kinds, every sixth of them counted; a token sees as many before it as SGLang says."""
     server_args = ServerArgs(model_path=str(describe(name, tmp_path)))
