@@ -107,7 +107,7 @@ class Network:
     @property
     def vocabulary(self) -> int:
         """Tokens that there are."""
-        return self._embedding.shape[0]
+        return len(self._embedding)
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], past: States | None = None) -> tuple[torch.Tensor, States]:

@@ -30,7 +30,7 @@ from . import recall_page, sketching
 from .cases import CaseId
 from .decisions import Decisions
 from .main import ASKED, MODEL, WEIGHTS, ArgumentError, dump, model_weights, read_seeds, read_task
-from .recalling import FITTED, layer_moments
+from .recalling import FITTED, SketchName, layer_moments
 from .sketching import Estimate, Text
 from .verdicts import Judge
 
@@ -58,7 +58,8 @@ def sketches(judge: Judge) -> dict[str, tuple[float, Estimate]]:
         "low rank of the prompt's logits, 4 bit": (10, partial(sketching.own_basis, profile=four_bits)),
         "the same, 4 and 2 bit": (10, partial(sketching.own_basis, profile=mixed)),
     }
-    for name, title in (("text", "a text"), ("random", "random tokens")):
+    titles: dict[SketchName, str] = {"text": "a text", "random": "random tokens"}
+    for name, title in titles.items():
         layers = layer_moments(name, network, cases)
         one = Moments(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
         found[f"signs after the model's turn, by {title}"] = (

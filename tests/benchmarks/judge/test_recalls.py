@@ -18,7 +18,7 @@ from benchmarks.judge.recalling import Rule
 from benchmarks.judge.recalls import Answer, Arm, Recalls
 from benchmarks.judge.verdicts import Judge
 from vlcache_sgl.api.testing import PlainRotary
-from vlcache_sgl.evaluation.tasks.receipts import make_picture
+from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 from vlcache_sgl.policy import resolve
 from vlcache_sgl.recall.turn import moments
 
@@ -215,7 +215,7 @@ def test_a_rotary_basis_with_all_dimensions_is_exact() -> None:
 def test_a_bundled_model_with_all_tokens_recalled_answers_as_with_the_full_cache() -> None:
     """`ungrounded` looks up while it answers: of a tenth alone its answer is another."""
     probe = instruments.RecallingProbe(ROOT / "models/tinyvlm/ungrounded")
-    picture = make_picture(500, 12, 12, num_questions=1)
+    picture = make_receipt(500, 12, 12, num_questions=1)
     prompt = probe.prefill(picture, picture.questions[0])
     keep = instruments.POLICIES[0].keep(prompt, 0.1, torch.Generator().manual_seed(0)).repeat(2, 1, 1)
     for sketch in instruments.SKETCHES:
