@@ -142,16 +142,17 @@ def rendered(page: str) -> str:
     return with_blocks(page, {name: _block(*maker) for name, maker in BLOCKS.items()})
 
 
-def _plain(row: Row) -> bool:
-    """Whether tokens are ranked as the server ranks them."""
-    return (row["rule"]["sketch"], row["rule"]["rank"]) == ("signs", "mass")
+def _rule(row: Row) -> dict[str, Any]:
+    """How tokens are ranked, however many come back."""
+    return {name: value for name, value in row["rule"].items() if name != "tokens"}
 
 
 def draw(result: Result, path: Path) -> None:
     """Right answers as images over the tokens that come back, a panel per budget."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["summary"] if row["medium"] == "image" and _plain(row)]
+    rows = [row for row in result["summary"] if row["medium"] == "image"]
+    rows = [row for row in rows if _rule(row) == _rule(rows[0])]
     budgets: Sequence[float] = sorted({row["budget"] for row in rows}, reverse=True)
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]

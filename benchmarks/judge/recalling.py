@@ -80,7 +80,7 @@ class Rule:
     tokens: int
     """Per layer and step, or per KV head and step."""
     among: Among = "layer"
-    rank: Rank = "mass"
+    rank: Rank = "logit"
     beside: Beside = "evicted"
     sketch: SketchName = "signs"
     threshold: float = 0.0
@@ -92,13 +92,8 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """Short and unique: ``64``, ``64 head peak``."""
-        parts = [str(self.tokens)]
-        parts += [
-            str(value)
-            for name, value in vars(self).items()
-            if name not in ("tokens", "threshold", "rest") and value != getattr(DEFAULT, name)
-        ]
+        """Unique: ``64 layer logit evicted signs``."""
+        parts = [str(value) for name, value in vars(self).items() if name not in ("threshold", "rest")]
         parts += ["rest"] * self.rest
         parts += [f"over {self.threshold:g}"] if self.threshold else []
         return " ".join(parts)

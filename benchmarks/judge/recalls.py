@@ -54,7 +54,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Unique: ``text vlcache@0.1 64``."""
+        """Unique: ``text vlcache@0.1 64 layer logit evicted signs``."""
         return f"{self.medium} {self.policy}@{self.budget:g} {self.rule.name}"
 
 

@@ -94,7 +94,7 @@ def page_means(text: Text, size: int) -> torch.Tensor:
 def levels(bits: int) -> torch.Tensor:
     """`[2^bits]` float32: where a Gaussian of unit variance is quantised with the least squared error (Lloyd, Max)."""
     drawn = torch.special.ndtri(torch.linspace(1e-5, 1 - 1e-5, 20001, dtype=torch.float64))
-    found = drawn[torch.linspace(0, 20000, 2 ** (bits + 1) + 1).long()[1::2]]
+    found: torch.Tensor = drawn[torch.linspace(0, 20000, 2 ** (bits + 1) + 1).long()[1::2]]
     for _ in range(200):
         nearest = torch.bucketize(drawn, (found[1:] + found[:-1]) / 2)
         found = torch.zeros_like(found).scatter_add_(0, nearest, drawn) / torch.bincount(nearest, minlength=len(found))

@@ -37,9 +37,10 @@ def kept(share: float, conditions: int = 2) -> torch.Tensor:
     return torch.rand(3, conditions, 2, PROMPT, generator=torch.Generator().manual_seed(2)) < share
 
 
-RULES = [Rule(0), Rule(0, among="head"), Rule(0, rank="peak"), Rule(0, rank="logit"), Rule(0, beside="kept")]
-RULES += [Rule(0, beside="prompt"), Rule(0, sketch="keys"), Rule(0, sketch="signs"), Rule(0, sketch="text")]
-RULES += [Rule(0, among="head", rank="logit")]
+RULES = [Rule(0), Rule(0, among="head"), Rule(0, rank="peak"), Rule(0, rank="mass")]
+RULES += [Rule(0, rank="mass", beside=beside) for beside in ("kept", "prompt")]
+RULES += [Rule(0, sketch=sketch) for sketch in ("keys", "signs", "text")]
+RULES += [Rule(0, among="head", rank="mass")]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
