@@ -251,6 +251,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         use_our_kernels(monkeypatch)
     monkeypatch.setattr(triton_provider, "MIN_PART", 32)  # so that short sequences are cut, too
     monkeypatch.setattr(triton_provider, "PROGRAMS_PER_CORE", 1000)
+    monkeypatch.setattr(triton_provider, "MAX_PARTS", 3)  # each is a program that the interpreter runs
     if name == "flashinfer" and CUDA:
         pytest.importorskip("flashinfer")
     elif name == "flashinfer":
