@@ -52,13 +52,8 @@ def answers(folder: Path, prompts: Sequence[Sequence[int]], length: int) -> list
     ids = torch.tensor([[0] * (most - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (most - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     found = model.generate(ids, attention_mask=mask, max_new_tokens=length, do_sample=False, eos_token_id=None)
-<<<<<<< HEAD
-    answers: list[list[int]] = found[:, most:].tolist()
-    return answers
-=======
     given: list[list[int]] = found[:, most:].tolist()
     return given
->>>>>>> h-study
 
 
 def hit_rates(chosen: torch.Tensor, sizes: Sequence[int], total: int) -> list[float]:

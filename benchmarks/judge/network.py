@@ -107,11 +107,7 @@ class Network:
     @property
     def vocabulary(self) -> int:
         """Tokens that there are."""
-<<<<<<< HEAD
-        return int(self._embedding.shape[0])
-=======
         return len(self._embedding)
->>>>>>> h-study
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], past: States | None = None) -> tuple[torch.Tensor, States]:

@@ -58,13 +58,8 @@ def sketches(judge: Judge) -> dict[str, tuple[float, Estimate]]:
         "low rank of the prompt's logits, 4 bit": (10, partial(sketching.own_basis, profile=four_bits)),
         "the same, 4 and 2 bit": (10, partial(sketching.own_basis, profile=mixed)),
     }
-<<<<<<< HEAD
-    fits: tuple[tuple[SketchName, str], ...] = (("text", "a text"), ("random", "random tokens"))
-    for name, title in fits:
-=======
     titles: dict[SketchName, str] = {"text": "a text", "random": "random tokens"}
     for name, title in titles.items():
->>>>>>> h-study
         layers = layer_moments(name, network, cases)
         one = Moments(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
         found[f"signs after the model's turn, by {title}"] = (
