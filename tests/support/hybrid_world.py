@@ -67,7 +67,8 @@ class HybridWorld(World):
     @property
     def _states(self) -> torch.Tensor:
         """`[slots]`, float32."""
-        return self.rows.mamba_pool.mamba_cache.temporal[0].view(-1)
+        states: torch.Tensor = self.rows.mamba_pool.mamba_cache.temporal[0].view(-1)
+        return states
 
     def _mark(self, req: Req, end: int) -> float:
         """What a state has seen, a whole number that float32 holds exactly."""
