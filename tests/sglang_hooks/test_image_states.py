@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hybrid_world import STATES_PER_REQUEST, HybridWorld
@@ -54,7 +55,7 @@ def buffer(request: pytest.FixtureRequest) -> Iterator[bool]:
         yield request.param
 
 
-def ask(world: HybridWorld, image: tuple[int, ...], question: tuple[int, ...], **more: object) -> int:
+def ask(world: HybridWorld, image: tuple[int, ...], question: tuple[int, ...], **more: Any) -> int:
     """Serve a question about an image alone; returns the tokens that it found in the prefix cache."""
     span = Span(len(SYSTEM), len(SYSTEM) + len(image))
     req = world.submit((*SYSTEM, *image, *question), image=span, **more)
