@@ -181,14 +181,9 @@ def gemma3(folder: Path) -> None:
 
 
 def gemma4(folder: Path) -> None:
-<<<<<<< HEAD
-    """`Gemma4ForConditionalGeneration`: layers 0, 1 and 3 see the last 64 tokens, four heads of 32; 2 and 4 see all,
-    with one of 64; layer 5 has no keys of its own and reads those of layer 4."""
-=======
     """`Gemma4ForConditionalGeneration`: layers 0, 1 and 3 see the last 64 tokens, with four KV heads of 32; 2 and 4 see
     all, with one of 64; layer 5 has no keys of its own and reads those of layer 4.
     """
->>>>>>> h-fp8
     from transformers import (
         AutoTokenizer,
         Gemma4AudioFeatureExtractor,
