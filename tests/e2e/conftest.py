@@ -213,8 +213,8 @@ SMALL = (
     *("--kv-host-memory", "16MB", "--kv-overcommit", "4", "--kv-recall", "24"),
     *("--max-total-tokens", "1028", "--chunked-prefill-size", "128"),
 )
-"""An arena for one image of the larger ones and little beside it, host memory for nine of them.  An eighth of the memory
-goes into sketches."""
+"""An arena for one image of the larger ones and little beside it, host memory for nine of them; an
+eighth of the memory goes into sketches."""
 
 
 @pytest.fixture
