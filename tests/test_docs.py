@@ -194,7 +194,7 @@ def repository() -> list[str]:
 
 FILE = r"(?:[\w.-]+/)*[\w-]+\.(?:py|md|sh|toml|txt|npz)"
 FOLDER = r"(?:[\w-]+/)+|(?:benchmarks|docs|examples|kernels|models|policies|scripts|src|tests)(?:/[\w-]+)+"
-EXAMPLE_NAMES = {"policies/vlcache_policies/NAME.py", "tests/kernels/test_NAME.py", "table.md"}
+EXAMPLE_NAMES = {"run.sh", "policies/vlcache_policies/NAME.py", "tests/kernels/test_NAME.py", "table.md"}
 """Of files that the reader or a command makes."""
 
 
