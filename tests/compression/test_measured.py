@@ -122,6 +122,7 @@ def test_servers_that_cannot_measure_refuse(on_device: bool, ranks: int, message
     request = SimpleNamespace(
         sampling_params=SimpleNamespace(custom_params={"kv_report": "attention"}, beam_width=None),
         origin_input_ids=[1] * 200,
+        input_embeds=None,
         multimodal_inputs=None,
         extra_key=None,
         customized_info=None,

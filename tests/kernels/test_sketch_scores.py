@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlcache_kernels.sketch_scores import sketch_scores
-from vlcache_sgl.recall.sketch import KeySketch
+from vlcache_kernels.sketch_scores import FACTOR_BYTES, sketch_scores
 
 SHAPES = ((1, 4, 2, 64, 70), (3, 6, 2, 128, 33), (2, 2, 2, 80, 65), (2, 7, 1, 16, 5))
 
 
 def case(batch: int, heads: int, kv_heads: int, dim: int, count: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(dim + count)
-    keys = torch.randn(4 * count, kv_heads, dim, generator=generator)
-    codes = KeySketch(dim, "cpu").encode(keys)
+    signs = torch.randint(0, 256, (4 * count, kv_heads, dim // 8), generator=generator, dtype=torch.uint8)
+    factors = torch.rand(4 * count, kv_heads, FACTOR_BYTES // 2, generator=generator).to(torch.float16)
+    codes = torch.cat([signs, factors.view(torch.uint8)], dim=-1)
     rows = torch.randint(0, 4 * count, (batch, count), generator=generator)
     return torch.randn(batch, heads, dim, generator=generator), codes, rows
 

@@ -202,6 +202,7 @@ def test_the_pool_fits_into_the_bytes_that_it_replaces(budget: str, head_cells: 
             v_head_dim=64,
             get_num_kv_heads=lambda tp, dcp: 2,
             hf_config=PretrainedConfig(),
+            hf_text_config=PretrainedConfig(),
             linear_attn_registry_result=None,
         ),
         server_args=SimpleNamespace(disable_radix_cache=False),

@@ -61,7 +61,7 @@ def test_gated_delta_nets_are_served(tmp_path: Path, name: str) -> None:
 def test_windows_are_served(tmp_path: Path, name: str) -> None:
     """Layers of both kinds, every sixth of them counted; a token sees as many before it as SGLang says."""
     server_args = ServerArgs(model_path=str(describe(name, tmp_path)))
-    attach_config(server_args, {"kv_policy": "vlcache"})
+    attach_config(server_args, {"kv_policy": "vlcache", "kv_scope": "all"})
     model = resolved_model(server_args)
     assert model is not None
     assert list(unsupported_model(model)) == []

@@ -107,6 +107,7 @@ def test_every_target_exists_in_sglang() -> None:
         get_total_num_kv_heads=lambda: 2,
         head_dim=16,
         hf_config=PretrainedConfig(),
+        hf_text_config=PretrainedConfig(),
         linear_attn_registry_result=None,
     )
     gate = Gate(config, model, ranks=1)
