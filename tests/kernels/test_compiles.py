@@ -28,6 +28,7 @@ KERNELS = {
     "select_kernel",
     "evicted_kernel",
     "free_kernel",
+    "score_kernel",
 }
 
 
