@@ -25,6 +25,7 @@ IMAGE_TOKENS = 64
 COMMON = (
     *("--dtype", "float32", "--chunked-prefill-size", "128", "--max-total-tokens", "16384"),
     *("--max-running-requests", "8", "--enable-cache-report", "--skip-server-warmup", "--sleep-on-idle"),
+    "--enable-multimodal",
 )
 TENTH = ("--kv-policy", "vlcache", "--kv-budget", "0.1")
 TEXT = "Which code is printed after the green letter T? " * 12
