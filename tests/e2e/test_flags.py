@@ -72,7 +72,6 @@ REFUSED = {
     "speculative decoding": (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm"]),
     "quantized KV": (("--kv-cache-dtype", "mxfp8"), ["--kv-cache-dtype"]),
     "attention over data": (("--attn-dp-size", "2", "--tp-size", "2"), ["--attn-dp-size 2"]),
-    "attention over data, by its old name": (("--enable-dp-attention",), ["--enable-dp-attention:"]),
     "canary": (("--kv-canary", "raise"), ["--kv-canary raise"]),
     "encoder alone": (("--encoder-only",), ["--encoder-only:"]),
     "items of one prompt apart": (("--enable-mis",), ["--enable-mis:"]),
