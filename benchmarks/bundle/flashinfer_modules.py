@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 ARCHITECTURE = "9.0a"
@@ -47,18 +51,34 @@ def device_support_pdl(device):
 '''
 
 
+def cuda_home(nvcc: str) -> str:
+    """Folder of the toolkit that this compiler belongs to: it may be a script that starts another."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return os.path.realpath(top[1]) if top else str(Path(nvcc).resolve().parents[1])
+
+
 def build_module(dim: int) -> Path:
     """Compile the module for bf16 and this head dimension, or find it compiled; the shared library.
 
     Raises:
+        FileNotFoundError: there is no nvcc.
         RuntimeError: it does not compile.
     """
+    if (nvcc := shutil.which("nvcc")) is None:
+        raise FileNotFoundError("there is no nvcc: FlashInfer's modules cannot be compiled")
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", ARCHITECTURE)
+    os.environ.setdefault("CUDA_HOME", cuda_home(nvcc))
     import torch
     from flashinfer.prefill import _gen_batch_prefill_primary_module
 
     types = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.int32)
     spec = _gen_batch_prefill_primary_module("fa2", *types, dim, dim, 0, False, False, False)
     if not spec.jit_library_path.exists():
-        spec.build(verbose=False)
+        with tempfile.TemporaryDirectory() as folder:
+            # The driver's library belongs to machines with a GPU: the linker is content with an empty one.
+            driver = ["-shared", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so", "-x", "c", os.devnull]
+            subprocess.run(["cc", *driver], check=True)
+            os.environ["LIBRARY_PATH"] = f"{folder}:{os.environ.get('LIBRARY_PATH', '')}"
+            spec.build(verbose=False)
     return Path(spec.jit_library_path)

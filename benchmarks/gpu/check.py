@@ -19,7 +19,7 @@ import tempfile
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from time import monotonic, sleep
@@ -60,6 +60,8 @@ def run_tests(seconds: float, processes: int, select: list[str]) -> Tests:
     """All kernel tests, cut into as many shards as processes; what does not end in time has failed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
     options = ["-q", "--maxfail=20", "-p", "no:cacheprovider", f"--confcutdir={ROOT / 'tests/kernels'}"]
+    # What is compiled offline elsewhere is compiled by the others here.
+    options.append(f"--ignore={ROOT / 'tests/kernels/test_compiles.py'}")
     command = [sys.executable, "-m", "pytest", str(ROOT / "tests/kernels"), *options, *select]
     tests = Tests()
     began = monotonic()
@@ -196,6 +198,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file (default: results/gpu-check-<device>.json)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="end within this time (default: 8)")
     parser.add_argument("--processes", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)))
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="benchmarks with the shapes of these models only")
     parser.add_argument("--skip-tests", action="store_true", help="benchmarks only; the result says so")
     parser.add_argument("--skip-benchmarks", action="store_true", help="tests only")
     parser.add_argument("--dry-run", action="store_true", help="the same steps on a CPU; its times mean nothing")
@@ -219,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     clock = Clock(args.minutes * 60 - RESERVE_SECONDS)
     device = torch.device("cpu" if args.dry_run else "cuda")
     sizes = TINY if args.dry_run else Sizes()
+    if args.models:
+        sizes = replace(sizes, models=tuple(model for model in sizes.models if model.name in args.models))
     tests = None
     if not args.skip_tests:
         # The dry run takes one fast file: that the tests pass here is what `make test` sees to.

@@ -1,7 +1,8 @@
 """Decode attention over ragged cells, to measure with: FlashInfer where it can be imported, else a kernel of our own.
 
-The kernel is a yardstick for `check.py` on a machine that has only PyTorch and Triton; the server uses
-FlashInfer's or SGLang's kernels.  It splits the keys of a request over programs and joins the parts in a second launch.
+What a server launches is measured too (`served`), where its kernels are there: FlashInfer's with our schedules, and
+SGLang's Triton kernels.  The kernel of our own is a yardstick on a machine that has only PyTorch and Triton: it splits
+the keys of a request over programs and joins the parts in a second launch.
 
 Bytes: K and V of every kept cell once, ``4 * D`` bytes per cell and head in 16-bit types, and its 4 bytes of index.
 """
@@ -208,6 +209,34 @@ def fa3_decode(
     return call
 
 
+def served(name: str) -> Callable[..., Callable[[], torch.Tensor]]:
+    """The attention that a server with this provider launches; planned now, so that the call is the attention alone."""
+
+    def provider(
+        queries: torch.Tensor, arena: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, longest: int
+    ) -> Callable[[], torch.Tensor]:
+        from vlcache_sgl.attention.base import HeadShape
+        from vlcache_sgl.attention.factory import make_provider
+        from vlcache_sgl.memory.batches import DecodeBatch, Memory
+        from vlcache_sgl.memory.residency import Residency
+        from vlcache_sgl.sglang_hooks.triton_kernels import attention_kernels
+
+        device, lengths = queries.device, indptr.diff()
+        residency = Residency(1, indices.numel(), arena.shape[0] - 1, device)
+        residency.table[0, 1:] = indices  # slots lie one after another
+        slots = torch.arange(longest, device=device) + 1 + indptr[:-1, None]
+        table = torch.nn.functional.pad(slots.clamp(max=indices.numel()).to(torch.int32), (0, 0, 1, 0))
+        memory = Memory(arena, residency, table, groups=1)
+        attention = make_provider(name, memory, HeadShape(queries.shape[1], queries.dtype), attention_kernels)
+        rows = torch.arange(1, len(lengths) + 1, device=device)
+        new = residency.table[:, (indptr[1:]).long()]
+        attention.plan_decode(DecodeBatch(rows.tolist(), lengths.tolist(), rows, lengths, new))
+        scale = queries.shape[2] ** -0.5
+        return lambda: attention.decode(slice(0, 1), queries, scale)
+
+    return provider
+
+
 @functools.cache
 def _workspace(device: torch.device) -> torch.Tensor:
     """One for all wrappers: they run in turn."""
@@ -232,6 +261,8 @@ def providers() -> dict[str, Callable[..., Callable[[], torch.Tensor]]]:
     found: dict[str, Callable[..., Callable[[], torch.Tensor]]] = {"triton": triton_decode}
     if torch.cuda.is_available():
         for name, package, provider in (
+            ("served flashinfer", "flashinfer.prefill", served("flashinfer")),
+            ("served triton", "sglang.kernels.ops.attention.decode_attention", served("triton")),
             ("flashinfer", "flashinfer.decode", flashinfer_decode),
             ("fa3", "sgl_kernel.flash_attn", fa3_decode),
         ):

@@ -45,7 +45,7 @@ class Measured:
     def decode_name(self) -> str:
         """The provider that is used in production where there is one."""
         names = [m.name for m in self.all if m.name.startswith("decode attention") and m.samples]
-        return next((name for name in names if "flashinfer" in name), "decode attention, triton")
+        return next((name for name in names if "served" in name), "decode attention, triton")
 
 
 def rows_a(measured: Measured) -> list[list[str]]:
