@@ -76,14 +76,15 @@ def make_prompt(tokens: int, seed: int) -> Prompt:
 
 
 def make_long_prompt(tokens: int, seed: int) -> Prompt:
-    """About `tokens` prompt tokens: words, then one image and a question, so that few query rows meet many keys.
+    """About `tokens` prompt tokens: an image, words, then another image and a question.
 
-    128k tokens of images would be gigabytes of pixels for a server to unpack, which is not what is measured.
+    What lies in front of the first image is never evicted, and what follows the last one scores: few query rows meet
+    many keys.  128k tokens of images would be gigabytes of pixels for a server to unpack, which is not what is measured.
     """
-    one = make_prompt(0, seed)
+    two = make_prompt(2 * IMAGE_TOKENS + TEXT_TOKENS, seed)
     rng = np.random.default_rng(seed)
-    words = rng.choice(WORDS, max(0, tokens - IMAGE_TOKENS - TEXT_TOKENS))
-    return Prompt(one.text.replace(PLACE, "".join(words) + PLACE), one.image_data)
+    words = rng.choice(WORDS, max(0, tokens - 2 * IMAGE_TOKENS - TEXT_TOKENS))
+    return Prompt(two.text.replace(PLACE, PLACE + "".join(words), 1), two.image_data)
 
 
 def stream(http: httpx.Client, url: str, payload: str) -> Timeline:

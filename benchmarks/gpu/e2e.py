@@ -11,6 +11,9 @@ for 100 tokens.  Each server has the whole device to itself, one after the other
   single tokens would time the client.
 * **end to end**: from sending to the last token of the last request, waiting for memory included.
 
+Servers run one after the other, or, with ``--together TOKENS``, side by side with a pool of so many tokens each: then
+repeats take turns, which is kinder to a device that is there for minutes.
+
 ``--smoke`` runs the same program on a CPU with a tiny model; its times mean nothing.  Exit status: 0 when every check
 of the answers and of the servers' books holds, 1 when one does not, 2 when there is nothing to run on.
 """
@@ -20,9 +23,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +74,7 @@ def settings(smoke: bool, backend: str | None) -> Setting:
         # More ids than the tokenizer knows, as in the large model.
         text = TEXT | {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "vocab_size": 1024}
         flags: tuple[str, ...] = ("--dtype", "float32", "--max-total-tokens", "8192", "--chunked-prefill-size", "256")
-        return Setting(((600, 1), (600, 3)), 12, 1, flags, (), text, "float32", "smoke-3x512-dummy")
+        return Setting(((1200, 1), (1200, 3)), 12, 1, flags, (), text, "float32", "smoke-3x512-dummy")
     points = tuple((tokens, batch) for tokens in (2048, 32768, 131072) for batch in (1, 4, 64))
     backend = backend or ("flashinfer" if importlib.util.find_spec("flashinfer") else "triton")
     attention = ("--attention-backend", backend)
@@ -167,15 +172,14 @@ def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]
         expect(wanted <= compressed <= wanted + sample["retractions"], f"{compressed:g} requests were compressed")
         if wanted and books["cells_seen"]:
             kept = books["cells_kept"] / books["cells_seen"]
-            expect(abs(kept - BUDGET) < 0.02 * BUDGET, f"{kept:.4f} of the cells were kept")
+            expect(abs(kept - BUDGET) < 0.05 * BUDGET, f"{kept:.4f} of the cells were kept")
     return problems
 
 
-def run_server(
-    name: str, setting: Setting, points: Sequence[tuple[int, int]], model: Path, limit_s: float, console: Any
-) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """All samples of one server, what is wrong with them, and what it says of itself."""
-    from benchmarks.common.load import make_long_prompt, send_together
+def make_server(
+    name: str, setting: Setting, points: Sequence[tuple[int, int]], model: Path, pool: int | None, console: Any
+) -> Any:
+    """One of the contenders, not yet started; its pool has `pool` tokens, None: what fits the device."""
     from vlcache_sgl.client.server import ServerProcess
 
     flags = [
@@ -188,29 +192,100 @@ def run_server(
         "--skip-server-warmup",
         "--enable-metrics",
     ]
+    if pool is not None:
+        flags += ["--max-total-tokens", str(pool), "--mem-fraction-static", "0.95"]
     flags += ["--max-running-requests", str(max(batch for _, batch in points)), *CONTENDERS[name]]
-    samples: list[dict[str, Any]] = []
-    problems: list[str] = []
-    one_s: dict[int, float] = {}
-    with ServerProcess(model, flags, title=name, console=console, timeout_s=READY_S) as server:
+    return ServerProcess(model, flags, title=name, console=console, timeout_s=READY_S)
+
+
+class Contender:
+    """A server that runs, and what was measured of it."""
+
+    def __init__(self, name: str, server: Any, setting: Setting, limit_s: float, console: Any) -> None:
+        from benchmarks.common.load import make_long_prompt, send_together
+
+        self.name, self._server, self._setting = name, server, setting
+        self._limit_s, self._console = limit_s, console
+        self.samples: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        self._one_s: dict[int, float] = {}
         # The first request of a process pays for lazy imports, compilation and first allocations.
         send_together(server.url, [make_long_prompt(400, seed=999_000 + i) for i in range(2)], 4)
-        for length, batch in points:
-            if (expected := one_s.get(length, 0.0) * batch) > limit_s:
-                samples.append({"tokens": length, "batch": batch, "skipped": f"would take {expected / 60:.0f} minutes"})
-                continue
-            for repeat in range(setting.repeats):
-                sample = measure(server, (length, batch), setting.tokens, repeat)
-                samples.append(sample)
-                problems += sample_problems(name, sample, setting.tokens)
-                console.print(
-                    f"{name}: {length} x {batch}: {sample['end_to_end_ms']:.0f} ms end to end, "
-                    f"{sample['decode_tokens_per_s'] or float('nan'):.1f} tokens/s in decode"
-                )
-            one_s.setdefault(length, samples[-1]["end_to_end_ms"] / 1e3 / batch)
-        info = server.server_info()
-    about = {key: info.get(key) for key in ("attention_backend", "max_total_num_tokens", "kv_cache_dtype", "dtype")}
-    return [{"server": name, **sample} for sample in samples], problems, about
+
+    def measure(self, point: tuple[int, int], repeat: int) -> None:
+        """One sample of a point, or why there is none."""
+        length, batch = point
+        if (expected := self._one_s.get(length, 0.0) * batch) > self._limit_s:
+            if not repeat:
+                skipped = f"would take {expected / 60:.0f} minutes"
+                self.samples.append({"server": self.name, "tokens": length, "batch": batch, "skipped": skipped})
+            return
+        sample = measure(self._server, point, self._setting.tokens, repeat)
+        self.samples.append({"server": self.name, **sample})
+        self.problems += sample_problems(self.name, sample, self._setting.tokens)
+        self._one_s.setdefault(length, sample["end_to_end_ms"] / 1e3 / batch)
+        self._console.print(
+            f"{self.name}: {length} x {batch}: {sample['end_to_end_ms']:.0f} ms end to end, "
+            f"{sample['decode_tokens_per_s'] or float('nan'):.1f} tokens/s in decode"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What the server says of itself."""
+        info = self._server.server_info()
+        return {key: info.get(key) for key in ("attention_backend", "max_total_num_tokens", "kv_cache_dtype", "dtype")}
+
+
+Run = tuple[list[dict[str, Any]], list[str], dict[str, Any]]
+"""Samples, what is wrong with them, and what the servers say of themselves."""
+
+
+def run_in_turn(
+    names: Sequence[str], setting: Setting, points: Sequence[tuple[int, int]], model: Path, limit_s: float, console: Any
+) -> Run:
+    """Each server with the device to itself."""
+    samples: list[dict[str, Any]] = []
+    problems: list[str] = []
+    servers = {}
+    for name in names:
+        with make_server(name, setting, points, model, None, console) as server:
+            contender = Contender(name, server, setting, limit_s, console)
+            for point in points:
+                for repeat in range(setting.repeats):
+                    contender.measure(point, repeat)
+            servers[name] = contender.about()
+        samples += contender.samples
+        problems += contender.problems
+    return samples, problems, servers
+
+
+def run_together(
+    names: Sequence[str],
+    setting: Setting,
+    points: Sequence[tuple[int, int]],
+    model: Path,
+    limit_s: float,
+    console: Any,
+    pool: int,
+) -> Run:
+    """All servers on the device at once; only one is asked at a time, in another order in every repeat."""
+    with ExitStack() as stack:
+        processes = {name: make_server(name, setting, points, model, pool, console) for name in names}
+        for process in processes.values():
+            stack.callback(process.stop)
+            process.launch()
+        for process in processes.values():
+            process.wait_until_ready()
+        contenders = [Contender(name, process, setting, limit_s, console) for name, process in processes.items()]
+        for repeat in range(setting.repeats):
+            turn = repeat % len(contenders)
+            for point in points:
+                for contender in [*contenders[turn:], *contenders[:turn]]:
+                    contender.measure(point, repeat)
+        return (
+            [sample for contender in contenders for sample in contender.samples],
+            [problem for contender in contenders for problem in contender.problems],
+            {contender.name: contender.about() for contender in contenders},
+        )
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -269,6 +344,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="SERVER", help="some of the four")
     parser.add_argument("--repeats", type=int, help="samples of each server and point; default 3")
     parser.add_argument("--attention-backend", choices=("flashinfer", "triton"), help="default: flashinfer if there")
+    parser.add_argument("--server-flags", default="", metavar="FLAGS", help="further flags of all servers, in quotes")
+    parser.add_argument("--together", type=int, metavar="TOKENS", help="servers side by side, pools of so many tokens")
     parser.add_argument("--limit-minutes", type=float, default=10.0, help="leave out samples that would take longer")
     parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results, with --smoke in out")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on a CPU: does the program run?")
@@ -290,20 +367,16 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
     setting = settings(args.smoke, args.attention_backend)
-    setting = replace(setting, repeats=args.repeats or setting.repeats)
+    flags = (*setting.flags, *shlex.split(args.server_flags))
+    setting = replace(setting, repeats=args.repeats or setting.repeats, flags=flags)
     points = setting.points
     if args.points:
         points = tuple(sorted((int(a), int(b)) for a, b in (text.split("x") for text in args.points)))
     model = make_config(ROOT / "out" / setting.name, setting.text, setting.dtype)
     host = host_block()
-    samples: list[dict[str, Any]] = []
-    problems: list[str] = []
-    servers = {}
     with interruptible():
-        for name in args.only or CONTENDERS:
-            found, wrong, servers[name] = run_server(name, setting, points, model, args.limit_minutes * 60, console)
-            samples += found
-            problems += wrong
+        what = (args.only or list(CONTENDERS), setting, points, model, args.limit_minutes * 60, console)
+        samples, problems, servers = run_in_turn(*what) if args.together is None else run_together(*what, args.together)
     if len({about["attention_backend"] for name, about in servers.items() if name != AS_IT_IS}) > 1:
         problems.append(f"servers used different kernels: {servers}")
     rows = summarise(samples)
@@ -314,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         "host": host,
         "model": {"name": setting.name, "made_by": "benchmarks/models/make_model.py", "sizes": setting.text},
         "server_flags": [*setting.flags, *setting.attention],
+        "together": args.together,
         "servers": servers,
         "generated_tokens": setting.tokens,
         "problems": problems,
