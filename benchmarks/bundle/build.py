@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,8 @@ RUN = """#!/bin/sh
 cd "$(dirname "$0")" || exit 2
 PYTHONPATH="$PWD:$PWD/src:$PWD/kernels:$PWD/policies" exec "${PYTHON:-python3}" -m benchmarks.bundle.run "$@"
 """
+PYTHON = "3.12"
+"""Of the machine."""
 HEAD_DIMS = (64, 128)
 """Of FlashInfer's modules: 64 in tests, 128 in benchmarks."""
 
@@ -110,8 +113,6 @@ def package(name: str) -> Path:
 
 def licence_of(name: str) -> str:
     """Text of the licence of an installed distribution, for the bundle."""
-    from importlib.metadata import distribution
-
     files = [file for file in distribution(name).files or [] if "licen" in file.name.lower()]
     texts = [Path(str(file.locate())).read_text() for file in files]
     return "\n".join(texts) or f"{name}: {distribution(name).metadata['License-Expression'] or 'Apache License 2.0'}\n"
@@ -142,8 +143,12 @@ def copy_flashinfer(target: Path) -> None:
     (folder / "prefill.py").write_text(SHIM)
     (folder / "utils.py").write_text(UTILS)
     (folder / "LICENSE").write_text(licence_of("flashinfer-python"))
-    loader = package("tvm_ffi")
-    shutil.copytree(loader, target / "tvm_ffi", ignore=shutil.ignore_patterns("__pycache__", "*.a", "testing*"))
+    # What loads them is compiled for one Python, and that machine's need not be ours.
+    wheel = f"apache-tvm-ffi=={version('apache-tvm-ffi')}"
+    wanted = ("--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--target", str(target), wheel)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    for spare in target.glob("tvm_ffi/**/*.a"):
+        spare.unlink()
 
 
 def size_of(folder: Path) -> int:

@@ -79,7 +79,7 @@ def make_long_prompt(tokens: int, seed: int) -> Prompt:
     """About `tokens` prompt tokens: an image, words, then another image and a question.
 
     What lies in front of the first image is never evicted, and what follows the last one scores: few query rows meet
-    many keys.  128k tokens of images would be gigabytes of pixels for a server to unpack, which is not what is measured.
+    many keys.  128k tokens of images would be gigabytes of pixels to unpack, which is not what is measured.
     """
     two = make_prompt(2 * IMAGE_TOKENS + TEXT_TOKENS, seed)
     rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what a bare machine may lack is imported after `unfit`
     from benchmarks.gpu.timing import Clock, Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "src")]
 NEEDS = ("torch", "triton", "pytest")
 MINUTES = 8.0
 # What the tests may take of it, so that the benchmarks get their part.

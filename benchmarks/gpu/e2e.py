@@ -198,16 +198,31 @@ def make_server(
     return ServerProcess(model, flags, title=name, console=console, timeout_s=READY_S)
 
 
-class Contender:
-    """A server that runs, and what was measured of it."""
+class Record:
+    """What was measured, written after every sample: a run that is cut off leaves what it has."""
 
-    def __init__(self, name: str, server: Any, setting: Setting, limit_s: float, console: Any) -> None:
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self.path, self._head = path, head
+        self.samples: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        self.servers: dict[str, dict[str, Any]] = {}
+        """What each says of itself."""
+
+    def write(self) -> None:
+        rest = {"summary": summarise(self.samples), "samples": self.samples}
+        result = {**self._head, "servers": self.servers, "problems": self.problems, **rest}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Contender:
+    """A server that runs and is measured."""
+
+    def __init__(self, name: str, server: Any, setting: Setting, limit_s: float, console: Any, record: Record) -> None:
         from benchmarks.common.load import make_long_prompt, send_together
 
         self.name, self._server, self._setting = name, server, setting
-        self._limit_s, self._console = limit_s, console
-        self.samples: list[dict[str, Any]] = []
-        self.problems: list[str] = []
+        self._limit_s, self._console, self._record = limit_s, console, record
         self._one_s: dict[int, float] = {}
         # The first request of a process pays for lazy imports, compilation and first allocations.
         send_together(server.url, [make_long_prompt(400, seed=999_000 + i) for i in range(2)], 4)
@@ -218,44 +233,42 @@ class Contender:
         if (expected := self._one_s.get(length, 0.0) * batch) > self._limit_s:
             if not repeat:
                 skipped = f"would take {expected / 60:.0f} minutes"
-                self.samples.append({"server": self.name, "tokens": length, "batch": batch, "skipped": skipped})
+                self._record.samples.append({"server": self.name, "tokens": length, "batch": batch, "skipped": skipped})
             return
         sample = measure(self._server, point, self._setting.tokens, repeat)
-        self.samples.append({"server": self.name, **sample})
-        self.problems += sample_problems(self.name, sample, self._setting.tokens)
+        self._record.samples.append({"server": self.name, **sample})
+        self._record.problems += sample_problems(self.name, sample, self._setting.tokens)
+        self._record.write()
         self._one_s.setdefault(length, sample["end_to_end_ms"] / 1e3 / batch)
         self._console.print(
             f"{self.name}: {length} x {batch}: {sample['end_to_end_ms']:.0f} ms end to end, "
             f"{sample['decode_tokens_per_s'] or float('nan'):.1f} tokens/s in decode"
         )
 
-    def about(self) -> dict[str, Any]:
-        """What the server says of itself."""
+    def about(self) -> None:
+        """Write down what the server says of itself."""
         info = self._server.server_info()
-        return {key: info.get(key) for key in ("attention_backend", "max_total_num_tokens", "kv_cache_dtype", "dtype")}
-
-
-Run = tuple[list[dict[str, Any]], list[str], dict[str, Any]]
-"""Samples, what is wrong with them, and what the servers say of themselves."""
+        keys = ("attention_backend", "max_total_num_tokens", "kv_cache_dtype", "dtype")
+        self._record.servers[self.name] = {key: info.get(key) for key in keys}
 
 
 def run_in_turn(
-    names: Sequence[str], setting: Setting, points: Sequence[tuple[int, int]], model: Path, limit_s: float, console: Any
-) -> Run:
+    names: Sequence[str],
+    setting: Setting,
+    points: Sequence[tuple[int, int]],
+    model: Path,
+    limit_s: float,
+    console: Any,
+    record: Record,
+) -> None:
     """Each server with the device to itself."""
-    samples: list[dict[str, Any]] = []
-    problems: list[str] = []
-    servers = {}
     for name in names:
         with make_server(name, setting, points, model, None, console) as server:
-            contender = Contender(name, server, setting, limit_s, console)
+            contender = Contender(name, server, setting, limit_s, console, record)
+            contender.about()
             for point in points:
                 for repeat in range(setting.repeats):
                     contender.measure(point, repeat)
-            servers[name] = contender.about()
-        samples += contender.samples
-        problems += contender.problems
-    return samples, problems, servers
 
 
 def run_together(
@@ -265,8 +278,9 @@ def run_together(
     model: Path,
     limit_s: float,
     console: Any,
+    record: Record,
     pool: int,
-) -> Run:
+) -> None:
     """All servers on the device at once; only one is asked at a time, in another order in every repeat."""
     with ExitStack() as stack:
         processes = {name: make_server(name, setting, points, model, pool, console) for name in names}
@@ -275,17 +289,16 @@ def run_together(
             process.launch()
         for process in processes.values():
             process.wait_until_ready()
-        contenders = [Contender(name, process, setting, limit_s, console) for name, process in processes.items()]
+        contenders = [
+            Contender(name, process, setting, limit_s, console, record) for name, process in processes.items()
+        ]
+        for contender in contenders:
+            contender.about()
         for repeat in range(setting.repeats):
             turn = repeat % len(contenders)
             for point in points:
                 for contender in [*contenders[turn:], *contenders[:turn]]:
                     contender.measure(point, repeat)
-        return (
-            [sample for contender in contenders for sample in contender.samples],
-            [problem for contender in contenders for problem in contender.problems],
-            {contender.name: contender.about() for contender in contenders},
-        )
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -374,13 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         points = tuple(sorted((int(a), int(b)) for a, b in (text.split("x") for text in args.points)))
     model = make_config(ROOT / "out" / setting.name, setting.text, setting.dtype)
     host = host_block()
-    with interruptible():
-        what = (args.only or list(CONTENDERS), setting, points, model, args.limit_minutes * 60, console)
-        samples, problems, servers = run_in_turn(*what) if args.together is None else run_together(*what, args.together)
-    if len({about["attention_backend"] for name, about in servers.items() if name != AS_IT_IS}) > 1:
-        problems.append(f"servers used different kernels: {servers}")
-    rows = summarise(samples)
-    result = {
+    name = f"gpu-e2e-{device_name()}-{setting.name}.json"
+    head = {
         "task": "gpu-e2e",
         "smoke": args.smoke,
         "command": command_line(),
@@ -388,23 +396,23 @@ def main(argv: list[str] | None = None) -> int:
         "model": {"name": setting.name, "made_by": "benchmarks/models/make_model.py", "sizes": setting.text},
         "server_flags": [*setting.flags, *setting.attention],
         "together": args.together,
-        "servers": servers,
         "generated_tokens": setting.tokens,
-        "problems": problems,
-        "summary": rows,
-        "samples": samples,
     }
-    name = f"{device_name()}-{setting.name}-e2e-sglang{host['packages']['sglang']}.json"
-    out = args.out or ROOT / ("out" if args.smoke else "benchmarks/results") / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(table_of(rows))
-    for line in problems:
+    record = Record(args.out or ROOT / ("out" if args.smoke else "benchmarks/results") / name, head)
+    with interruptible():
+        what = (args.only or list(CONTENDERS), setting, points, model, args.limit_minutes * 60, console, record)
+        run_in_turn(*what) if args.together is None else run_together(*what, args.together)
+    backends = {about["attention_backend"] for name, about in record.servers.items() if name != AS_IT_IS}
+    if len(backends) > 1:
+        record.problems.append(f"servers used different kernels: {record.servers}")
+    record.write()
+    console.print(table_of(summarise(record.samples)))
+    for line in record.problems:
         console.print(f"WRONG {line}")
     if args.smoke:
         console.print("SMOKE TEST on a CPU with a tiny model: the times above are not results")
-    console.print(f"written: {out}")
-    return 1 if problems else 0
+    console.print(f"written: {record.path}")
+    return 1 if record.problems else 0
 
 
 if __name__ == "__main__":
