@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.judge.turn import TurnedSketch, balanced, moments, spread
 from models.tinyvlm.caches import CachePolicy
 from models.tinyvlm.probe import Probe, Prompt
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.evaluation.stats import interval
 from vlcache_sgl.evaluation.tasks.receipts import Question, Receipt, make_receipt
 from vlcache_sgl.recall.sketch import KeySketch
-from vlcache_sgl.recall.turn import balanced, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save
@@ -72,7 +72,7 @@ class RecallingProbe(Probe):
             self.model(input_ids=ids)
         for queries, keys in seen:
             found = moments(keys[0].transpose(0, 1), queries[0].transpose(0, 1))
-            yield KeySketch(found.keys.shape[-1], "cpu", turn=balanced(spread(found, PlainRotary(theta=theta))))
+            yield TurnedSketch(balanced(spread(found, PlainRotary(theta=theta))))
 
     @contextmanager
     def _states(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:

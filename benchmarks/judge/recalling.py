@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 import torch
 
+from benchmarks.judge.turn import Moments, TurnedSketch, balanced, moments, spread
 from vlcache_sgl.evaluation.tasks.reading import make_document
 from vlcache_sgl.recall.sketch import KeySketch
-from vlcache_sgl.recall.turn import Moments, balanced, moments, spread
 
 from .cases import CaseMaker
 from .network import Network, Recalled, States
@@ -58,7 +58,7 @@ def layer_sketches(name: SketchName, network: Network, cases: CaseMaker) -> list
     if name == "signs":
         return [KeySketch(shape.head_dim, "cpu")] * shape.layers
     seen = (spread(layer, network.rotary) for layer in layer_moments(name, network, cases))
-    return [KeySketch(shape.head_dim, "cpu", turn=balanced(layer)) for layer in seen]
+    return [TurnedSketch(balanced(layer)) for layer in seen]
 
 
 def layer_moments(name: SketchName, network: Network, cases: CaseMaker) -> list[Moments]:

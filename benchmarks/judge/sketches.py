@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.judge.turn import Moments, moments, spread
 from vlcache_sgl.evaluation.tasks.reading import FIRST_DEVELOPMENT_SEED
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.recall.turn import Moments, moments, spread
 
 from ..common.host import ROOT, command_line, host_block
 from ..common.results import save

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.judge.turn import Basis, Moments, Turn, TurnedSketch, balanced, basis
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.recall.sketch import KeySketch
-from vlcache_sgl.recall.turn import Basis, Moments, Turn, balanced, basis
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def signs(text: Text, centred: bool = False) -> torch.Tensor:
 
 
 def _signs(text: Text, turn: Turn | None = None) -> torch.Tensor:
-    sketch = KeySketch(text.keys.shape[-1], "cpu", turn=turn)
+    sketch = KeySketch(text.keys.shape[-1], "cpu") if turn is None else TurnedSketch(turn)
     found = sketch.scores(text.rows.flatten(0, 1), sketch.encode(text.keys.transpose(0, 1)))
     return found.view(*text.rows.shape[:2], -1)
 
@@ -144,7 +144,7 @@ def model_basis(text: Text, seen: Moments, profile: Profile) -> torch.Tensor:
 
 
 def turned(text: Text, seen: Moments) -> torch.Tensor:
-    """The product's sketch after a turn fitted to the model, `seen` in all its layers."""
+    """The server's sketch after a turn fitted to the model, `seen` in all its layers."""
     return _signs(text, balanced(seen))
 
 

@@ -6,6 +6,7 @@ ordered by the servers they use, so that each of the shared ones starts once in 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from nursery import ForkedServer, Nursery
 from PIL import Image
@@ -83,6 +85,24 @@ class Server:
 
         with ThreadPoolExecutor(len(asks)) as pool:
             return list(pool.map(send, asks))
+
+    @contextlib.contextmanager
+    def retracting(self, every_s: float) -> Iterator[None]:
+        """Meanwhile all requests are retracted again and again, at whatever moment it comes."""
+        done = threading.Event()
+
+        def interrupt() -> None:
+            while not done.wait(every_s):
+                for call in ("pause_generation", "continue_generation"):
+                    httpx.post(f"{self.url}/{call}", json={"mode": "retract"}, timeout=60).raise_for_status()
+
+        with ThreadPoolExecutor(1) as pool:
+            interrupting = pool.submit(interrupt)
+            try:
+                yield
+            finally:
+                done.set()
+                interrupting.result()
 
     def kv_state(self) -> dict[str, Any]:
         """`kv_policy` of `/server_info`, its books checked: every cell is used or free."""

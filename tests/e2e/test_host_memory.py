@@ -191,21 +191,8 @@ def test_pauses_that_retract(small: Any, picture: Any) -> None:
     """At any moment of prefills in chunks and of decoding, again and again: every question is answered, and right."""
     drawn = [picture(60_850 + i, 24, 24) for i in range(3)]
     asked = [(d, question) for d in drawn for question in d.questions]
-    done = threading.Event()
-
-    def interrupt() -> None:
-        while not done.wait(0.4):
-            for call in ("pause_generation", "continue_generation"):
-                httpx.post(f"{small.url}/{call}", json={"mode": "retract"}, timeout=60).raise_for_status()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda ask: small.ask(ask[1].text, ask[0].image, max_tokens=4), asked))
-    finally:
-        done.set()
-        thread.join()
+    with small.retracting(every_s=0.4), ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda ask: small.ask(ask[1].text, ask[0].image, max_tokens=4), asked))
     right = [answer.text.strip() == question.answer for answer, (_, question) in zip(answers, asked, strict=True)]
     assert sum(right) >= len(right) - 1
     small.assert_nothing_held()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -99,21 +96,8 @@ def test_pauses_that_retract(small: Any, an_ask: Any, picture: Any) -> None:
         for question in d.questions
     ]
     expected = alone(small, an_ask, asked)
-    done = threading.Event()
-
-    def interrupt() -> None:
-        while not done.wait(0.3):
-            for call in ("pause_generation", "continue_generation"):
-                httpx.post(f"{small.url}/{call}", json={"mode": "retract"}, timeout=60).raise_for_status()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda ask: small.ask_all([an_ask(*ask)])[0].text, asked))
-    finally:
-        done.set()
-        thread.join()
+    with small.retracting(every_s=0.3):
+        answers = [answer.text for answer in small.ask_all([an_ask(*ask) for ask in asked], at_once=4)]
     assert answers == expected
     small.assert_nothing_held()
 
@@ -135,6 +119,18 @@ def test_what_is_reported(small: Any, picture: Any) -> None:
     assert after["host_bytes_read"] - before["host_bytes_read"] >= fetched * after["bytes_per_cell"]
     without = small.ask(drawn.questions[1].text, drawn.image, **options(5, kv_recall=0))
     assert "recall" not in without.report
+
+
+def test_what_is_whole_recalls_nothing(small: Any, picture: Any) -> None:
+    """A prompt that nothing was evicted of has no recall area: no step ranks anything for it."""
+    drawn = picture(61_550, 24, 24)
+    before = small.settled()
+    whole = small.ask(drawn.questions[0].text, drawn.image, **options(5, kv_budget=1.0, kv_recall=16))
+    after = small.settled()
+    assert whole.text.strip().startswith(drawn.questions[0].answer)
+    assert "recall" not in whole.report
+    assert after["recalled_tokens"] == before["recalled_tokens"]
+    small.assert_nothing_held()
 
 
 @pytest.mark.parametrize(

@@ -325,16 +325,18 @@ class Compressor:
             return
         keep = torch.ones((self._arena.counted_planes, job.asked.length), dtype=torch.bool, device=row.device)
         job.host.ratio = 1.0
-        self._take_own(job, row, *self._with_window(keep, keep.numel(), job))
+        # All of it is there already: nothing is left that a step could recall.
+        self._take_own(job, row, *self._with_window(keep, keep.numel(), job), recall=0)
 
-    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int) -> None:
-        """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all."""
+    def _take_own(self, job: CompressionJob, row: torch.Tensor, keep: torch.Tensor, kept: int, *, recall: int) -> None:
+        """Let the row of a request name slots of its own for what it keeps: `[planes, length]` bool, `kept` in all; and
+        for the `recall` tokens that decode steps may bring back in each plane."""
         assert self.host is not None
         assert job.host is not None
         try:
-            slots, tokens = row[: job.asked.length].to(torch.int64), job.asked.choice.recall
-            if tokens and self.host.recall is not None:
-                job.host.own, job.area = self.host.settle_with_area(slots, keep, kept, tokens)
+            slots = row[: job.asked.length].to(torch.int64)
+            if recall and self.host.recall is not None:
+                job.host.own, job.area = self.host.settle_with_area(slots, keep, kept, recall)
             else:
                 job.host.own = self.host.settle(slots, keep, kept)
         except OutOfMemory as error:
@@ -367,7 +369,7 @@ class Compressor:
         if job.host is not None:
             everything = torch.cat([keep.new_ones(keep.shape[0], prompt.start), keep], dim=1)
             kept = prompt.start * arena.counted_planes + int(counts.sum())
-            self._take_own(job, row, *self._with_window(everything, kept, job))
+            self._take_own(job, row, *self._with_window(everything, kept, job), recall=job.asked.choice.recall)
             done = passed_event(slots.device)
         else:
             done = self.accounting.evict(slots, self._with_window(keep, 0, job)[0])

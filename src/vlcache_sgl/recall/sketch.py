@@ -16,7 +16,6 @@ import torch
 
 from vlcache_kernels.sketch_scores import sketch_scores
 from vlcache_sgl.capacity import code_bytes
-from vlcache_sgl.recall.turn import Turn
 
 SEED = 0
 """Of the rotation: sketches of one head size are alike in every process and on every device."""
@@ -33,7 +32,6 @@ class KeySketch:
         head_dim: D, a multiple of 8.
         device: of the codes.
         seed: of the rotation.
-        turn: of the model's layer, before the rotation; None: none.
 
     Attributes:
         bytes: of one token's code per KV head, `D / 8 + 2`: 10 for D = 64 and 18 for D = 128, 3.9 % and 3.5 % of the
@@ -41,7 +39,7 @@ class KeySketch:
         rotation: `[D, D]` float32; a row turned is `row @ rotation`.
     """
 
-    def __init__(self, head_dim: int, device: torch.device | str, seed: int = SEED, turn: Turn | None = None) -> None:
+    def __init__(self, head_dim: int, device: torch.device | str, seed: int = SEED) -> None:
         if head_dim < 8 or head_dim % 8:
             raise ValueError(f"a sketch needs a head size that is a multiple of 8, got {head_dim}")
         self.head_dim = head_dim
@@ -53,8 +51,6 @@ class KeySketch:
         self.rotation = (orthogonal * upper.diagonal().sign()).float().to(device)
         # `[1 or K, D, D]`
         self._keys = self._queries = self.rotation[None]
-        if turn is not None:
-            self._keys, self._queries = (part.to(device) @ self.rotation for part in turn)
         self._bits = (1 << torch.arange(8, device=device)).to(torch.uint8)
 
     def encode(self, keys: torch.Tensor) -> torch.Tensor:

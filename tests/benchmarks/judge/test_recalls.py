@@ -16,11 +16,11 @@ from benchmarks.judge.cases import CaseId
 from benchmarks.judge.conditions import FULL, Condition
 from benchmarks.judge.recalling import Rule
 from benchmarks.judge.recalls import Answer, Arm, Recalls
+from benchmarks.judge.turn import moments
 from benchmarks.judge.verdicts import Judge
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.evaluation.tasks.receipts import make_receipt
 from vlcache_sgl.policy import resolve
-from vlcache_sgl.recall.turn import moments
 
 CASE = CaseId("needle", 60, 100)
 

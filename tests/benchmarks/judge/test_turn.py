@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.judge.turn import Moments, TurnedSketch, balanced, basis, moments, spread
 from vlcache_sgl.api.testing import PlainRotary
 from vlcache_sgl.recall.sketch import KeySketch
-from vlcache_sgl.recall.turn import Moments, balanced, basis, moments, spread
 
 ROTARY = PlainRotary(theta=10000.0)
 
@@ -29,7 +29,7 @@ def states(count: int, dim: int, seed: int = 0, begin: int = 0) -> tuple[torch.T
 
 
 def turned(dim: int) -> KeySketch:
-    return KeySketch(dim, "cpu", turn=balanced(moments(*states(600, dim))))
+    return TurnedSketch(balanced(moments(*states(600, dim))))
 
 
 def exact(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -116,6 +116,6 @@ def test_a_code_depends_on_its_own_key_alone(seed: int, cut: int) -> None:
 
 def test_moments_of_nothing_but_zeros_give_a_finite_sketch() -> None:
     """A head that is never used."""
-    sketch = KeySketch(64, "cpu", turn=balanced(Moments(torch.zeros(1, 64, 64), torch.zeros(1, 64, 64))))
+    sketch = TurnedSketch(balanced(Moments(torch.zeros(1, 64, 64), torch.zeros(1, 64, 64))))
     keys = torch.randn(5, 1, 64)
     assert bool(sketch.scores(torch.randn(3, 64), sketch.encode(keys)).isfinite().all())

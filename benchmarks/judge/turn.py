@@ -6,8 +6,8 @@ same second moment, diagonal, which makes the mean product of the lengths the le
 are long and queries short, such as the mean key, shrink then; none is lost.
 
 A turn is a constant of the model: it is fitted once, to states of tokens that are the same for everybody, and a code
-depends on its own key alone.  Stored keys are rotated to their positions; for a turn that fits other positions, moments
-are averaged over offsets, which needs no further forward.
+depends on its own key alone.  Servers do not turn: `TurnedSketch` is studied here.  Stored keys are rotated to their
+positions; for a turn that fits other positions, moments are averaged over offsets, which needs no further forward.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from vlcache_sgl.api import Rotary
+from vlcache_sgl.recall.sketch import KeySketch
 
 OFFSETS = 64
 """Of the position, over which moments are averaged."""
@@ -111,3 +112,15 @@ def balanced(seen: Moments) -> Turn:
     keys, queries, variance = basis(seen)
     part = variance.pow(0.25)[:, None]
     return Turn(keys * part, queries / part)
+
+
+class TurnedSketch(KeySketch):
+    """A sketch of turned keys, for turned queries.
+
+    Args:
+        turn: of one layer, `[K, D, D]` each.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn.keys.shape[-1], turn.keys.device)
+        self._keys, self._queries = (part @ self.rotation for part in turn)
