@@ -168,7 +168,7 @@ def answer_of_transformers(folder: Path, text: str, images: list[Image.Image], t
 
 
 def filling_picture(seed: int) -> Image.Image:
-    """An image of 14 x 20 patches, all that Gemma 4's processor makes: SGLang adds padding patches to the first token."""
+    """An image of 14 x 20 patches, as many as fit: SGLang adds padding patches to the first token."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 255, (224, 320, 3)).astype(np.uint8))
 
