@@ -244,7 +244,6 @@ def test_what_takes_too_long_is_left_after_one_prompt(
     fake: Fake, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "MAX_SECONDS", 1e-6)
-    monkeypatch.setattr(OwnServer, "http", lambda self, key, _: background.httpx.Client(base_url=self.url, timeout=60))
     measure(fake)
     assert [path for path, *_ in fake.seen] == ["/model_info", "/v1/chat/completions"]
     assert not cache.exists()

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SECONDS = 180.0
 """What is estimated to take longer is left to `vlcache calibrate`."""
+REQUEST_SECONDS = MAX_SECONDS
+"""The longest that one request may take."""
 READY_S = 120.0
 """After SGLang's warm-up, which some servers skip, until HTTP is answered."""
 _POLL_S = 0.25
@@ -160,8 +162,8 @@ def _measure(config: KVConfig, server: OwnServer, model: str) -> tuple[ModelWeig
             raise CalibrationError(f"a prompt took {seconds:.1f} s, all would take about {estimate / 60:.0f} min")
         logger.info("KV cache: a prompt took %.1f s, all will take about %.0f s", seconds, estimate)
 
-    with server.http(server.key, MAX_SECONDS) as http:
-        client = Client(f"{server.url}/v1", MAX_SECONDS, key=server.key, http=http)
+    with server.http(server.key, REQUEST_SECONDS) as http:
+        client = Client(f"{server.url}/v1", REQUEST_SECONDS, key=server.key, http=http)
         weights = calibrate(asker(client), prompts, key, note)
     measured = {**weights.measured, "command": "--kv-weights auto", "version": __version__}
     return replace(weights, measured=measured), cache_file(key)
@@ -189,7 +191,7 @@ def _hand_over(server: OwnServer, weights: ModelWeights) -> None:
     """
     from vlcache_sgl.evaluation.calibration import CalibrationError
 
-    with server.http(server.admin_key, MAX_SECONDS) as http:
+    with server.http(server.admin_key, REQUEST_SECONDS) as http:
         reply = http.post("/set_internal_state", json={"server_args": knobs_of(weights)})
     if not all(reply.raise_for_status().json()):
         raise CalibrationError("a scheduler refused the weights")
