@@ -206,7 +206,9 @@ def summarise(compressed: Sequence[Row], full: Sequence[Row], budget: str, conso
         console.print(f"Follow-up questions: {len(later)} on images that were asked about before", _right(later))
         shared = sum(ours.cached_tokens for ours, _ in later) / sum(ours.prompt_tokens for ours, _ in later)
         most = max(ours.bytes_kept for ours, _ in later)
-        console.print(f"  {shared:.1%} of their tokens came from the cache; none added more than {decimal(most)}")
+        # Cells that the tree gives up for a question may be more than what the question keeps.
+        added = f"more than {decimal(most)}" if most > 0 else "memory"
+        console.print(f"  {shared:.1%} of their tokens came from the cache; none added {added}")
     if first[0][0].task.expected is None:
         return 0
     passed = same >= needed
