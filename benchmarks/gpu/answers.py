@@ -9,8 +9,7 @@ Real questions about real images are asked under each condition:
 * **recall**: at budget 0.1 under `keydiff`, which does not know the question, without recall and with it.
 
 The model computes in bfloat16: SGLang's kernels of a GPU have no float32.  What it has counted is written after every
-condition.  Exit status: 0 when every expectation holds, 1 otherwise, 2
-when there is no device.
+condition.  Exit status: 0 when every expectation holds, 1 otherwise, 2 when there is no device.
 """
 
 from __future__ import annotations

@@ -176,28 +176,6 @@ def sample_problems(name: str, sample: dict[str, Any], tokens: int) -> list[str]
     return problems
 
 
-def make_server(
-    name: str, setting: Setting, points: Sequence[tuple[int, int]], model: Path, pool: int | None, console: Any
-) -> Any:
-    """One of the contenders, not yet started; its pool has `pool` tokens, None: what fits the device."""
-    from vlcache_sgl.client.server import ServerProcess
-
-    flags = [
-        *setting.flags,
-        *(() if name == AS_IT_IS else setting.attention),
-        "--load-format",
-        "dummy",
-        "--stream-interval",
-        "1",
-        "--skip-server-warmup",
-        "--enable-metrics",
-    ]
-    if pool is not None:
-        flags += ["--max-total-tokens", str(pool), "--mem-fraction-static", "0.95"]
-    flags += ["--max-running-requests", str(max(batch for _, batch in points)), *CONTENDERS[name]]
-    return ServerProcess(model, flags, title=name, console=console, timeout_s=READY_S)
-
-
 class Record:
     """What was measured, written after every sample: a run that is cut off leaves what it has."""
 
@@ -215,14 +193,29 @@ class Record:
         self.path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is measured, whichever way servers take turns."""
+
+    names: Sequence[str]
+    """Contenders."""
+    setting: Setting
+    points: Sequence[tuple[int, int]]
+    model: Path
+    limit_s: float
+    """Samples that would take longer are left out."""
+    console: Any
+    record: Record
+
+
 class Contender:
     """A server that runs and is measured."""
 
-    def __init__(self, name: str, server: Any, setting: Setting, limit_s: float, console: Any, record: Record) -> None:
+    def __init__(self, name: str, server: Any, job: Job) -> None:
         from benchmarks.common.load import make_long_prompt, send_together
 
-        self.name, self._server, self._setting = name, server, setting
-        self._limit_s, self._console, self._record = limit_s, console, record
+        self.name, self._server, self._setting = name, server, job.setting
+        self._limit_s, self._console, self._record = job.limit_s, job.console, job.record
         self._one_s: dict[int, float] = {}
         # The first request of a process pays for lazy imports, compilation and first allocations.
         send_together(server.url, [make_long_prompt(400, seed=999_000 + i) for i in range(2)], 4)
@@ -252,51 +245,52 @@ class Contender:
         self._record.servers[self.name] = {key: info.get(key) for key in keys}
 
 
-def run_in_turn(
-    names: Sequence[str],
-    setting: Setting,
-    points: Sequence[tuple[int, int]],
-    model: Path,
-    limit_s: float,
-    console: Any,
-    record: Record,
-) -> None:
+def make_server(name: str, job: Job, pool: int | None) -> Any:
+    """One of the contenders, not yet started; its pool has `pool` tokens, None: what fits the device."""
+    from vlcache_sgl.client.server import ServerProcess
+
+    flags = [
+        *job.setting.flags,
+        *(() if name == AS_IT_IS else job.setting.attention),
+        "--load-format",
+        "dummy",
+        "--stream-interval",
+        "1",
+        "--skip-server-warmup",
+        "--enable-metrics",
+    ]
+    if pool is not None:
+        flags += ["--max-total-tokens", str(pool), "--mem-fraction-static", "0.95"]
+    flags += ["--max-running-requests", str(max(batch for _, batch in job.points)), *CONTENDERS[name]]
+    return ServerProcess(job.model, flags, title=name, console=job.console, timeout_s=READY_S)
+
+
+def run_in_turn(job: Job) -> None:
     """Each server with the device to itself."""
-    for name in names:
-        with make_server(name, setting, points, model, None, console) as server:
-            contender = Contender(name, server, setting, limit_s, console, record)
+    for name in job.names:
+        with make_server(name, job, None) as server:
+            contender = Contender(name, server, job)
             contender.about()
-            for point in points:
-                for repeat in range(setting.repeats):
+            for point in job.points:
+                for repeat in range(job.setting.repeats):
                     contender.measure(point, repeat)
 
 
-def run_together(
-    names: Sequence[str],
-    setting: Setting,
-    points: Sequence[tuple[int, int]],
-    model: Path,
-    limit_s: float,
-    console: Any,
-    record: Record,
-    pool: int,
-) -> None:
+def run_together(job: Job, pool: int) -> None:
     """All servers on the device at once; only one is asked at a time, in another order in every repeat."""
     with ExitStack() as stack:
-        processes = {name: make_server(name, setting, points, model, pool, console) for name in names}
+        processes = {name: make_server(name, job, pool) for name in job.names}
         for process in processes.values():
             stack.callback(process.stop)
             process.launch()
         for process in processes.values():
             process.wait_until_ready()
-        contenders = [
-            Contender(name, process, setting, limit_s, console, record) for name, process in processes.items()
-        ]
+        contenders = [Contender(name, process, job) for name, process in processes.items()]
         for contender in contenders:
             contender.about()
-        for repeat in range(setting.repeats):
+        for repeat in range(job.setting.repeats):
             turn = repeat % len(contenders)
-            for point in points:
+            for point in job.points:
                 for contender in [*contenders[turn:], *contenders[:turn]]:
                     contender.measure(point, repeat)
 
@@ -399,9 +393,10 @@ def main(argv: list[str] | None = None) -> int:
         "generated_tokens": setting.tokens,
     }
     record = Record(args.out or ROOT / ("out" if args.smoke else "benchmarks/results") / name, head)
+    names = args.only or list(CONTENDERS)
+    job = Job(names, setting, points, model, args.limit_minutes * 60, console, record)
     with interruptible():
-        what = (args.only or list(CONTENDERS), setting, points, model, args.limit_minutes * 60, console, record)
-        run_in_turn(*what) if args.together is None else run_together(*what, args.together)
+        run_in_turn(job) if args.together is None else run_together(job, args.together)
     backends = {about["attention_backend"] for name, about in record.servers.items() if name != AS_IT_IS}
     if len(backends) > 1:
         record.problems.append(f"servers used different kernels: {record.servers}")

@@ -1,4 +1,5 @@
-"""`benchmarks/gpu/e2e.py` without a GPU: it refuses in a line, and a figure of a server that did something else shows.
+"""Whole servers of `benchmarks/gpu` without a GPU: the programs refuse in a line, and a figure of a server that did
+something else shows.
 
 Its smoke test starts three servers: `python -m benchmarks.gpu.e2e --smoke`.
 """
@@ -21,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it would run")
-def test_without_a_device_it_refuses() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu.e2e"]
+@pytest.mark.parametrize("program", ["e2e", "answers"])
+def test_without_a_device_it_refuses(program: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.gpu.{program}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
