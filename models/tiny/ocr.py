@@ -21,7 +21,7 @@ def paddleocr_vl(folder: Path) -> None:
     rope = {"rope_type": "default", "type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     config = PaddleOCRVLConfig(
         text_config=made.text(head_dim=HEAD_DIM, rope_parameters=rope, rope_scaling=rope, rope_theta=1e4),
-        vision_config={**TOWER, "image_size": 384, "patch_size": 14},
+        vision_config={**TOWER, "image_size": 384, "patch_size": 14, "tokens_per_second": 2},
         image_token_id=vocabulary[image],
         video_token_id=vocabulary["<|video_pad|>"],
         vision_start_token_id=vocabulary[begin],

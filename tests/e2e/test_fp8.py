@@ -114,7 +114,7 @@ def test_bytes_per_token_against_bfloat16(servers: Any, narrow: Any, picture: An
     assert 17.5 < whole / tenth < 20
 
 
-def assert_stock_tokens(stock: Any, ours: Any, picture: Any) -> None:
+def assert_stock_tokens(stock: Any, ours: Any, picture: Any, tolerance: float = 2e-2) -> None:
     """Greedy tokens and their probabilities, of prompts in several chunks, shared ones and batches."""
     for seed, size in ((70_300, 16), (70_301, 32)):
         drawn = picture(seed, size, size)
@@ -125,7 +125,7 @@ def assert_stock_tokens(stock: Any, ours: Any, picture: Any) -> None:
             assert (mine.prompt_tokens, mine.cached_tokens) == (theirs.prompt_tokens, theirs.cached_tokens)
             (a,), (b,) = theirs.choices, mine.choices
             assert b.tokens == a.tokens
-            assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)) < 2e-2
+            assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)) < tolerance
 
 
 @pytest.mark.slow
@@ -163,6 +163,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_scales_of_a_checkpoint(servers: Any, picture: Any, scaled: Path) -> None:
     """Powers of two round alike, so that stock's plain torch, which uses no scales, gives the same tokens."""
-    ours = servers.get(*POLICY, *E4M3, model=scaled)
-    assert_stock_tokens(servers.get(*E4M3), ours, picture)
+    half = ("--dtype", "bfloat16")  # SGLang reads such checkpoints in no other
+    ours = servers.get(*POLICY, *E4M3, *half, model=scaled)
+    assert_stock_tokens(servers.get(*E4M3, *half), ours, picture, tolerance=5e-2)
     assert ours.settled()["policy_failures"] == 0

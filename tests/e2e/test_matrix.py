@@ -11,7 +11,7 @@ import io
 import json
 import wave
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Case:
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     """Rows and columns of each image, where `vlcache inspect` can draw it."""
     flags: tuple[str, ...] = ()
+    mended: bool = False
+    """Served with `plugins/mended_sglang`, because SGLang itself falls short of serving it."""
+    rounded: bool = False
+    """SGLang computes in bfloat16 whatever it is told: tokens may part where two are equally likely."""
 
 
 def on_grid(
@@ -66,28 +70,35 @@ MODELS: dict[str, Case] = {
     "glm4v_moe": on_grid(glm.glm4v_moe, ((560, 560), (336, 756)), 28),
     "glm_ocr": on_grid(glm.glm_ocr, ((560, 560), (336, 756)), 28),
     "paddleocr_vl": on_grid(ocr.paddleocr_vl, ((560, 560), (336, 756)), 28),
-    "dots_ocr": on_grid(ocr.dots_ocr, ((560, 560), (336, 756)), 28),
+    "dots_ocr": replace(
+        on_grid(ocr.dots_ocr, ((560, 560), (336, 756)), 28), flags=("--dtype", "bfloat16"), rounded=True
+    ),
     # Each row of patches ends with a token that is none.
-    "mistral3": Case(pixtral.mistral3, ((560, 560), (336, 448)), ((20,) * 20, (12,) * 16)),
-    "ministral3": Case(pixtral.ministral3, ((560, 560), (336, 448)), ((20,) * 20, (12,) * 16)),
-    "pixtral": Case(pixtral.pixtral, ((280, 280), (140, 420)), ((20,) * 20, (10,) * 30)),
+    "mistral3": Case(pixtral.mistral3, ((560, 560), (336, 448)), ((20,) * 20, (12,) * 16), mended=True),
+    "ministral3": Case(pixtral.ministral3, ((560, 560), (336, 448)), ((20,) * 20, (12,) * 16), mended=True),
+    "pixtral": Case(pixtral.pixtral, ((280, 280), (140, 420)), ((20,) * 20, (10,) * 30), mended=True),
     "lightonocr": on_grid(pixtral.lightonocr, ((560, 560), (336, 448)), 28, drawn=False),
     # Tiles of 16 tokens, and one look at everything.
     "internvl_hf": Case(internvl.internvl_hf, ((560, 560), (336, 672)), ((160,), (144,))),
-    # Tiles of 64.
+    # Tiles of 64: as many as twelve allow, 3 x 3 and 2 x 4.
     "internvl_chat": Case(
-        internvl.internvl_chat, ((896, 896), (448, 896)), ((320,), (192,)), flags=("--trust-remote-code",)
+        internvl.internvl_chat, ((896, 896), (448, 896)), ((640,), (576,)), flags=("--trust-remote-code",)
     ),
     # One view of 64 tokens, then the tiles, each row of them ended by a token of its own.
     "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (208,))),
     # A view of 64 tokens, and two of the halves of an image that is wider than high.
     "minicpmv4_5": Case(
-        minicpm.minicpmv4_5, ((672, 448), (448, 448)), ((64,) * 3, (64,)), flags=("--trust-remote-code",)
+        minicpm.minicpmv4_5,
+        ((672, 448), (448, 448)),
+        ((64,) * 3, (64,)),
+        flags=("--trust-remote-code",),
+        mended=True,
     ),
 }
+MENDED = Path(__file__).parent / "plugins/mended_sglang"
 DEFAULT_RUN = ("glm4v", "qwen3_vl_moe")
 """What `make test` serves as well: M-RoPE, experts with deep stacking."""
-UNCACHED = ("internvl_hf",)
+UNCACHED = ("internvl_hf", "llava_onevision")
 """Served over the model of transformers: SGLang turns its prefix cache off."""
 
 
@@ -125,18 +136,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return written
 
 
-def served(forked_servers: Any, checkpoint: Callable[[str], Path], name: str, *flags: str) -> Any:
-    return forked_servers.get(*MODELS[name].flags, *flags, model=checkpoint(name), common=COMMON)
+@pytest.fixture
+def served(forked_servers: Any, checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """`served(name, *flags)`: a server of a model."""
+
+    def running(name: str, *flags: str) -> Any:
+        case = MODELS[name]
+        env = {"PYTHONPATH": str(MENDED)} if case.mended else None
+        return forked_servers.get(*case.flags, *flags, model=checkpoint(name), common=COMMON, env=env)
+
+    return running
 
 
 def outputs(server: Any, image: Image.Image, question: str = QUESTIONS[0], **more: Any) -> Any:
     return server.ask(question, image, max_tokens=TOKENS, logprobs=True, ignore_eos=True, **more)
 
 
-def test_budget_one_is_stock(forked_servers: Any, checkpoint: Any, name: str) -> None:
+def test_budget_one_is_stock(served: Any, name: str) -> None:
     """The same tokens, for an image that is new and for a question on a cached prefix."""
-    stock = served(forked_servers, checkpoint, name)
-    ours = served(forked_servers, checkpoint, name, *TENTH)
+    stock = served(name)
+    ours = served(name, *TENTH)
     answers = set()
     for seed, size in enumerate(MODELS[name].sizes):
         for question in QUESTIONS:
@@ -144,8 +163,11 @@ def test_budget_one_is_stock(forked_servers: Any, checkpoint: Any, name: str) ->
             mine = outputs(ours, draw(size, seed), question, custom_params={"kv_budget": 1.0})
             (a,), (b,) = theirs.choices, mine.choices
             assert (mine.prompt_tokens, mine.cached_tokens) == (theirs.prompt_tokens, theirs.cached_tokens)
-            assert b.tokens == a.tokens
-            assert np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+            pairs = enumerate(zip(a.tokens, b.tokens, strict=True))
+            parted = next((number for number, (x, y) in pairs if x != y), None)
+            assert parted is None or MODELS[name].rounded
+            tolerance = 0.05 if MODELS[name].rounded else 1e-4
+            assert np.allclose(a.logprobs[:parted], b.logprobs[:parted], atol=tolerance)
             answers.add(a.logprobs[0])
     assert len(answers) == 2 * len(QUESTIONS), "the model does not look at its prompt"
 
@@ -154,9 +176,9 @@ COPY_WITH_POSITIONS = {"kv_share": "policy", "kv_report": "positions"}
 """What a policy keeps stays in the arena for others, and is listed."""
 
 
-def test_vision_is_found(forked_servers: Any, checkpoint: Any, name: str) -> None:
+def test_vision_is_found(served: Any, name: str) -> None:
     """At its place in the prompt, and the budget is kept."""
-    server, case = served(forked_servers, checkpoint, name, *TENTH), MODELS[name]
+    server, case = served(name, *TENTH), MODELS[name]
     for number, size in enumerate(case.sizes):
         server.flush()
         before = server.settled()
@@ -183,13 +205,13 @@ def test_vision_is_found(forked_servers: Any, checkpoint: Any, name: str) -> Non
         assert seen == sum(case.runs[number])
 
 
-def test_a_second_question_shares(forked_servers: Any, checkpoint: Any, name: str) -> None:
-    server, case = served(forked_servers, checkpoint, name, *TENTH), MODELS[name]
+def test_a_second_question_shares(served: Any, name: str) -> None:
+    server, case = served(name, *TENTH), MODELS[name]
     server.flush()
     image, tokens = draw(case.sizes[0], 7), sum(case.runs[0])
     first, second = outputs(server, image), outputs(server, image, QUESTIONS[1])
     if name in UNCACHED:
-        stock = served(forked_servers, checkpoint, name)
+        stock = served(name)
         theirs = [outputs(stock, image, question).cached_tokens for question in QUESTIONS[:2]]
         assert [first.cached_tokens, second.cached_tokens] == theirs == [0, 0]
     else:
@@ -215,8 +237,8 @@ def sound(seconds: float) -> str:
 
 
 @pytest.mark.slow
-def test_audio_is_not_vision(forked_servers: Any, checkpoint: Any) -> None:
-    server, case = served(forked_servers, checkpoint, "qwen3_omni", *TENTH), MODELS["qwen3_omni"]
+def test_audio_is_not_vision(served: Any) -> None:
+    server, case = served("qwen3_omni", *TENTH), MODELS["qwen3_omni"]
     audio = {"type": "audio_url", "audio_url": {"url": sound(6.0)}}
     image = {"type": "image_url", "image_url": {"url": data_url(draw(case.sizes[0], 9))}}
     question = {"type": "text", "text": QUESTIONS[0]}

@@ -213,3 +213,22 @@ def test_the_output_gate() -> None:
     assert close(served.gate_output(x.clone(), gate), expected)
     assert served.gate_output(x, gate, inplace=True) is x
     assert close(x, expected)
+
+
+def test_the_gate_of_a_shared_expert_is_that_of_transformers() -> None:
+    """Its block of experts, the routed ones of which say nothing."""
+    from transformers import Qwen3_5MoeTextConfig
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+
+    sizes = {"hidden_size": 12, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
+    block = Qwen3_5MoeSparseMoeBlock(Qwen3_5MoeTextConfig(**sizes, num_experts_per_tok=2))
+    with torch.no_grad():
+        for weights in block.parameters():
+            weights.normal_()
+        block.experts.down_proj.zero_()
+        x = torch.randn(1, 5, 12)
+        expected = block(x)
+        routed = torch.randn(5, 12)
+        output = routed.clone()
+        served.add_gated(x[0], block.shared_expert_gate.weight.squeeze(), block.shared_expert(x)[0], output)
+    assert close(output - routed, expected[0])

@@ -190,16 +190,15 @@ def test_flags_that_would_be_broken_silently_are_refused(flag: str, monkeypatch:
 
 def test_a_small_batch_is_cut_into_enough_parts() -> None:
     """One request of Qwen2.5-VL-7B's shape on an H100: two programs per multiprocessor, not 32 in all."""
-    from vlcache_sgl.attention.base import AttentionKernels, HeadShape
-    from vlcache_sgl.attention.triton import PROGRAMS_PER_CORE, TritonProvider
+    from vlcache_sgl.attention.parts import PROGRAMS_PER_CORE, Parts
 
-    world = bench.Requests(1)
-    provider = TritonProvider(world.memory, HeadShape(28, DTYPE), AttentionKernels(print, print))
-    provider._cores, provider._tiles = 132, 4
+    cut = Parts(heads=28, kv_heads=4, dim=128, kv_splits=8, device=torch.device("cpu"))
+    cut._cores, cut._tiles = 132, 4
     for batch in (1, 2, 8, 64):
-        parts = provider._most_parts(batch)
+        parts = cut._most_parts(batch)
         assert parts == 8 or batch * 4 * parts >= min(PROGRAMS_PER_CORE * 132, batch * 4 * 64)
-        outputs, sums = provider._partials(provider._new_room(batch), batch)
-        assert outputs.shape[:3] == sums.shape == (batch, 28, parts)
-    assert provider._most_parts(1) == 64
-    assert provider._most_parts(64) == 8
+        outputs, sums = cut._partials(cut._new_room(batch), batch)
+        assert outputs.shape == (batch, 28, parts, 128)
+        assert sums.shape == (batch, 28, parts)
+    assert cut._most_parts(1) == 64
+    assert cut._most_parts(64) == 8

@@ -22,7 +22,7 @@ import torch
 from attention_reference import reference
 
 from vlcache_sgl.attention import flashinfer_kernels
-from vlcache_sgl.attention import triton as triton_provider
+from vlcache_sgl.attention import parts
 from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.memory.batches import DecodeBatch, Memory
@@ -91,6 +91,7 @@ def use_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
         "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
         "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],
+        "vlcache_sgl.memory.window_index": ["residency_index"],
     }
     if importlib.util.find_spec("sglang.srt.layers") is None:  # a bundle has its Triton attention only
         del places["vlcache_sgl.sglang_hooks.backend"]
@@ -249,9 +250,9 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         functions = request.getfixturevalue("kernels")
         monkeypatch.setattr(triton_kernels, "attention_kernels", lambda: AttentionKernels(*functions))
         use_our_kernels(monkeypatch)
-    monkeypatch.setattr(triton_provider, "MIN_PART", 32)  # so that short sequences are cut, too
-    monkeypatch.setattr(triton_provider, "PROGRAMS_PER_CORE", 1000)
-    monkeypatch.setattr(triton_provider, "MAX_PARTS", 3)  # each is a program that the interpreter runs
+    monkeypatch.setattr(parts, "MIN_PART", 32)  # so that short sequences are cut, too
+    monkeypatch.setattr(parts, "PROGRAMS_PER_CORE", 1000)
+    monkeypatch.setattr(parts, "MAX_PARTS", 3)  # each is a program that the interpreter runs
     if name == "flashinfer" and CUDA:
         pytest.importorskip("flashinfer")
     elif name == "flashinfer":

@@ -42,6 +42,8 @@ def start(arguments: list[str], log: str, env: dict[str, str]) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(env)
+        if "PYTHONPATH" in env:
+            sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
         sys.argv = ["launch_server.py", *arguments]
         runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
         code = 0

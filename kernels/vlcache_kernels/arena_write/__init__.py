@@ -36,7 +36,8 @@ def arena_write(
     A slot without a cell (-1) is skipped.
 
     Args:
-        arena: `[num_cells, 2, heads_per_cell, D]` float, 8-bit floats too, index 0 = K, 1 = V; contiguous.
+        arena: `[num_cells, 2, heads_per_cell, D]` float, 8-bit floats too, index 0 = K, 1 = V; what is in a cell is
+            contiguous, cells may be wider than that.
         keys, values: `[T, K, D]` float, converted to the arena's type.
         slots: `[T]` int32 or int64 virtual slots.
         residency: `[G, num_slots]` int32, the rows of this layer's planes (``residency[layer * G : (layer + 1) * G]``),
@@ -56,8 +57,8 @@ def arena_write(
         check_float(name, tensor)
     check_index("slots", slots)
     check_index("residency", residency)
-    if not arena.is_contiguous():
-        raise ValueError("arena must be contiguous")
+    if not arena[:1].is_contiguous():
+        raise ValueError("what is in a cell of the arena must be contiguous")
     check_device(arena.device, keys=keys, values=values, slots=slots, residency=residency)
     if use_triton(backend, arena.device) and tokens:
         from vlcache_kernels.arena_write import triton

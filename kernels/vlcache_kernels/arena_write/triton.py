@@ -24,7 +24,7 @@ MAX_WIDTH = 1024
     do_not_specialize_on_alignment=["slots", "residency"],
 )
 def store_kernel(
-    arena,  # out [num_cells, 2, heads_per_cell, D], contiguous
+    arena,  # out [num_cells, 2, heads_per_cell, D], element strides CELL, heads_per_cell * D, D, 1
     keys,  # [T, K, D], element strides stride_kt, D, 1
     values,  # [T, K, D], element strides stride_vt, D, 1
     slots,  # [T] int
@@ -36,6 +36,7 @@ def store_kernel(
     key_scale,  # float32; only with SCALED
     value_scale,
     WIDTH: tl.constexpr,  # heads_per_cell * D
+    CELL: tl.constexpr,  # at least 2 * WIDTH
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SCALED: tl.constexpr,  # divide, in float32
@@ -57,7 +58,7 @@ def store_kernel(
     if SCALED:
         k = k.to(tl.float32) / key_scale
         v = v.to(tl.float32) / value_scale
-    to = arena + cell[:, None] * (2 * WIDTH) + w[None, :]
+    to = arena + cell[:, None] * CELL + w[None, :]
     tl.store(to, k.to(arena.dtype.element_ty), mask=mask)
     tl.store(to + WIDTH, v.to(arena.dtype.element_ty), mask=mask)
 
@@ -97,6 +98,7 @@ def arena_write(
         key_scale,
         value_scale,
         WIDTH=width,
+        CELL=arena.stride(0),
         BLOCK_T=block_t,
         BLOCK_W=block_w,
         SCALED=(key_scale, value_scale) != (1.0, 1.0),

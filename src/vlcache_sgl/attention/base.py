@@ -77,10 +77,10 @@ class Provider(Protocol):
     def extend_in_window(
         self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """`extend` of a layer with a window, which has no query rows; not by a provider with `on_device`."""
+        """`extend` of a layer with a window, which has no query rows."""
 
     def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
-        """`decode` of a layer with a window; not by a provider with `on_device`."""
+        """`decode` of a layer with a window."""
 
     def init_graphs(self, max_batch: int) -> None:
         """Lay out what captured graphs read, for batches of up to `max_batch` requests."""

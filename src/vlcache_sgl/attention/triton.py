@@ -2,7 +2,8 @@
 
 Both kernels take ragged lists of rows of a key and a value buffer; here the rows are cells, K and V two strided views
 of the arena, and every layer has lists of its own.  With a cell per KV head, every (plane, request) is a sequence of
-its own with the query heads of that KV head: queries are regrouped from `[T, H, D]` to `[G * T, H / G, D]`.
+its own with the query heads of that KV head: queries are regrouped from `[T, H, D]` to `[G * T, H / G, D]`.  Layers
+with a window divide cells their own way, and their lists end with the window.
 
 The host never waits for the device, and after a change of rows only as `device_index` says.
 """
@@ -14,34 +15,40 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.attention.base import AttentionKernels, HeadShape, NoWindows, Observe
+from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Observe
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
+from vlcache_sgl.attention.parts import DecodePlan, Parts
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
-
-PROGRAMS_PER_CORE = 2
-"""Decode programs per multiprocessor to aim at when keys are cut into parts: the kernel runs 4 warps, two hide each
-other's waiting."""
-MAX_PARTS = 64
-"""Most parts that a sequence is cut into where a batch is too small to fill the device otherwise."""
-MIN_PART = 256
-"""Keys below which cutting costs more (a second pass over partial outputs) than it gains."""
-HEADS_PER_PROGRAM = 16
-"""Query heads of one KV head that one program of SGLang's grouped decode kernel computes."""
+from vlcache_sgl.memory.layers import LayerCells
+from vlcache_sgl.memory.scales import Scales
+from vlcache_sgl.memory.window_index import WindowIndex
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """What the decode kernels of all layers read in one step."""
+class Buffers:
+    """Where one layer's keys and values are: two views of the arena, `[cells, heads, head_dim]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    groups: int
+    """Cells of a token."""
+    scales: Scales
+    window: int = -1
+    """How many tokens before its own a token sees; -1: all."""
+
+
+@dataclass(frozen=True)
+class ExtendPlan:
+    """What the layers of a kind read in one prefill."""
 
     index: ResidencyIndex
-    parts: torch.Tensor
-    """`[layers, Q]` int32, into how many parts each sequence is cut."""
-    partial: tuple[torch.Tensor, torch.Tensor]
-    """Outputs and sums of the parts; all layers use them one after the other."""
+    """What precedes the new tokens."""
+    starts: torch.Tensor
+    """`[Q + 1]`, the first query row of each sequence."""
 
 
-class TritonProvider(NoWindows):
+class TritonProvider:
     """SGLang's Triton attention over cells.
 
     Args:
@@ -56,22 +63,32 @@ class TritonProvider(NoWindows):
 
     def __init__(self, memory: Memory, shape: HeadShape, kernels: AttentionKernels, *, kv_splits: int = 8) -> None:
         self._memory = memory
-        self._keys, self._values = memory.arena[:, 0], memory.arena[:, 1]
-        self._heads = shape.num_heads // memory.groups
-        self._kv_splits = kv_splits
-        device = memory.arena.device
-        self._cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        device, dims = memory.arena.device, memory.arena.shape
         self._index = DeviceIndex(memory, self.lists)
-        self._extend: tuple[ExtendBatch, ResidencyIndex, torch.Tensor] | None = None
+        self._parts = Parts(shape.num_heads // memory.groups, dims[2], dims[3], kv_splits, device)
+        self._window: WindowIndex | None = None
+        if memory.window is not None:
+            self._window, window = WindowIndex(memory, self.lists), memory.window
+            heads = shape.num_heads // window.planes_per_layer
+            self._window_parts = Parts(heads, window.heads_per_cell, window.head_dim, kv_splits, device)
+        self._batch: ExtendBatch | None = None
+        self._extend: ExtendPlan | None = None
+        self._extend_window: ExtendPlan | None = None
         self._decode: DecodePlan | None = None
-        per_kv_head = max(1, self._heads // self._keys.shape[1])
-        self._tiles = -(-self._heads // min(HEADS_PER_PROGRAM, per_kv_head))
-        self._room = self._new_room(0)
-        self._fixed: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._decode_window: DecodePlan | None = None
         self._extend_kernel, self._decode_kernel = kernels
 
     def invalidate(self, row: int) -> None:
         self._index.invalidate(row)
+
+    def _counted(self, planes: slice) -> Buffers:
+        arena, memory = self._memory.arena, self._memory
+        return Buffers(arena[:, 0], arena[:, 1], memory.groups, memory.scales_of(planes))
+
+    def _in_window(self, layer: LayerCells) -> Buffers:
+        assert layer.window is not None
+        both, groups = layer.view(self._memory.arena), layer.planes.stop - layer.planes.start
+        return Buffers(both[:, 0], both[:, 1], groups, self._memory.scales_in_window(layer), layer.window)
 
     # -- prefill ----------------------------------------------------------------------------------------------------
 
@@ -80,12 +97,11 @@ class TritonProvider(NoWindows):
             self._index.invalidate(request.row)
         rows, begins = [r.row for r in batch.requests], [r.begin for r in batch.requests]
         index = look_up(self._memory, torch.int64, rows, begins, batch.rows, batch.prefix_lens)
-        # Sequence g * B + b has its queries at g * T + first row of b.
-        total = batch.requests[-1].tokens.stop
-        starts = (batch.seq_lens - batch.prefix_lens).cumsum(0)
-        groups = torch.arange(self._memory.groups, device=starts.device)[:, None] * total
-        starts = torch.nn.functional.pad((groups + starts).flatten(), (1, 0))
-        self._extend = (batch, index, starts)
+        self._batch = batch
+        self._extend = ExtendPlan(index, _starts(batch, self._memory.groups))
+        if self._window is not None:
+            index = self._window.before(batch.rows, batch.prefix_lens, begins)
+            self._extend_window = ExtendPlan(index, _starts(batch, self._window.groups))
 
     def extend(
         self,
@@ -97,30 +113,52 @@ class TritonProvider(NoWindows):
         observe: Observe,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._extend is not None
-        batch, index, starts = self._extend
-        lists, groups = index.at(self._memory.layer_of(planes)), self._memory.groups
-        total = batch.requests[-1].tokens.stop
+        number = self._memory.layer_of(planes)
+        return self._run_extend(self._extend, number, self._counted(planes), queries, keys, values, scale)
+
+    def extend_in_window(
+        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        assert self._extend_window is not None
+        assert self._window is not None
+        number = self._window.number(layer)
+        return self._run_extend(self._extend_window, number, self._in_window(layer), queries, keys, values, scale)[0]
+
+    def _run_extend(
+        self,
+        plan: ExtendPlan,
+        number: int,
+        cells: Buffers,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self._batch is not None
+        lists, groups = plan.index.at(number), cells.groups
+        total = self._batch.requests[-1].tokens.stop
         q, k, v = (split_groups(x[:total], groups) for x in (queries, keys, values))
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if batch.want_lse else None
-        scales = self._memory.scales_of(planes)
+        out, lse = torch.empty_like(q), None
+        if self._batch.want_lse and cells.window < 0:
+            lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self._extend_kernel(
             q,
             k,
             v,
             out,
-            self._keys,
-            self._values,
-            starts,
+            cells.keys,
+            cells.values,
+            plan.starts,
             lists.indptr,
             lists.indices,
             None,  # custom mask
             True,  # causal
             None,
-            max(request.count for request in batch.requests),
-            scales.key,
-            scales.value,
+            max(request.count for request in self._batch.requests),
+            cells.scales.key,
+            cells.scales.value,
             sm_scale=scale,
+            sliding_window_size=cells.window,
             lse_extend=lse,
         )
         return with_rows(join_groups(out, groups), queries.shape[0]), join_lse(lse, groups)
@@ -128,92 +166,56 @@ class TritonProvider(NoWindows):
     # -- decode -----------------------------------------------------------------------------------------------------
 
     def plan_decode(self, batch: DecodeBatch) -> None:
-        index = self._index.step(batch)
-        sequences = index.indptr.shape[1] - 1
-        most = self._most_parts(sequences)
-        parts = count_parts(index.indptr, sequences * self._tiles, self._cores, most)
-        if batch.recorded:
-            assert self._fixed is not None
-            fixed, room = self._fixed
-            self._decode = DecodePlan(index, fixed[:, :sequences].copy_(parts), self._partials(room, sequences))
-            return
-        if self._room.numel() < self._partial_size(sequences):
-            self._room = self._new_room(sequences)
-        self._decode = DecodePlan(index, parts, self._partials(self._room, sequences))
+        self._decode = self._parts.plan(self._index.step(batch), batch.recorded)
+        if self._window is not None:
+            self._decode_window = self._window_parts.plan(self._window.step(batch), batch.recorded)
 
     def decode(self, planes: slice, queries: torch.Tensor, scale: float) -> torch.Tensor:
         assert self._decode is not None
-        layer = self._memory.layer_of(planes)
-        lists = self._decode.index.at(layer)
-        q = split_groups(queries, self._memory.groups)
+        return self._run_decode(self._decode, self._memory.layer_of(planes), self._counted(planes), queries, scale)
+
+    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        assert self._decode_window is not None
+        assert self._window is not None
+        number = self._window.number(layer)  # the list ends where the window does: nothing is left to mask
+        return self._run_decode(self._decode_window, number, self._in_window(layer), queries, scale)
+
+    def _run_decode(
+        self, plan: DecodePlan, number: int, cells: Buffers, queries: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        lists = plan.index.at(number)
+        q = split_groups(queries, cells.groups)
         out = torch.empty_like(q)
-        scales = self._memory.scales_of(planes)
         self._decode_kernel(
             q,
-            self._keys,
-            self._values,
+            cells.keys,
+            cells.values,
             out,
             lists.indptr,
             lists.indices,
-            *self._decode.partial,
-            self._decode.parts[layer],
-            self._decode.partial[0].shape[2],
+            *plan.partial,
+            plan.parts[number],
+            plan.partial[0].shape[2],
             scale,
-            scales.key,
-            scales.value,
+            cells.scales.key,
+            cells.scales.value,
         )
-        return join_groups(out, self._memory.groups)
+        return join_groups(out, cells.groups)
 
     def init_graphs(self, max_batch: int) -> None:
         self._index.reserve(max_batch)
-        sequences = self._memory.groups * max_batch
-        shape = (self._memory.num_layers, sequences)
-        parts = torch.ones(shape, dtype=torch.int32, device=self._memory.arena.device)
-        self._fixed = (parts, self._new_room(sequences))
+        self._parts.reserve(self._memory.num_layers, self._memory.groups * max_batch)
+        if self._window is not None:
+            self._window.reserve(max_batch)
+            self._window_parts.reserve(self._window.lists, self._window.groups * max_batch)
 
     def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
         return self._index.fits(rows, lengths)
 
-    # -- parts ------------------------------------------------------------------------------------------------------
 
-    def _most_parts(self, sequences: int) -> int:
-        """Parts that one sequence of a batch may be cut into: a power of two above `kv_splits`, as each is compiled."""
-        wanted = -(-PROGRAMS_PER_CORE * self._cores // max(1, sequences * self._tiles))
-        most = self._kv_splits
-        while most < min(wanted, MAX_PARTS):
-            most *= 2
-        return most
-
-    def _partial_size(self, sequences: int) -> int:
-        """Numbers that the parts of a batch leave: outputs and sums."""
-        dim = int(self._memory.arena.shape[-1])
-        return sequences * self._heads * self._most_parts(sequences) * (dim + 1)
-
-    def _new_room(self, sequences: int) -> torch.Tensor:
-        """Room for the parts of any batch of up to so many sequences, float32."""
-        most = max(self._partial_size(count) for count in range(sequences + 1))
-        return torch.empty(most, dtype=torch.float32, device=self._memory.arena.device)
-
-    def _partials(self, room: torch.Tensor, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """In `room`, outputs `[Q, H / G, parts, D]` and sums `[Q, H / G, parts]`."""
-        shape, dim = (sequences, self._heads, self._most_parts(sequences)), int(self._memory.arena.shape[-1])
-        sums = shape[0] * shape[1] * shape[2]
-        outputs, rest = torch.split(room[: sums * (dim + 1)], [sums * dim, sums])
-        return outputs.view(*shape, dim), rest.view(shape)
-
-
-def count_parts(indptr: torch.Tensor, programs: int, cores: int, most: int) -> torch.Tensor:
-    """Into how many parts to cut each sequence, `[layers, Q]` int32, decided on the device.
-
-    Parts of one layer are of about equal size, so that a long sequence does not run on alone.
-
-    Args:
-        indptr: `[layers, Q + 1]` int32.
-        programs: programs of one layer if nothing is cut.
-        cores: multiprocessors.
-        most: limit.
-    """
-    wanted = min(most, max(1, -(-PROGRAMS_PER_CORE * cores // programs)))
-    lengths = indptr.diff(dim=1)
-    size = (-(-lengths.amax(1, keepdim=True) // wanted)).clamp(min=MIN_PART)
-    return (-(-lengths // size)).clamp(1, most).to(torch.int32)
+def _starts(batch: ExtendBatch, groups: int) -> torch.Tensor:
+    """`[G * B + 1]`: sequence g * B + b has its queries at g * T + first row of b."""
+    total = batch.requests[-1].tokens.stop
+    ends = (batch.seq_lens - batch.prefix_lens).cumsum(0)
+    numbers = torch.arange(groups, device=ends.device)[:, None] * total
+    return torch.nn.functional.pad((numbers + ends).flatten(), (1, 0))

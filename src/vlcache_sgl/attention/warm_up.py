@@ -19,7 +19,9 @@ from vlcache_kernels.select import free_list, select
 from vlcache_sgl.attention.base import HeadShape
 from vlcache_sgl.memory.batches import Memory
 from vlcache_sgl.memory.device_index import look_up
+from vlcache_sgl.memory.layers import LayerCells
 from vlcache_sgl.memory.scales import as_bytes
+from vlcache_sgl.memory.window_index import WindowIndex
 
 
 def compile_kernels(memory: Memory, shape: HeadShape, lists: torch.dtype, wants: Iterable[StatsRequest]) -> None:
@@ -39,10 +41,19 @@ def compile_kernels(memory: Memory, shape: HeadShape, lists: torch.dtype, wants:
         index = look_up(memory, dtype, [0], [1], padding, one)
         room = torch.zeros(layers, 2 * memory.groups, dtype=dtype, device=device)
         out = ResidencyIndex(torch.empty_like(index.indptr), room)
-        append_tokens(index, padding, nowhere, source=padding, out=out, group=memory.groups, max_length=1)
+        counted, group = memory.counted_planes, memory.groups
+        append_tokens(index, padding, nowhere, counted, source=padding, out=out, group=group, max_length=1)
     heads, dim = memory.arena.shape[2:]
     new = torch.zeros(1, memory.groups * heads, dim, dtype=shape.dtype, device=device)
     arena_write(memory.arena, new, new, padding, nowhere[: memory.groups])
+    if memory.window is not None:
+        window = WindowIndex(memory, lists)
+        window.before(padding, one, [1])
+        first = memory.window_planes.start
+        planes_of_layer = slice(first, first + window.groups)
+        layer = LayerCells(0, planes_of_layer, memory.window.heads_per_cell, memory.window.head_dim)
+        new = torch.zeros(1, memory.window.kv_heads, layer.head_dim, dtype=shape.dtype, device=device)
+        arena_write(layer.view(memory.arena), new, new, padding, nowhere[planes_of_layer])
     found = select(torch.zeros(planes, 1, device=device), padding.expand(planes))
     tiers = torch.zeros(planes, 1, dtype=torch.int8, device=device)
     select(torch.zeros(planes, 1, device=device), padding.expand(planes), tiers=tiers)

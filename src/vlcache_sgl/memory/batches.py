@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlcache_sgl.memory.layers import LayerCells
+from vlcache_sgl.memory.layers import LayerCells, Window
 from vlcache_sgl.memory.residency import Residency
 from vlcache_sgl.memory.scales import UNSCALED, Scales
 
@@ -25,13 +25,26 @@ class Memory:
     """Cells per (layer, token): 1, or the number of KV heads."""
     scales: Sequence[Scales] = ()
     """Of each counted layer, then of those with a window; none: 1."""
+    window: Window | None = None
+    """The layers beside the counted ones."""
+
+    @property
+    def counted_planes(self) -> range:
+        """Of the counted layers: the first ones of `residency`."""
+        return range(self.residency.num_planes - (0 if self.window is None else self.window.planes))
+
+    @property
+    def window_planes(self) -> range:
+        """Of the layers with a window: those behind."""
+        return range(self.counted_planes.stop, self.residency.num_planes)
 
     @property
     def num_layers(self) -> int:
-        return self.residency.num_planes // self.groups
+        """Counted layers."""
+        return len(self.counted_planes) // self.groups
 
     def layer_of(self, planes: slice) -> int:
-        """The layer (counted from 0 on this rank) whose planes these are."""
+        """The counted layer (from 0 on this rank) whose planes these are."""
         return int(planes.start) // self.groups
 
     def scales_of(self, planes: slice) -> Scales:

@@ -1,5 +1,7 @@
 """Which cells each request attends to, in the form that GPU kernels read: ragged lists, one per layer, on the device.
 
+Of the counted layers; `window_index` has those of layers with a window.
+
 The counterpart of `decode_index` for devices that the host must not wait for.  A list holds the layer's
 ``groups * batch`` segments without gaps, plane by plane.  From one step of some requests to the next of the same ones,
 or of fewer, segments are moved and extended, which costs some bytes per *kept* cell; otherwise they are looked up anew.
@@ -63,7 +65,7 @@ class DeviceIndex:
         request, and layers may keep different numbers of tokens.  What goes beyond is served without graphs.
         """
         memory = self._memory
-        tokens = memory.residency.num_cells // memory.residency.num_planes
+        tokens = memory.residency.num_cells // len(memory.counted_planes)
         self._capacity = memory.groups * min(2 * tokens, max_batch * memory.req_to_token.shape[1])
         self._fixed = self._new_indices(self._capacity + memory.groups * max_batch)  # with room for padding
 
@@ -129,7 +131,7 @@ class DeviceIndex:
         same = source == list(range(len(self._rows) + self._padding))
         origin = numbers if same else to_device(torch.tensor(source), self._device)
         # A table of its own: the kernel looks new tokens up by number, here those of this step.
-        options: dict[str, Any] = {"group": groups, "max_length": longest}
+        options: dict[str, Any] = {"planes": self._memory.counted_planes, "group": groups, "max_length": longest}
         append_tokens(self.current, numbers, batch.new_cells, source=origin, out=out, **options)
         if not direct:
             # Extended by nothing: the lists are only moved to where graphs read them.
@@ -222,13 +224,15 @@ def look_up(
 
 def _count_row(memory: Memory, row: int, length: int) -> int:
     """Cells that the layer with most keeps of the first `length` positions; waits for the device."""
-    cells = memory.residency.table[:, memory.req_to_token[row, :length].to(torch.int64)]
+    counted = memory.residency.table[: memory.counted_planes.stop]
+    cells = counted[:, memory.req_to_token[row, :length].to(torch.int64)]
     kept = (cells >= 0).sum(1).view(-1, memory.groups).sum(1)
     return int(kept.max()) if length else 0
 
 
 def _look_up(memory: Memory, rows: torch.Tensor, lengths: torch.Tensor, out: ResidencyIndex, longest: int) -> None:
     """Fill `out` with the kept cells of the first `lengths` positions of `rows`."""
+    planes, group = memory.counted_planes, memory.groups
     residency_index(
-        memory.req_to_token, rows, lengths, memory.residency.table, group=memory.groups, out=out, max_length=longest
+        memory.req_to_token, rows, lengths, memory.residency.table, planes, group=group, out=out, max_length=longest
     )

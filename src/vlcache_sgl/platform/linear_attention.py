@@ -157,6 +157,14 @@ def gate_output(x: torch.Tensor, gate: torch.Tensor, *, inplace: bool = False) -
     return x.copy_(gated) if inplace else gated
 
 
+def add_gated(
+    hidden_states: torch.Tensor, gate_weight: torch.Tensor, shared_output: torch.Tensor, output: torch.Tensor
+) -> None:
+    """``fused_gate_sigmoid_mul_add``: `output`, `[tokens, hidden]`, grows by the shared expert's times its gate."""
+    gate = (hidden_states.float() @ gate_weight.float()).sigmoid()
+    output.copy_(output.float() + gate.unsqueeze(-1) * shared_output.float())
+
+
 def norm_gated(
     *,
     x: torch.Tensor,
@@ -193,6 +201,7 @@ REPLACED: dict[tuple[str, str], Any] = {
 REPLACED_IN_MODELS: dict[str, Callable[..., Any]] = {
     "fused_qkvzba_split_reshape_cat_contiguous": split_projections,
     "fused_sigmoid_mul": gate_output,
+    "fused_gate_sigmoid_mul_add": add_gated,
 }
 """The same in the modules of the model's own classes."""
 

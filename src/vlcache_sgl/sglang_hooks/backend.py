@@ -55,6 +55,7 @@ class ResidencyBackend(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             self.arena.groups,
             self.arena.scales,
+            self.arena.window,
         )
         self._shape = HeadShape(num_heads, model_runner.dtype)
         splits = int(getattr(model_runner.server_args, "triton_attention_num_kv_splits", None) or 8)
@@ -306,7 +307,7 @@ class ResidencyBackend(AttentionBackend):
         # The kernel looks a token up in the table it is given: here the tokens of this forward, in order.
         tokens, scales = cells.shape[1], self.arena.scales_of(layer)
         arena_write(
-            self.arena.cells,
+            layer.view(self.arena.cells),
             keys[:tokens],
             values[:tokens],
             self._numbers,

@@ -130,8 +130,10 @@ def _tiles(item: MediaItem, tokens: int, model: Any) -> tuple[Grid, ...]:
     """LLaVA's: one square look at everything and, with ``anyres``, the tiles that the image was cut into."""
     side = getattr(model, "num_patches_per_side", None)
     data = item.model_specific_data
-    sizes, ratio = data.get("image_sizes"), str(data.get("image_aspect_ratio") or "")
-    if side is None or not sizes:
+    if side is None or "image_aspect_ratio" not in data:  # Pixtral's and Mistral's are other models in the same class
+        return ()
+    sizes, ratio = data.get("image_sizes"), str(data["image_aspect_ratio"] or "")
+    if not sizes:
         return ()
     square = Grid(side, side, fit="pad" if ratio == "pad" else "stretch")
     if tokens == square.tokens:
