@@ -86,11 +86,11 @@ MODELS: dict[str, Case] = {
     ),
     # One view of 64 tokens, then the tiles, each row of them ended by a token of its own.
     "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (208,))),
-    # A view of 64 tokens, and two of the halves of an image that is wider than high.
+    # A view of 64 tokens, and two of its halves, as it is wider than high.
     "minicpmv4_5": Case(
         minicpm.minicpmv4_5,
-        ((672, 448), (448, 448)),
-        ((64,) * 3, (64,)),
+        ((672, 448), (896, 448)),
+        ((64,) * 3, (64,) * 3),
         flags=("--trust-remote-code",),
         mended=True,
     ),

@@ -177,6 +177,7 @@ def main() -> None:
     statistics(50, 28, 4, 128, torch.bfloat16, StatsRequest(column_sum=True))
     statistics(512, 32, 2, 80, torch.float16, everything)
     statistics(50, 32, 8, 128, torch.float32, vl_cache)
+    statistics(50, 32, 4, 512, torch.bfloat16, vl_cache)  # Gemma 4
     indexes()
     selections(5000)
     writes(128, torch.bfloat16)
@@ -189,14 +190,14 @@ def main() -> None:
     schedules()
     if full:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for head_dim in (64, 80, 96, 128, 256):
+            for head_dim in (64, 80, 96, 128, 256, 512):
                 for rows, heads, kv_heads in ((1, 1, 1), (50, 32, 8), (512, 32, 2)):
                     statistics(rows, heads, kv_heads, head_dim, dtype, everything)
                 writes(head_dim, dtype)
                 copies(head_dim, dtype)
         for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
             for dtype in (torch.bfloat16, torch.float16):
-                for head_dim in (64, 80, 128, 256):
+                for head_dim in (64, 80, 128, 256, 512):
                     statistics(50, 32, 8, head_dim, dtype, everything, stored)
                     writes(head_dim, dtype, stored)
         selections(100)

@@ -151,6 +151,7 @@ SMALL = [
     Case(rows=(3,), owned=(19,), prefix=(0,), heads=3, kv_heads=3, planes=3, head_dim=96, dtype=torch.bfloat16),
     Case(rows=(3,), owned=(35,), prefix=(4,), heads=4, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
     Case(rows=(2,), owned=(19,), prefix=(1,), heads=2, kv_heads=1, head_dim=256, dtype=torch.float16),
+    Case(rows=(2,), owned=(19,), prefix=(1,), heads=2, kv_heads=1, head_dim=512, dtype=torch.bfloat16),
 ]
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # Every group size; head dims and types take turns, so that 15 sizes see all their pairs.

@@ -23,6 +23,7 @@ from vlcache_sgl.compression.job import CompressionJob
 from vlcache_sgl.config import KVBudget
 from vlcache_sgl.counters import Counters
 from vlcache_sgl.memory.host_pool import HostPool
+from vlcache_sgl.memory.layers import Window
 from vlcache_sgl.memory.own_slots import HostShare
 from vlcache_sgl.memory.residency import EVICTED
 from vlcache_sgl.policy.choice import Choice
@@ -119,11 +120,21 @@ class Room:
 class Server:
     """Attention backend, allocator and compressor of one scheduler, on the pretended GPU."""
 
-    def __init__(self, provider: str, *, head_cells: bool = False, host: bool = False, recall: bool = False) -> None:
+    def __init__(
+        self,
+        provider: str,
+        *,
+        head_cells: bool = False,
+        host: bool = False,
+        recall: bool = False,
+        window: Window | None = None,
+    ) -> None:
         tokens, groups = 3000, KV_HEADS if head_cells else 1
+        self.window = window
         arena = KVArena(
-            num_cells=tokens * LAYERS * groups,
+            num_cells=tokens * (LAYERS * groups + (0 if window is None else window.planes)),
             groups=groups,
+            window=window,
             size=2 * tokens,
             page_size=1,
             dtype=torch.bfloat16,
@@ -203,13 +214,17 @@ class Server:
         def random(*shape: int) -> Tensor:
             return Tensor(torch.randn(*shape).to(torch.bfloat16))
 
-        for number in range(LAYERS):
+        window = self.window
+        kinds = [(number, KV_HEADS, DIM) for number in range(LAYERS)]
+        if window is not None:
+            kinds += [(number, window.kv_heads, window.head_dim) for number in window.layer_ids]
+        for number, heads, dim in kinds:
             layer = SimpleNamespace(
-                layer_id=number, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, head_dim=DIM
+                layer_id=number, tp_q_head_num=HEADS, tp_k_head_num=heads, tp_v_head_num=heads, head_dim=dim
             )
-            layer.scaling, layer.k_scale, layer.v_scale = DIM**-0.5, None, None
+            layer.scaling, layer.k_scale, layer.v_scale = dim**-0.5, None, None
             layer.k_scale_float = layer.v_scale_float = None
-            run(random(tokens, HEADS * DIM), random(tokens, KV_HEADS, DIM), random(tokens, KV_HEADS, DIM), layer, batch)
+            run(random(tokens, HEADS * dim), random(tokens, heads, dim), random(tokens, heads, dim), layer, batch)
 
     def prefill(self, rows: list[int], counts: list[int], jobs: list[CompressionJob]) -> None:
         """One chunk of each of `rows`; who is complete is compressed."""
@@ -276,6 +291,36 @@ def test_no_decode_step_waits(provider: str, head_cells: bool, graph: int) -> No
     server.allocator.free(server.table[2, : server.lengths[2]].to(torch.int64))
     server.decode([1, 3], graph=graph)
     assert not LOG.waits, f"leaving\n{LOG}"
+    assert server.allocator.accounting.verify() == []
+
+
+WINDOWS = {
+    "one cell": Window((3, 4), KV_HEADS, DIM, 40, heads_per_cell=2, layers_per_cell=1),
+    "two cells": Window((3, 4), 4, DIM, 40, heads_per_cell=2, layers_per_cell=1),
+    "two layers in one cell": Window((3, 4), 1, DIM, 40, heads_per_cell=1, layers_per_cell=2),
+}
+"""Layers with a window of 40 tokens."""
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("host", [False, True], ids=["arena", "host"])
+@pytest.mark.parametrize("graph", [0, 4], ids=["eager", "graph"])
+def test_no_step_with_windows_waits(window: Window, host: bool, graph: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts longer and shorter than the window, in chunks, and with what is compressed in host memory."""
+    use_attention_without_values(monkeypatch)
+    server = Server("triton", host=host, window=window)
+    server.capture([4])
+    jobs = [server.job("vlcache", length, host=host) for length in (200, 150)]
+    server.prefill([1, 2], [120, 150], jobs)
+    server.prefill([1], [jobs[0].asked.end - 120], jobs[:1])
+    assert all(job.progress.compressed for job in jobs)
+    server.prefill([3], [20], [server.job("vlcache", 20)])  # kept whole
+    server.decode([1, 2, 3], graph=graph)
+    LOG.clear()
+    for rows in ([1, 2, 3], [1, 3], [1, 3]):
+        server.decode(rows, graph=graph)
+    assert not LOG.waits, str(LOG)
     assert server.allocator.accounting.verify() == []
 
 
@@ -385,10 +430,13 @@ def test_the_next_layer_is_staged_while_one_is_computed() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("head_cells", [False, True], ids=["layer-cells", "head-cells"])
-def test_kernels_are_compiled_when_a_server_starts(provider: str, head_cells: bool) -> None:
+@pytest.mark.parametrize("kind", ["layer-cells", "head-cells", "windows"])
+def test_kernels_are_compiled_when_a_server_starts(provider: str, kind: str) -> None:
     """All that serving launches later has been launched before, and nothing has changed by it."""
-    server = Server(provider, head_cells=head_cells, host=True, recall=True)
+    if kind == "windows" and provider != "triton":
+        pytest.skip("FlashInfer does not serve windows")
+    window = WINDOWS["two cells"] if kind == "windows" else None
+    server = Server(provider, head_cells=kind == "head-cells", host=True, recall=True, window=window)
     before = values(server.arena.raw).clone()
     LOG.clear()
     job = server.job("vlcache", 200)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.models.make_model import QWEN_7B, make_config
+from benchmarks.models.make_tiny import make_tiny
 
 SCRIPT = Path(__file__).parents[1] / "support/pretend_h100.py"
 DRIVER = """
@@ -27,7 +28,8 @@ NO_DEVICE = 100
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is decided for each model, and what is installed."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc")
@@ -36,16 +38,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text("".join(f"int cu{name}(void) {{ return {NO_DEVICE}; }}\n" for name in DRIVER.split()))
     subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
-    model = make_config(folder / "model", QWEN_7B, "bfloat16")
+    models = {
+        "found": make_config(folder / "model", QWEN_7B, "bfloat16"),
+        "gemma3": make_tiny("gemma3", folder / "gemma3"),
+        "gemma4": make_tiny("gemma4", folder / "gemma4"),
+    }
     done = subprocess.run(
-        [sys.executable, SCRIPT, model],
+        [sys.executable, SCRIPT, *models.values()],
         capture_output=True,
         text=True,
         env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    *answers, installed = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    return dict(zip(models, answers, strict=True)) | {"installed": installed}
+
+
+@pytest.fixture(scope="module")
+def found(told: dict[str, Any]) -> dict[str, Any]:
+    """For a Qwen2.5-VL 7B."""
+    decided: dict[str, Any] = told["found"]
+    return decided
 
 
 def test_kernels_that_are_chosen(found: dict[str, Any]) -> None:
@@ -61,8 +74,16 @@ def test_kernels_that_are_chosen(found: dict[str, Any]) -> None:
     assert ours["overlap"]
 
 
-def test_patches_fit_the_modules_of_a_cuda_machine(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("model", ["gemma3", "gemma4"])
+def test_windows_take_triton(told: dict[str, Any], model: str) -> None:
+    """Whatever stock chooses; decode steps are recorded."""
+    ours = told[model]["ours"]
+    assert (ours["attention_backend"], ours["page_size"]) == ("triton", 1)
+    assert (ours["decode_graphs"], ours["prefill_graphs"]) == ("full", "disabled")
+
+
+def test_patches_fit_the_modules_of_a_cuda_machine(told: dict[str, Any]) -> None:
     """All installed and verified; no model was imported before them, so none writes keys by slot."""
-    assert found["installed"]["points"] > 20
-    assert found["installed"]["early"] == []
-    assert all(found["installed"]["models"].values()), found["installed"]["models"]
+    assert told["installed"]["points"] > 20
+    assert told["installed"]["early"] == []
+    assert all(told["installed"]["models"].values()), told["installed"]["models"]

@@ -387,6 +387,7 @@ KERNELS = {
     "vlcache_sgl.scoring.batch": ["batch_attention_stats"],
     "vlcache_sgl.sglang_hooks.backend": ["arena_write"],
     "vlcache_sgl.memory.device_index": ["residency_index", "append_tokens"],
+    "vlcache_sgl.memory.window_index": ["residency_index"],
 }
 """Where our kernels are launched."""
 

@@ -1,6 +1,6 @@
 """What SGLang decides, and what we install, on a machine with an H100: a script that pretends to have one.
 
-Prints one JSON line.  Nothing is launched: arguments are resolved as a server does it, and our patches are installed on
+Prints one JSON line about each model that it is told.  Nothing is launched: arguments are resolved as a server does it, and our patches are installed on
 the modules that SGLang loads there.  Needs a `libcuda.so.1` on the library path that does nothing.
 """
 
@@ -103,19 +103,19 @@ def installed() -> dict[str, Any]:
 
 
 def main() -> None:
-    model, *flags = sys.argv[1:]
     pretend()
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
     pretend_memory()
-    common = ["--model-path", str(Path(model)), "--load-format", "dummy"]
     platform = importlib.import_module("sglang.srt.platforms").current_platform
-    found: dict[str, Any] = {"platform": type(platform).__name__}
-    found["stock"] = resolved(common)
-    found["ours"] = resolved([*common, "--kv-policy", "vlcache", *flags])
-    found["installed"] = installed()
-    print(json.dumps(found))
+    for model in sys.argv[1:]:
+        common = ["--model-path", str(Path(model)), "--load-format", "dummy", "--enable-multimodal"]
+        found: dict[str, Any] = {"platform": type(platform).__name__}
+        found["stock"] = resolved(common)
+        found["ours"] = resolved([*common, "--kv-policy", "vlcache"])
+        print(json.dumps(found))
+    print(json.dumps(installed()))
 
 
 if __name__ == "__main__":

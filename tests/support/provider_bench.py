@@ -21,8 +21,7 @@ import pytest
 import torch
 from attention_reference import reference
 
-from vlcache_sgl.attention import flashinfer_kernels
-from vlcache_sgl.attention import parts
+from vlcache_sgl.attention import flashinfer_kernels, parts
 from vlcache_sgl.attention.base import AttentionKernels, HeadShape, Provider
 from vlcache_sgl.attention.factory import make_provider
 from vlcache_sgl.memory.batches import DecodeBatch, Memory

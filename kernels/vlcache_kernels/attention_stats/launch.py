@@ -39,12 +39,16 @@ def row_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """
     if dtype == torch.float32:  # no matrix instruction at full precision: more than this spills registers
         return Tile(32, 32, 8, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
+    if head_dim > 256:  # fits the 99 kB of devices that are no Hopper, too
+        return Tile(32, 32, 4, 2)
     return Tile(64, 64, 4, 3) if head_dim > 128 else Tile(128, 128, 8, 3)
 
 
 def column_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Blocks of `column_kernel`: fewer rows at a time, because it holds a tile of logits beside its keys."""
     if dtype == torch.float32:
+        return Tile(32, 32, 4, 2)
+    if head_dim > 256:
         return Tile(32, 32, 4, 2)
     return Tile(64, 64 if head_dim > 128 else 128, 8, 2)
 

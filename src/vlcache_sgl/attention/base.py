@@ -90,7 +90,7 @@ class Provider(Protocol):
 
 
 class NoWindows:
-    """Of a provider whose kernels do not serve layers with a window: servers of such models do not start with it."""
+    """Of a provider that does not serve layers with a window: servers of such models do not start with it."""
 
     def extend_in_window(
         self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float

@@ -114,7 +114,10 @@ def choose_defaults(server_args: ServerArgs, model: dict[str, Any]) -> None:
         server_args.radix_eviction_policy = "slru"
     if _text_config(model).get("model_type") in WINDOW_FAMILIES:
         if _has_cuda(server_args):
-            raise ConfigError("--kv-policy serves sliding-window attention on a CPU only: no kernel of a GPU is tried")
+            if server_args.attention_backend not in (None, "triton"):
+                given = server_args.attention_backend
+                raise ConfigError(f"--kv-policy serves sliding-window attention with triton, not {given}, on a GPU")
+            server_args.attention_backend = "triton"
         # All layers in one pool, which is the arena: it gives back what has left a window.
         server_args.disable_hybrid_swa_memory = True
         own_attention = Patches((OWN_ATTENTION,))

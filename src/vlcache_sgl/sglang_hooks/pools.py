@@ -19,7 +19,7 @@ from vlcache_sgl.sglang_hooks.arena import KVArena
 from vlcache_sgl.sglang_hooks.compat import attention_tp
 from vlcache_sgl.sglang_hooks.facades import Configurator, Load, ModelRunner, PoolConfig, PoolStatsObserver
 from vlcache_sgl.sglang_hooks.host_sharing import host_tokens
-from vlcache_sgl.sglang_hooks.kv_layers import has_windows, kv_layers, window_layers, window_tokens
+from vlcache_sgl.sglang_hooks.kv_layers import kv_layers, window_layers, window_tokens
 from vlcache_sgl.sglang_hooks.prefix_tree import CompressedPrefixTree
 
 FP8_CAPABILITY = (8, 9)
@@ -67,11 +67,9 @@ class Pools:
 
     def refuse_model(self, configurator: Configurator) -> None:
         """Raise for models whose KV cache is not plain keys and values of all tokens in layers of attention."""
-        windows = has_windows(configurator.model_config)
         kinds = {
             "multi-head latent attention (MLA)": configurator.use_mla_backend,
             "sliding-window attention": configurator.is_hybrid_swa,
-            "sliding-window attention on a GPU": windows and configurator.device == "cuda",
             "models without layers of attention": not kv_layers(configurator.model_config),
         }
         for kind, present in kinds.items():

@@ -15,7 +15,7 @@ def register() -> None:
 
     # MiniCPM-V: the loader sets it on a wrapper and goes on with what is in the wrapper; no server starts.
     MiniCPMBaseModel.shared_experts_config = SharedExpertsConfig()
-    # Pixtral and Mistral 3: the processor of the class has a cache, the wrapper around it none; /flush_cache answers 500.
+    # Pixtral and Mistral 3: the processor has a cache, the wrapper around it none; /flush_cache answers 500.
     LlavaMultimodalProcessor.clear_preprocess_cache = _clear
 
 
