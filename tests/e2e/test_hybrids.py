@@ -276,3 +276,67 @@ def test_experts_beside_the_layers_change_nothing(servers: Any, tmp_path: Path, 
         assert len(tenth.report["kept_tokens_per_layer"]) == 2
     assert tenth.cached_tokens > vision_tokens(2) - GRID
     assert_nothing_held(ours)
+
+
+@pytest.mark.slow
+def test_what_is_recalled_is_the_full_cache(servers: Any, model: Path, strategy: tuple[str, ...]) -> None:
+    """An area for every evicted token of the layers with attention: the tokens of the full cache."""
+    server = servers.get(*TENTH, *strategy, "--kv-recall", "24", model=model, common=COMMON)
+    for number in range(2):
+        image = draw(number, seed=10)
+        for name in ("red K", "blue A"):
+            full = server.ask(question(name), image, **options(kv_budget=1.0))
+            back = server.ask(question(name), image, **options(kv_recall=4096))
+            assert back.choices[0].tokens == full.choices[0].tokens
+            assert back.report["ratio"] < 0.2
+            some = server.ask(question(name), image, **options())
+            assert some.report["recall"]["tokens"] == 24
+    assert_nothing_held(server)
+
+
+@pytest.mark.slow
+def test_a_policy_that_reads_twice(servers: Any, model: Path, strategy: tuple[str, ...]) -> None:
+    """The second reading of a prompt leaves no trace in the states that its answer goes on from."""
+    server = servers.get(
+        *("--kv-policy", "kvzip", "--kv-budget", "1.0", "--kv-host-memory", "32MB"),
+        *strategy,
+        model=model,
+        common=COMMON,
+    )
+    for number in (0, 2):
+        image = draw(number, seed=11)
+        server.flush()
+        plain = server.ask(question("red K"), image, **options(kv_policy="vlcache", kv_budget=1.0))
+        server.flush()
+        nearly = server.ask(question("red K"), image, **options(kv_budget=0.99))
+        assert 0.95 < nearly.report["ratio"] < 1
+        assert np.isclose(nearly.choices[0].logprobs[0], plain.choices[0].logprobs[0], atol=0.01)
+        server.flush()
+        read = server.ask(question("red K"), image, **options(kv_budget=0.3))
+        assert read.report["policy"] == "kvzip"
+        assert 0.2 < read.report["ratio"] < 0.4
+        assert not np.isclose(read.choices[0].logprobs[0], plain.choices[0].logprobs[0], atol=0.01)
+        assert_same(server.ask(question("red K"), image, **options(kv_budget=0.3)), read)
+    assert server.settled()["policy_failures"] == 0
+    assert_nothing_held(server)
+
+
+@pytest.mark.slow
+def test_cells_of_8_bits(servers: Any, model: Path, strategy: tuple[str, ...], an_ask: Any) -> None:
+    """Stock's tokens at budget 1.0 with the same type, and nobody's answer depends on who asked before."""
+    narrow = (*strategy, "--kv-cache-dtype", "fp8_e4m3")
+    stock, ours = (servers.get(*flags, *narrow, model=model, common=COMMON) for flags in ((), TENTH))
+    plain = {name: value for name, value in options().items() if name != "custom_params"}
+    for number in range(2):
+        for name in ("red K", "blue A"):
+            image = draw(number, seed=12)
+            theirs = stock.ask(question(name), image, **plain)
+            mine = ours.ask(question(name), image, **options(kv_budget=1.0))
+            assert mine.choices[0].tokens == theirs.choices[0].tokens
+            assert np.allclose(mine.choices[0].logprobs, theirs.choices[0].logprobs, atol=2e-2)
+            assert_same(
+                ours.ask(question(name), image, **options()),
+                ours.ask(question(name), image, **options(kv_share="off")),
+            )
+    assert ours.settled()["bytes_per_cell"] == 2 * 2 * 32
+    assert_nothing_held(ours)

@@ -34,6 +34,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "several decode steps": ("--num-continuous-decode-steps", "4"),
     "transformers' model": ("--model-impl", "transformers"),
 }
+UNSHARED = ("no prefix cache", "two copies", "transformers' model")
+"""A second question computes its image again, or may; SGLang turns its prefix cache off for images in models of
+transformers."""
 TOGETHER = (
     *("--enable-mixed-chunk", "--schedule-policy", "dfs-weight", "--radix-eviction-policy", "lfu"),
     *("--num-continuous-decode-steps", "2", "--constrained-json-disable-any-whitespace"),
@@ -89,7 +92,7 @@ def asked(drawn: list[Any], number: int) -> list[Any]:
 def test_a_flag(servers: Any, forked_servers: Any, picture: Any, an_ask: Any, name: str) -> None:
     # Workers of uvicorn are started anew by it, not forked.
     pool = servers if name == "several tokenizers" else forked_servers
-    serves(pool.get(*POLICY, *FLAGS[name]), picture, an_ask, shares=name not in ("no prefix cache", "two copies"))
+    serves(pool.get(*POLICY, *FLAGS[name]), picture, an_ask, shares=name not in UNSHARED)
 
 
 @pytest.mark.slow

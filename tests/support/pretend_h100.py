@@ -1,7 +1,8 @@
 """What SGLang decides, and what we install, on a machine with an H100: a script that pretends to have one.
 
-Prints one JSON line about each model that it is told.  Nothing is launched: arguments are resolved as a server does it, and our patches are installed on
-the modules that SGLang loads there.  Needs a `libcuda.so.1` on the library path that does nothing.
+Prints a JSON line about each model that it is told, and one about patches.  Nothing is launched: arguments are resolved
+as a server does it, and our patches are installed on the modules that SGLang loads there.  Needs a `libcuda.so.1` on
+the library path that does nothing.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class WindowIndex:
         last = memory.req_to_token.shape[1] - 1  # of what lies behind a request nothing is used
         slots = memory.req_to_token[rows[:, None], places.clamp(max=last)]
         numbers = torch.arange(len(seen), device=self._device)
-        options = {"group": self.groups, "out": out, "max_length": width}
-        return residency_index(slots, numbers, counts, memory.residency.table, memory.window_planes, **options)
+        table, planes, group = memory.residency.table, memory.window_planes, self.groups
+        return residency_index(slots, numbers, counts, table, planes, group=group, out=out, max_length=width)
 
     def _new_indices(self, capacity: int) -> torch.Tensor:
         # Zeros: see `DeviceIndex`.
