@@ -308,9 +308,9 @@ def test_a_policy_that_reads_twice(servers: Any, model: Path, strategy: tuple[st
         server.flush()
         plain = server.ask(question("red K"), image, **options(kv_policy="vlcache", kv_budget=1.0))
         server.flush()
-        nearly = server.ask(question("red K"), image, **options(kv_budget=0.99))
-        assert 0.95 < nearly.report["ratio"] < 1
-        assert np.isclose(nearly.choices[0].logprobs[0], plain.choices[0].logprobs[0], atol=0.01)
+        nearly = server.ask(question("red K"), image, **options(kv_budget=0.999))
+        assert 0.99 < nearly.report["ratio"] < 1
+        assert np.isclose(nearly.choices[0].logprobs[0], plain.choices[0].logprobs[0], atol=5e-3)
         server.flush()
         read = server.ask(question("red K"), image, **options(kv_budget=0.3))
         assert read.report["policy"] == "kvzip"

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from films import film_of, message, need_ffmpeg
 from PIL import Image
 
 from benchmarks.models.make_tiny import make_tiny
@@ -220,6 +221,41 @@ def test_a_second_question_shares(served: Any, name: str) -> None:
     server.flush()
     assert server.settled()["cells_used"] == 0
     server.assert_alive()
+
+
+FILMS = {"qwen3_vl_moe": 32, "qwen3_omni": 32, "glm4v": 28, "glm4v_moe": 28}
+"""Models that were tried with videos, with the width of a token in pixels; a token spans two frames."""
+ROWS, COLUMNS = 10, 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FILMS)
+def test_a_video(served: Any, model: str) -> None:
+    """Stock's tokens at budget 1.0; found as vision; shared by a second question."""
+    sizes = (COLUMNS * FILMS[model], ROWS * FILMS[model])
+    film, other = (film_of([draw(sizes, seed + number) for number in range(8)]) for seed in (20, 40))
+    need_ffmpeg(film)
+    stock, ours = served(model), served(model, *TENTH)
+    said = {"max_tokens": TOKENS, "logprobs": True, "ignore_eos": True}
+    for question in QUESTIONS:
+        theirs = stock.ask(message(film, question), **said)
+        mine = ours.ask(message(film, question), **said, custom_params={"kv_budget": 1.0})
+        assert (mine.prompt_tokens, mine.cached_tokens) == (theirs.prompt_tokens, theirs.cached_tokens)
+        assert mine.choices[0].tokens == theirs.choices[0].tokens
+        assert np.allclose(mine.choices[0].logprobs, theirs.choices[0].logprobs, atol=1e-4)
+    ours.flush()
+    told = {"return_meta_info": True, "custom_params": {"kv_report": "positions"}}
+    runs = ours.ask(message(film, QUESTIONS[0]), **said, **told).report["vision"]
+    assert {run["modality"] for run in runs} == {"video"}
+    tokens = sum(run["end"] - run["begin"] for run in runs)
+    grids = [grid for run in runs for grid in run["grids"]]
+    assert sum(grid["rows"] * grid["columns"] for grid in grids) == tokens
+    assert tokens >= len(grids) * ROWS * COLUMNS > 0  # Qwen3-Omni draws them larger
+    assert ours.ask(message(film, QUESTIONS[1]), **said).cached_tokens >= tokens
+    assert ours.ask(message(other, QUESTIONS[0]), **said).cached_tokens < ROWS * COLUMNS
+    ours.flush()
+    assert ours.settled()["cells_used"] == 0
+    assert ours.settled()["policy_failures"] == 0
 
 
 def sound(seconds: float) -> str:

@@ -5,14 +5,13 @@ Bundled weights answer questions; these only have to be computed alike.
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from films import film_of, message, need_ffmpeg
 from PIL import Image
 
 from benchmarks.models.make_tiny import make_tiny
@@ -200,27 +199,17 @@ ROWS, COLUMNS = 10, 20
 @pytest.fixture(scope="module", params=FRAMES)
 def film_model(request: pytest.FixtureRequest) -> str:
     """Of module scope, as `name`."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-
-        VideoDecoder(film(28, 0))
-    except (ImportError, RuntimeError):
-        pytest.skip("SGLang reads videos with torchcodec, which finds no FFmpeg libraries")
+    need_ffmpeg(film(28, 0))
     return str(request.param)
 
 
 def film(token: int, seed: int) -> bytes:
-    """Two seconds of noise, four images each, which SGLang thins to two a second: two tokens deep."""
-    frames = [picture((COLUMNS * token, ROWS * token), 10 * seed + number) for number in range(8)]
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=250)
-    return file.getvalue()
+    """Two seconds of noise, two tokens deep."""
+    return film_of([picture((COLUMNS * token, ROWS * token), 10 * seed + number) for number in range(8)])
 
 
 def watch(server: Any, video: bytes, question: str = "What is the code of red K?", **more: Any) -> Any:
-    url = "data:video/mp4;base64," + base64.b64encode(video).decode()
-    parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": question}]
-    return server.ask({"role": "user", "content": parts}, max_tokens=TOKENS, logprobs=True, ignore_eos=True, **more)
+    return server.ask(message(video, question), max_tokens=TOKENS, logprobs=True, ignore_eos=True, **more)
 
 
 def test_a_video_at_budget_one_is_stock(servers: Any, tiny: Any, film_model: str) -> None:
