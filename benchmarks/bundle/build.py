@@ -32,6 +32,7 @@ OURS = (
     "benchmarks/common",
     "benchmarks/gpu",
     "tests/attention/test_providers.py",
+    "tests/attention/test_window.py",
     "tests/kernels",
     "tests/support/attention_reference.py",
     "tests/support/provider_bench.py",

@@ -47,7 +47,8 @@ def module(name: str, *options: str) -> tuple[str, ...]:
 def parts(results: Path) -> tuple[Part, ...]:
     """All of them, in the order in which they are run: what is wrong comes first, what is slow last."""
     check = ("--out", str(results / "gpu-check.json"), "--minutes", "7.5")
-    provider = "tests/attention/test_providers.py"
+    provider = ("tests/attention/test_providers.py", "tests/attention/test_window.py")
+    kernels_only = ("-k", "not (test_window and torch_native)")
     few = ("-k", "test_extend and triton and layer-cells and not lse")
     return (
         Part(
@@ -57,7 +58,10 @@ def parts(results: Path) -> tuple[Part, ...]:
             pytest("tests/kernels/test_copy_cells.py"),
         ),
         Part(
-            "providers", "attention against float64, recorded graphs, waits", pytest(provider), pytest(provider, *few)
+            "providers",
+            "attention against float64, recorded graphs, waits",
+            pytest(*provider, *kernels_only),
+            pytest(*provider, *few),
         ),
         Part(
             "streams",

@@ -185,7 +185,8 @@ def ignore(*_: Any) -> None:
     ("provider", "name", "stored"),
     [
         *(("torch_native", name, stored) for name in SHAPES for stored in (DTYPE, torch.float8_e4m3fn)),
-        *(("triton", name, DTYPE) for name in SHAPES if name != "alike"),
+        ("triton", "two cells", DTYPE),
+        ("triton", "three layers in one cell", DTYPE),
         ("triton", "two cells", torch.float8_e4m3fn),
     ],
     indirect=["provider"],
@@ -245,7 +246,10 @@ def test_what_has_left_the_window_is_given_back(name: str, length: int, publishe
     assert kept == int(whole.sum())
     assert torch.equal(whole[: arena.counted_planes], keep)
     slots = world.table[1, :length].long()
-    arena.residency.reclaim(arena.residency.evict(slots, whole))
+    evicted = arena.residency.evict(slots, whole)
+    if bench.CUDA:
+        torch.cuda.synchronize()
+    arena.residency.reclaim(evicted)
     assert arena.window is not None
     seen = length if published else min(length, TOKENS)
     assert arena.residency.used_cells == int(keep.sum()) + arena.window.planes * seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,7 @@ from PIL import Image
 def need_ffmpeg(film: bytes) -> None:
     """Skip where SGLang could not read `film`."""
     try:
-        from torchcodec.decoders import VideoDecoder
-
-        VideoDecoder(film)
+        importlib.import_module("torchcodec.decoders").VideoDecoder(film)
     except (ImportError, RuntimeError):
         pytest.skip("SGLang reads videos with torchcodec, which finds no FFmpeg libraries")
 
