@@ -8,7 +8,7 @@ test=("${VENV:-.venv}/bin/python" -m pytest -m "not slow")
 if (($#)); then
   exec "${test[@]}" "$@"
 fi
-own_servers=(tests/e2e/test_{calibration,faults,fp8,hybrids,matrix,real_model,served_flags}.py)
+own_servers=(tests/e2e/test_{calibration,fp8,hybrids,matrix,real_model,served_flags}.py)
 log=$(mktemp)
 (
   "${test[@]}" --ignore=tests/e2e tests

@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.models.make_tiny import make_tiny
 from models.matrix import read_rows
-from models.tiny import glm, internvl, llava, minicpm, ocr, pixtral, qwen
+from models.tiny import glm, internvl, llava, minicpm, ocr, pixtral, qwen, smolvlm
 from models.tiny.checkpoint import LAYERS
 from vlcache_sgl.client.client import data_url
 from vlcache_sgl.client.server import ServerError
@@ -87,6 +87,8 @@ MODELS: dict[str, Case] = {
     ),
     # One view of 64 tokens, then the tiles, each row of them ended by a token of its own.
     "llava_onevision": Case(llava.llava_onevision, ((336, 336), (112, 224)), ((664,), (208,))),
+    # Tiles of 16 tokens, 4 x 4 and 2 x 4, and one look at everything, each with a name.
+    "smolvlm": Case(smolvlm.smolvlm, ((448, 448), (448, 224)), ((16,) * 17, (16,) * 9)),
     # A view of 64 tokens, and two of its halves, as it is wider than high.
     "minicpmv4_5": Case(
         minicpm.minicpmv4_5,
@@ -99,7 +101,7 @@ MODELS: dict[str, Case] = {
 MENDED = Path(__file__).parent / "plugins/mended_sglang"
 DEFAULT_RUN = ("glm4v", "qwen3_vl_moe")
 """What `make test` serves as well: M-RoPE, experts with deep stacking."""
-UNCACHED = ("internvl_hf", "llava_onevision")
+UNCACHED = ("internvl_hf", "llava_onevision", "smolvlm")
 """Served over the model of transformers: SGLang turns its prefix cache off."""
 
 
