@@ -39,6 +39,7 @@ SHAPES = {
     "two cells": ((1, 64), (4, 32)),
     "three layers in one cell": ((2, 64), (1, 32)),
     "a third of a cell is empty": ((2, 48), (2, 32)),
+    "a cell per head": ((2, 32), (4, 32)),
 }
 STORED = pytest.mark.parametrize("stored", [DTYPE, torch.float8_e4m3fn], ids=["wide", "e4m3"])
 
@@ -61,7 +62,8 @@ class World:
         torch.manual_seed(3)
         (kv_heads, dim), (own_heads, own_dim) = SHAPES[name]
         sliding = WindowShape(len(SLIDING), own_heads, own_dim, TOKENS)
-        shape = KVShape(len(COUNTED), kv_heads, dim, stored.itemsize, window=sliding)
+        groups = kv_heads if name == "a cell per head" else 1
+        shape = KVShape(len(COUNTED), kv_heads, dim, stored.itemsize, groups, window=sliding)
         window = Window(
             *(SLIDING, own_heads, own_dim, TOKENS),
             heads_per_cell=sliding.heads_per_cell(shape.width),
@@ -71,7 +73,7 @@ class World:
             num_cells=400 * shape.planes,
             num_slots=400,
             num_layers=len(COUNTED),
-            groups=1,
+            groups=groups,
             kv_heads=kv_heads,
             head_dim=dim,
             dtype=stored,
@@ -82,7 +84,7 @@ class World:
         assert arena.num_planes == shape.planes
         assert arena.cell_bytes == shape.cell_bytes
         table = torch.zeros(4, 300, dtype=torch.int32)
-        memory = Memory(arena.cells, arena.residency, table, 1, arena.scales, window)
+        memory = Memory(arena.cells, arena.residency, table, groups, arena.scales, window)
         return cls(arena, table, make(memory))
 
     def random(self, *shape: int) -> torch.Tensor:
@@ -187,6 +189,7 @@ def ignore(*_: Any) -> None:
         *(("torch_native", name, stored) for name in SHAPES for stored in (DTYPE, torch.float8_e4m3fn)),
         ("triton", "two cells", DTYPE),
         ("triton", "three layers in one cell", DTYPE),
+        ("triton", "a cell per head", DTYPE),
         ("triton", "two cells", torch.float8_e4m3fn),
     ],
     indirect=["provider"],

@@ -188,6 +188,16 @@ def test_flags_that_would_be_broken_silently_are_refused(flag: str, monkeypatch:
     assert "SGLANG_ENABLE_METADATA_GLUE_GRAPH" in problem
 
 
+def test_windows_are_served_by_triton_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlcache_sgl.config import ConfigError
+    from vlcache_sgl.sglang_hooks import compat
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = SimpleNamespace(attention_backend="flashinfer", device=None, radix_eviction_policy="lru")
+    with pytest.raises(ConfigError, match="with triton, not flashinfer"):
+        compat.choose_defaults(asked, {"text_config": {"model_type": "gemma3_text"}})
+
+
 def test_a_small_batch_is_cut_into_enough_parts() -> None:
     """One request of Qwen2.5-VL-7B's shape on an H100: two programs per multiprocessor, not 32 in all."""
     from vlcache_sgl.attention.parts import PROGRAMS_PER_CORE, Parts
