@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.tiny.checkpoint import DEVIATION, HEAD_DIM, MEAN, Checkpoint, Media
+from models.tiny.checkpoint import DEVIATION, HEAD_DIM, MEAN, TOWER, Checkpoint, Media
 
-TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 

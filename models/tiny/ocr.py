@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from models.tiny.checkpoint import DEVIATION, HALF, HEAD_DIM, HIDDEN, MEAN, Checkpoint, Media
+from models.tiny.checkpoint import DEVIATION, HALF, HEAD_DIM, HIDDEN, MEAN, TOWER, Checkpoint, Media
 
-TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 1, "max_pixels": 1003520}
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.tiny.checkpoint import HALF, HEAD_DIM, Checkpoint, Media
+from models.tiny.checkpoint import HALF, HEAD_DIM, TOWER, Checkpoint, Media
 
 TILE, PATCH = 112, 14
-TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def smolvlm(folder: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+from described import describe
 
-from models.tiny.described import describe
 from vlcache_sgl.config import FLAGS, ConfigError
 from vlcache_sgl.sglang_hooks.compat import reads_no_images
 from vlcache_sgl.sglang_hooks.flags import _our_flags, _serve_arguments
@@ -82,7 +82,7 @@ REFUSED = {
 
 
 REFUSED_MODELS = {"llama4": "chunked attention", "minimax_m3": "sparse attention", "mllama": "cross-attention"}
-"""Of `models/tiny/described.py`, and the kind that the line must name: there are no weights that could be loaded."""
+"""Of `tests/support/described.py`, and the kind that the line must name: there are no weights that could be loaded."""
 
 
 def launch_all(cases: list[tuple[str, ...]]) -> list[dict[str, Any]]:

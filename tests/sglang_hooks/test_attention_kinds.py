@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from described import describe
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.server_args import ServerArgs
 
-from models.tiny.described import describe
 from vlcache_sgl.config import ConfigError
 from vlcache_sgl.sglang_hooks.attention_kinds import attention_layers, refuse_layers, resolved_model, unsupported_model
 from vlcache_sgl.sglang_hooks.compat import _UNSUPPORTED_ARGUMENTS, unsupported_arguments, unsupported_configuration

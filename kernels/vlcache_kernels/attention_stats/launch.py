@@ -46,9 +46,7 @@ def row_tile(head_dim: int, dtype: torch.dtype) -> Tile:
 
 def column_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Blocks of `column_kernel`: fewer rows at a time, because it holds a tile of logits beside its keys."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 2)
-    if head_dim > 256:
+    if dtype == torch.float32 or head_dim > 256:
         return Tile(32, 32, 4, 2)
     return Tile(64, 64 if head_dim > 128 else 128, 8, 2)
 

@@ -77,7 +77,11 @@ class Provider(Protocol):
     def extend_in_window(
         self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """`extend` of a layer with a window, which has no query rows."""
+        """`extend` of a layer with a window, which has no query rows.
+
+        Raises:
+            NotImplementedError: by a provider that serves none: servers of such models do not start with it.
+        """
 
     def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
         """`decode` of a layer with a window."""
@@ -87,18 +91,6 @@ class Provider(Protocol):
 
     def fits_graph(self, rows: list[int], lengths: list[int]) -> bool:
         """Whether a step of these requests fits what `init_graphs` laid out; the same on all tensor-parallel ranks."""
-
-
-class NoWindows:
-    """Of a provider that does not serve layers with a window: servers of such models do not start with it."""
-
-    def extend_in_window(
-        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        raise NotImplementedError("these kernels do not serve layers with a window")
-
-    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
-        raise NotImplementedError("these kernels do not serve layers with a window")
 
 
 class AttentionKernels(NamedTuple):

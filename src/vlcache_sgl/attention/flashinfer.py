@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_kernels.residency_index import ResidencyIndex
-from vlcache_sgl.attention.base import HeadShape, NoWindows, Observe
+from vlcache_sgl.attention.base import HeadShape, Observe
 from vlcache_sgl.attention.flashinfer_kernels import FlashInferKernels, Plan, natural
 from vlcache_sgl.attention.grouping import join_groups, join_lse, split_groups, with_rows
 from vlcache_sgl.memory.batches import DecodeBatch, ExtendBatch, Memory
 from vlcache_sgl.memory.device_index import DeviceIndex, look_up
+from vlcache_sgl.memory.layers import LayerCells
 from vlcache_sgl.memory.scales import FP8
 
 
@@ -42,7 +43,7 @@ class Planned:
         return None if self.schedules is None else self.schedules[layer]
 
 
-class FlashInferProvider(NoWindows):
+class FlashInferProvider:
     """FlashInfer over cells.
 
     Args:
@@ -130,6 +131,14 @@ class FlashInferProvider(NoWindows):
         schedule, scales = self._decode.schedule(layer), self._memory.scales_of(planes)
         out = self._kernels.run(self._decode.plan, schedule, q, *lists, scale, scales, causal=False)
         return join_groups(out, self._memory.groups)
+
+    def extend_in_window(
+        self, layer: LayerCells, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        raise NotImplementedError("FlashInfer does not serve layers with a window")
+
+    def decode_in_window(self, layer: LayerCells, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        raise NotImplementedError("FlashInfer does not serve layers with a window")
 
     def init_graphs(self, max_batch: int) -> None:
         self._index.reserve(max_batch)
